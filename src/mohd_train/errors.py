@@ -1,0 +1,29 @@
+"""Errors that a user can act on, and the one door through which command-line programs end."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+
+class UserError(ValueError):
+    """Bad input. The message is one line: what is wrong, where (file, key, shard), and what to do."""
+
+
+def run_cli(main: Callable[[], int | None]) -> None:
+    """Runs ``main`` and exits: 0, or its return value; 1 with one clear line for bad input; 130 for Ctrl-C.
+
+    Usage errors leave through argparse, with 2. Anything else is a bug and keeps its traceback.
+    """
+    try:
+        status = main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(1)
+    except PermissionError as error:
+        print(f"error: no permission to write or read {error.filename}; choose another folder", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr, flush=True)
+        sys.exit(130)
+    sys.exit(status or 0)
