@@ -1,0 +1,189 @@
+"""From ratios to numbers: the base model and the MoHD settings give one checked plan that the model is built from."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from mohd_train.config.schema import ModelConfig, MoHDSettings, SubDimensionConfig
+from mohd_train.errors import UserError
+
+SCALINGS = ("sum_preserving", "subdims", "none")
+FUSIONS = ("grouped", "monarch", "none")
+BALANCE_REDUCTIONS = ("sum", "component_mean")
+
+
+@dataclass(frozen=True)
+class SubDimPlan:
+    """Sub-dimensions of one component: dims ``i*width .. (i+1)*width-1`` are sub-dimension i of N = sub_dims."""
+
+    sub_dims: int  # N
+    top_k: int  # K, shared ones included
+    shared: int  # S: sub-dimensions 0 .. S-1 are active for every token
+    width: int  # c = d / N
+
+    @property
+    def specialized(self) -> int:
+        """K - S: specialized sub-dimensions that a token chooses."""
+        return self.top_k - self.shared
+
+    @property
+    def has_choice(self) -> bool:
+        """Whether the router chooses at all: some, but not all, of the N - S specialized ones are active."""
+        return self.shared < self.top_k < self.sub_dims
+
+    @property
+    def group_fusion_dim(self) -> int:
+        """Receptive field r of the group fusion (Table 3): N."""
+        return self.sub_dims
+
+
+@dataclass(frozen=True)
+class ModelPlan:
+    """Everything that decides a model's parameters and its function."""
+
+    name: str
+    base_hidden_size: int  # d0
+    hidden_size: int  # d
+    intermediate_size: int  # F
+    num_hidden_layers: int  # L
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    vocab_size: int  # V
+    max_seq_len: int
+    rope_theta: float
+    rms_norm_eps: float
+    initializer_range: float
+    attention: SubDimPlan | None = None  # None: dense
+    ffn: SubDimPlan | None = None
+    scaling: str = "sum_preserving"
+    fusion: str = "grouped"
+    gate_input: bool = False
+    balance_loss_weight: float = 0.01
+    balance_reduction: str = "sum"
+
+    @property
+    def query_width(self) -> int:
+        """A: heads x head_dim."""
+        return self.num_attention_heads * self.head_dim
+
+    @property
+    def key_value_width(self) -> int:
+        """Width of the keys, and of the values."""
+        return self.num_key_value_heads * self.head_dim
+
+    @property
+    def components(self) -> tuple[SubDimPlan, ...]:
+        """The routed components of one layer."""
+        return tuple(part for part in (self.attention, self.ffn) if part is not None)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, for checkpoints and ``run.json``."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> ModelPlan:
+        """The inverse of :meth:`to_dict`. Raises :class:`UserError` where a key is missing or unknown."""
+        values = dict(data)
+        try:
+            for part in ("attention", "ffn"):
+                if values.get(part) is not None:
+                    values[part] = SubDimPlan(**values[part])
+            return cls(**values)
+        except TypeError as error:
+            raise UserError(f"this is no plan of a MoHD model ({error}); it was written by another version") from None
+
+    def differences(self, other: ModelPlan) -> list[str]:
+        """``["hidden_size: 1024 here, 2048 there", ...]``: what keeps the weights of one out of the other."""
+        ours, theirs = self.to_dict(), other.to_dict()
+        return [f"{key}: {ours[key]} here, {theirs[key]} there" for key in ours if key != "name" and ours[key] != theirs[key]]
+
+
+def _positive(section: str, **values: float) -> None:
+    for key, value in values.items():
+        if value <= 0:
+            raise UserError(f"{section}.{key} is {value}; it must be positive")
+
+
+def _one_of(key: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise UserError(f"{key} is {value!r}; it must be one of {', '.join(known)}")
+
+
+def _component(section: str, config: SubDimensionConfig | None, hidden_size: int) -> SubDimPlan | None:
+    if config is None:
+        return None
+    n, k, s = config.sub_dims, config.top_k, config.shared_sub_dims
+    if n < 1 or hidden_size % n:
+        near = sorted((x for x in range(1, 513) if hidden_size % x == 0), key=lambda x: abs(x - n))[:3]
+        raise UserError(
+            f"{section}.sub_dims is {n}, which does not divide the hidden size {hidden_size}; "
+            f"nearest that do: {', '.join(map(str, sorted(near)))}"
+        )
+    if not 1 <= k <= n:
+        raise UserError(f"{section}.top_k is {k}; it must lie in 1 .. sub_dims = {n}")
+    if not 0 <= s <= k:
+        raise UserError(f"{section}.shared_sub_dims is {s}; it must lie in 0 .. top_k = {k}, since shared ones are always active")
+    return SubDimPlan(sub_dims=n, top_k=k, shared=s, width=hidden_size // n)
+
+
+def make_plan(model: ModelConfig, mohd: MoHDSettings, max_seq_len: int) -> ModelPlan:
+    """Checks the base model and the MoHD settings against each other and works out the numbers (Tables 1 and 3).
+
+    Raises:
+        UserError: an impossible combination, with the key and what would do.
+    """
+    _positive(
+        "model",
+        hidden_size=model.hidden_size,
+        intermediate_size=model.intermediate_size,
+        num_hidden_layers=model.num_hidden_layers,
+        num_attention_heads=model.num_attention_heads,
+        num_key_value_heads=model.num_key_value_heads,
+        head_dim=model.head_dim,
+        vocab_size=model.vocab_size,
+        rope_theta=model.rope_theta,
+        rms_norm_eps=model.rms_norm_eps,
+        initializer_range=model.initializer_range,
+    )
+    if max_seq_len < 1:
+        raise UserError(f"max_seq_len is {max_seq_len}; it must be positive")
+    if model.num_attention_heads % model.num_key_value_heads:
+        raise UserError(
+            f"model.num_attention_heads is {model.num_attention_heads}, no multiple of model.num_key_value_heads = "
+            f"{model.num_key_value_heads}; each key/value head serves a whole number of query heads"
+        )
+    if model.head_dim % 2:
+        raise UserError(f"model.head_dim is {model.head_dim}; rotary embeddings need an even number")
+    if mohd.expansion < 1:
+        raise UserError(f"mohd.expansion is {mohd.expansion}; it must be 1 (compression) or more (expansion)")
+    _one_of("mohd.scaling", mohd.scaling, SCALINGS)
+    _one_of("mohd.fusion", mohd.fusion, FUSIONS)
+    _one_of("mohd.balance_reduction", mohd.balance_reduction, BALANCE_REDUCTIONS)
+    if mohd.balance_loss_weight < 0:
+        raise UserError(f"mohd.balance_loss_weight is {mohd.balance_loss_weight}; it must be 0 (off) or positive")
+    hidden_size = mohd.expansion * model.hidden_size
+    return ModelPlan(
+        name=f"{model.name}-{mohd.name}",
+        base_hidden_size=model.hidden_size,
+        hidden_size=hidden_size,
+        intermediate_size=model.intermediate_size,
+        num_hidden_layers=model.num_hidden_layers,
+        num_attention_heads=model.num_attention_heads,
+        num_key_value_heads=model.num_key_value_heads,
+        head_dim=model.head_dim,
+        vocab_size=model.vocab_size,
+        max_seq_len=max_seq_len,
+        rope_theta=model.rope_theta,
+        rms_norm_eps=model.rms_norm_eps,
+        initializer_range=model.initializer_range,
+        attention=_component("mohd.attention", mohd.attention, hidden_size),
+        ffn=_component("mohd.ffn", mohd.ffn, hidden_size),
+        scaling=mohd.scaling,
+        fusion=mohd.fusion,
+        gate_input=mohd.gate_input,
+        balance_loss_weight=mohd.balance_loss_weight,
+        balance_reduction=mohd.balance_reduction,
+    )
