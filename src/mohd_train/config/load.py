@@ -1,0 +1,185 @@
+"""YAML files, merged left to right, then dotted overrides: one typed, checked :class:`Config`.
+
+Each source is checked by itself, so that an error names the file (or the override) and the key.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from mohd_train.config.check import check
+from mohd_train.config.schema import Config
+from mohd_train.errors import UserError
+
+# A later source's mapping replaces these whole (a mix is one thing); other mappings merge key by key.
+REPLACED_WHOLE = ("data.domains",)
+
+
+def _schema_of(annotation: Any) -> Any:
+    """The dataclass inside ``X`` or ``Optional[X]``, or None."""
+    options = typing.get_args(annotation) if typing.get_origin(annotation) in (typing.Union, types.UnionType) else (annotation,)
+    return next((option for option in options if dataclasses.is_dataclass(option)), None)
+
+
+def _all_keys(schema: Any, prefix: str = "") -> dict[str, Any]:
+    """Every dotted key of the schema with its annotation."""
+    keys: dict[str, Any] = {}
+    hints = typing.get_type_hints(schema)
+    for field in dataclasses.fields(schema):
+        name = f"{prefix}{field.name}"
+        keys[name] = hints[field.name]
+        nested = _schema_of(hints[field.name])
+        if nested is not None:
+            keys |= _all_keys(nested, f"{name}.")
+    return keys
+
+
+KNOWN_KEYS = _all_keys(Config)
+
+
+def nearest(word: str, known: list[str]) -> str:
+    """`` (did you mean 'lr'?)``, or an empty string where nothing comes near."""
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def _refuse_unknown(value: Any, source: str, prefix: str = "") -> None:
+    """Raises for the first key that the schema does not have."""
+    for key, child in value.items():
+        name = f"{prefix}{key}"
+        if name not in KNOWN_KEYS:
+            siblings = [k for k in KNOWN_KEYS if k.startswith(prefix) and "." not in k[len(prefix) :]]
+            hint = nearest(name, siblings) or nearest(str(key), [k.rsplit(".", 1)[-1] for k in KNOWN_KEYS])
+            raise UserError(f"{source}: unknown key {name!r}{hint}")
+        if _schema_of(KNOWN_KEYS[name]) is not None:
+            if isinstance(child, dict):
+                _refuse_unknown(child, source, f"{name}.")
+            elif child is not None:
+                raise UserError(f"{source}: {name} is {child!r}; it must be a mapping of keys")
+
+
+def _read(path: str) -> dict[str, Any]:
+    file = Path(path)
+    if not file.is_file():
+        raise UserError(f"{path}: no such config file; give YAML files first, then key=value overrides")
+    try:
+        text = file.read_text(encoding="utf-8")
+        value = OmegaConf.to_container(OmegaConf.create(text), resolve=False) if text.strip() else {}
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" at line {mark.line + 1}" if mark else ""
+        raise UserError(f"{path}: broken YAML{where}: {getattr(error, 'problem', None) or error}") from None
+    except (OmegaConfBaseException, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: {_first_line(error)}") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: holds no mapping of keys to values")
+    return typing.cast("dict[str, Any]", value)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def _pop(mapping: dict[str, Any], dotted: str) -> Any:
+    """Takes a nested value out of ``mapping``; None where it is not there."""
+    *parents, last = dotted.split(".")
+    for parent in parents:
+        mapping = mapping.get(parent) or {}
+    return mapping.pop(last, None) if isinstance(mapping, dict) else None
+
+
+def _merge(config: DictConfig, value: dict[str, Any], source: str, *, replace: bool) -> DictConfig:
+    try:
+        whole = {key: _pop(value, key) for key in REPLACED_WHOLE} if replace else {}
+        merged = OmegaConf.merge(config, value)
+        assert isinstance(merged, DictConfig)
+        for key, mapping in whole.items():
+            if mapping is not None:
+                OmegaConf.update(merged, key, mapping, merge=False)
+        return merged
+    except OmegaConfBaseException as error:
+        key = getattr(error, "full_key", None)
+        raise UserError(f"{source}: {f'{key}: ' if key else ''}{_first_line(error)}") from None
+    except (ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"{source}: {_first_line(error)}") from None
+
+
+def _override(text: str) -> tuple[dict[str, Any], bool]:
+    """``key=value`` as a nested mapping, and whether it gives a whole mapping that replaces the earlier one."""
+    key, sign, _ = text.partition("=")
+    if not sign or not key:
+        raise UserError(f"{text!r} is neither a YAML file nor an override; overrides look like key=value")
+    try:
+        value = OmegaConf.to_container(OmegaConf.from_dotlist([text]), resolve=False)
+    except (OmegaConfBaseException, yaml.YAMLError, ValueError) as error:
+        raise UserError(f"override {text!r}: {_first_line(error)}") from None
+    assert isinstance(value, dict)
+    return typing.cast("dict[str, Any]", value), key in REPLACED_WHOLE
+
+
+def _resolve(config: Config) -> Config:
+    """Fills in what follows from other keys."""
+    config.run_name = config.run_name or f"{config.model.name}-{config.mohd.name}"
+    try:
+        config.run_folder = config.run_folder.format(run_name=config.run_name)
+        config.save_folder = config.save_folder.format(run_name=config.run_name, run_folder=config.run_folder)
+    except (KeyError, IndexError, ValueError) as error:
+        raise UserError(f"run_folder, save_folder: unknown placeholder {error}; known: {{run_name}}, {{run_folder}}") from None
+    if config.optimizer.router_lr is None:
+        config.optimizer.router_lr = config.optimizer.lr
+    if config.data.shuffle_seed is None:
+        config.data.shuffle_seed = config.seed
+    return config
+
+
+def split_arguments(arguments: list[str]) -> tuple[list[str], list[str]]:
+    """The words of a command line as (YAML files, key=value overrides)."""
+    files = [word for word in arguments if "=" not in word]
+    return files, [word for word in arguments if "=" in word]
+
+
+def load_config(files: list[str], overrides: list[str] | None = None) -> Config:
+    """Merges files left to right, then overrides, and checks the result.
+
+    Raises:
+        UserError: an unknown key, a wrong type, a missing value or an impossible combination; the message names
+            the file, the key and the remedy.
+    """
+    config = OmegaConf.structured(Config)
+    for path in files:
+        value = _read(path)
+        _refuse_unknown(value, path)
+        config = _merge(config, value, path, replace=True)
+    for text in overrides or []:
+        value, whole = _override(text)
+        source = f"override {text!r}"
+        _refuse_unknown(value, source)
+        config = _merge(config, value, source, replace=whole)
+    try:
+        missing = sorted(OmegaConf.missing_keys(config))
+        if missing:
+            raise UserError(
+                f"no value for {', '.join(missing)}; give a model (configs/model), MoHD settings (configs/mohd) and a recipe (configs/recipe)"
+            )
+        result = OmegaConf.to_object(config)
+    except OmegaConfBaseException as error:
+        raise UserError(f"config: {_first_line(error)}") from None
+    assert isinstance(result, Config)
+    check(_resolve(result))
+    return result
+
+
+def to_yaml(config: Config) -> str:
+    """The resolved config as YAML that :func:`load_config` reads back to an equal one."""
+    return OmegaConf.to_yaml(OmegaConf.structured(config))
