@@ -1,0 +1,94 @@
+"""The one public door to MoHD's sparse execution. A backend is resolved once at start and passed to every call.
+
+Shapes: T tokens (batch and sequence flattened), D hidden, N sub-dimensions, K active ones a token, S shared ones, C = D / N,
+F inner width (attention width or intermediate size), O an output width. Every floating input takes gradients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mohd_train.errors import UserError
+from mohd_train.kernels import reference
+
+BACKENDS = ("reference",)
+
+
+class Selection(NamedTuple):
+    """The sub-dimensions one component's router chose, and what a backend derived from them, made by `make_selection`."""
+
+    indices_TK: Tensor  # int64; columns 0..S-1 hold 0..S-1, the rest the specialized ids, ascending
+    sub_dims: int  # N
+    shared: int  # S
+
+
+def resolve_backend(name: str, device: torch.device, dtype: torch.dtype, *, width: int | None = None) -> str:
+    """The backend that `name` (auto, reference, grouped, triton) means on `device` in `dtype` at sub-dimension width C.
+
+    Raises:
+        UserError: an unknown name, or a backend that cannot run there; the message names the one to use instead.
+    """
+    if name not in ("auto", "reference", "grouped", "triton"):
+        raise UserError(f"kernels: unknown backend {name!r}; choose auto, reference, grouped or triton")
+    return "reference"
+
+
+def make_selection(indices_TK: Tensor, *, sub_dims: int, shared: int, backend: str) -> Selection:
+    """Wraps a router's choice [T, K] for `backend`: once per component, used by all of its ops."""
+    return Selection(indices_TK, sub_dims, shared)
+
+
+def up_projection(
+    x_TD: Tensor,
+    weights: Sequence[Tensor],
+    selection: Selection,
+    *,
+    input_weights_TK: Tensor | None = None,
+    backend: str,
+) -> tuple[Tensor, ...]:
+    """``W x~`` for every ``W`` [O_i, D]: x~ is x on the token's active sub-dimensions, 0 elsewhere (eqs. 3-5).
+
+    `input_weights_TK` multiplies each active sub-dimension (`gate_input`). Returns one [T, O_i] per weight.
+    """
+    return reference.up_projection(x_TD, weights, selection.indices_TK, selection.sub_dims, input_weights_TK)
+
+
+def down_projection(
+    h_TF: Tensor, weight_DF: Tensor, selection: Selection, weights_TK: Tensor, *, backend: str
+) -> Tensor:
+    """The active slices of ``W h``, slot k times `weights_TK[:, k]` (eq. 8 and activation scaling). Compact: [T, K*C]."""
+    return reference.down_projection(h_TF, weight_DF, selection.indices_TK, selection.sub_dims, weights_TK)
+
+
+def swiglu_ffn(
+    x_TD: Tensor,
+    w_gate_FD: Tensor,
+    w_up_FD: Tensor,
+    w_down_DF: Tensor,
+    selection: Selection,
+    weights_TK: Tensor,
+    *,
+    input_weights_TK: Tensor | None = None,
+    backend: str,
+) -> Tensor:
+    """``down(silu(gate x~) * up x~)``: up_projection and down_projection in one, free to stay in sorted order. [T, K*C]."""
+    gate_TF, up_TF = up_projection(
+        x_TD, (w_gate_FD, w_up_FD), selection, input_weights_TK=input_weights_TK, backend=backend
+    )
+    return down_projection(F.silu(gate_TF) * up_TF, w_down_DF, selection, weights_TK, backend=backend)
+
+
+def fuse_residual(
+    z_TKC: Tensor, mixing_CNN: Tensor | None, selection: Selection, residual_TD: Tensor, *, backend: str
+) -> Tensor:
+    """``residual + y'`` from the compact layout [T, K*C]; y'_{i,j} = sum_k mixing[j, i, idx_k] z_{k,j} (eqs. 9, 17). [T, D].
+
+    `mixing_CNN` [C, N, N] holds B_j; fastest as a permuted view of contiguous memory [N (from), N (to), C].
+    None leaves out the fusion: z is added in its place. Computed in the mixing's dtype, autocast or not; returns the residual's.
+    """
+    return reference.fuse_residual(z_TKC, mixing_CNN, selection.indices_TK, selection.sub_dims, residual_TD)

@@ -1,0 +1,49 @@
+"""The mathematics of a MoHD component, written with masks over the full width: slow, any float dtype, the truth.
+
+Shapes: T tokens, D hidden, N sub-dimensions, K active ones, S shared ones, C = D / N, F inner width, O an output width.
+Every other backend is tested against this one, outputs and gradients (arXiv:2412.05644, eqs. 3-5, 8, 9, 17).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def up_projection(
+    x_TD: Tensor, weights: Sequence[Tensor], indices_TK: Tensor, sub_dims: int, input_weights_TK: Tensor | None
+) -> tuple[Tensor, ...]:
+    """``W x~`` for every ``W`` [O, D], x~ = x on the active sub-dimensions and 0 elsewhere (eqs. 3-5). Returns [T, O] each."""
+    gate_TN = x_TD.new_zeros(x_TD.shape[0], sub_dims)
+    if input_weights_TK is None:
+        gate_TN = gate_TN.scatter(1, indices_TK, 1.0)
+    else:
+        gate_TN = gate_TN.scatter(1, indices_TK, input_weights_TK.to(x_TD.dtype))
+    sparse_TD = (x_TD.unflatten(1, (sub_dims, -1)) * gate_TN.unsqueeze(-1)).flatten(1)
+    return tuple(F.linear(sparse_TD, weight) for weight in weights)
+
+
+def down_projection(h_TF: Tensor, weight_DF: Tensor, indices_TK: Tensor, sub_dims: int, weights_TK: Tensor) -> Tensor:
+    """Active slices of ``W h`` times their routing weights (eq. 8 and activation scaling), compact: [T, K*C]."""
+    y_TNC = F.linear(h_TF, weight_DF).unflatten(1, (sub_dims, -1))
+    y_TKC = y_TNC.gather(1, indices_TK.unsqueeze(-1).expand(-1, -1, y_TNC.shape[-1]))
+    return (y_TKC * weights_TK.unsqueeze(-1)).to(y_TKC.dtype).flatten(1)
+
+
+def fuse_residual(
+    z_TKC: Tensor, mixing_CNN: Tensor | None, indices_TK: Tensor, sub_dims: int, residual_TD: Tensor
+) -> Tensor:
+    """``residual + y'``, y'_{i,j} = sum_k B_j[i, idx_k] z_{k,j} (eqs. 9, 17); without mixing z only moves to its place. [T, D]."""
+    tokens, active = indices_TK.shape
+    z_TKC = z_TKC.view(tokens, active, -1)
+    if mixing_CNN is not None:
+        z_TKC = z_TKC.to(torch.promote_types(z_TKC.dtype, mixing_CNN.dtype))
+    index = indices_TK.unsqueeze(-1).expand_as(z_TKC)
+    y_TNC = z_TKC.new_zeros(tokens, sub_dims, z_TKC.shape[-1]).scatter(1, index, z_TKC)
+    if mixing_CNN is not None:
+        with torch.autocast(z_TKC.device.type, enabled=False):
+            y_TNC = torch.einsum("jin,tnj->tij", mixing_CNN.to(y_TNC.dtype), y_TNC)
+    return (residual_TD + y_TNC.flatten(1)).to(residual_TD.dtype)
