@@ -1,0 +1,59 @@
+# Everything a fresh clone needs. `make` lists the targets; each one that needs the environment sets it up first.
+VENV ?= .venv
+SHELL := /bin/sh
+BIN := $(abspath $(VENV))/bin
+PY := $(BIN)/python
+# An environment of its own: no packages of the user's, no compiled files of another checkout
+export PYTHONNOUSERSITE := 1
+export PATH := $(BIN):$(PATH)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test check format data train eval tables clean
+
+help:  ## this list
+	@echo "mohd_train: pretraining MoHD (Mixture of Hidden Dimensions) transformers on MosaicML Composer"
+	@echo
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1~\2/p' Makefile | awk -F'~' '{printf "%-14s %s\n", $$1, $$2}'
+	@echo
+	@echo "  VENV=$(VENV) names the environment; every target but help and clean sets it up first."
+
+# The script compares contents (not dates) with a stamp that is written last, and locks: cheap when there is nothing to do.
+setup:  ## create .venv (or VENV=) and install everything: about 5 minutes, 7 GB; nothing to do the second time
+	@python=$$(sh scripts/find_python.sh "$(PYTHON)" "$(PY)") && "$$python" scripts/setup_env.py "$(VENV)"
+
+demo: setup  ## raw text -> shards -> three models -> ten tasks -> table and figure, in runs/demo [RAW= TOKENIZER= EVAL_DATA= OUT=]
+	@$(PY) scripts/demo.py run --out "$(or $(OUT),runs/demo)" $(if $(RAW),--raw "$(RAW)") $(if $(TOKENIZER),--tokenizer "$(TOKENIZER)") \
+	    $(if $(EVAL_DATA),--eval-data "$(EVAL_DATA)") $(ARGS)
+
+test: setup  ## every test: under 10 minutes on two cores
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist worksteal $(ARGS)
+
+check: setup  ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: setup  ## let ruff rewrite what it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+need-%:
+	@test -n "$($*)" || { echo "error: make $(MAKECMDGOALS) needs $*=...; see make help" >&2; exit 2; }
+
+data: need-RAW need-TOKENIZER setup  ## prepare shards from RedPajama: RAW= TOKENIZER= [OUT=data/redpajama SEQ_LEN=4096 VAL_TOKENS=2000000 ARGS=]
+	$(PY) data_prep/prepare.py --raw "$(RAW)" --tokenizer "$(TOKENIZER)" --out "$(or $(OUT),data/redpajama)" \
+	    --seq-len $(or $(SEQ_LEN),4096) --val-tokens $(or $(VAL_TOKENS),2000000) $(ARGS)
+
+train: setup  ## train one model: [RECIPE=paper_50b MODEL=355m MOHD=x2 GPUS=8 ARGS="data.local=... max_duration=..."]
+	$(BIN)/composer $(if $(GPUS),-n $(GPUS)) scripts/train.py configs/recipe/$(or $(RECIPE),paper_50b).yaml \
+	    configs/model/$(or $(MODEL),355m).yaml configs/mohd/$(or $(MOHD),x2).yaml $(ARGS)
+
+eval: need-CHECKPOINT setup  ## the ten tasks on a checkpoint or Hugging Face folder: CHECKPOINT= [EVAL_DATA= ARGS=]
+	$(PY) eval/run_eval.py --checkpoint "$(CHECKPOINT)" $(if $(EVAL_DATA),--data-dir "$(EVAL_DATA)") $(ARGS)
+
+tables: setup  ## Table 2 from results beside the paper's: [RESULTS="folder ..." ARGS="--format latex"]
+	$(PY) eval/make_tables.py $(or $(RESULTS),eval/results) $(ARGS)
+
+clean:  ## remove caches (never data, runs or the environment)
+	rm -rf .pytest_cache .ruff_cache .mypy_cache .hypothesis build dist
+	find . -name __pycache__ -not -path './.venv/*' -type d -prune -exec rm -rf {} +
