@@ -1,0 +1,203 @@
+"""A checkpoint made ready for evaluation: model, tokenizer, and who it is."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from packaging.version import Version
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from mohd_train.config.plan import ModelPlan
+from mohd_train.errors import UserError
+from mohd_train.model.count import count
+
+_BLOCKS, _BLOCK = 64, 1 << 16  # of a fingerprint: blocks a file, bytes a block
+_DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_DTYPE_KEY = "dtype" if Version(transformers.__version__) >= Version("4.56") else "torch_dtype"
+
+
+@dataclass(frozen=True)
+class Location:
+    """A checkpoint that was found on disk and not yet read."""
+
+    path: Path
+    kind: str  # "native" (Composer's) or "hf" (a Hugging Face folder)
+    fingerprint: str
+
+    @property
+    def run_folder(self) -> Path:
+        """The run a native checkpoint belongs to: `RUN/checkpoints/CHECKPOINT`."""
+        return self.path.parent.parent
+
+
+@dataclass
+class LoadedModel:
+    """A model on its device, in evaluation mode."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    info: dict[str, Any]  # goes into every result: name, checkpoint, kind, fingerprint, activated, total, ...
+    ours: bool  # trained by this framework: a document begins with BOS
+
+
+def locate(path: Path) -> Location:
+    """Finds out what ``path`` is, and its fingerprint.
+
+    Raises:
+        UserError: nothing is there, or it is neither a Composer checkpoint nor a Hugging Face folder.
+    """
+    if not path.exists():
+        raise UserError(
+            f"no checkpoint at {path}; give a Composer checkpoint (.pt file or sharded folder) or a Hugging Face folder"
+        )
+    path = path.resolve()  # `latest-rank0.pt` is a link: the result names what it stood for
+    if path.is_dir():
+        if (path / "config.json").is_file():
+            kind, files = "hf", _hf_files(path)
+        elif (path / ".metadata").is_file():
+            kind, files = "native", sorted(file for file in path.iterdir() if file.is_file())
+        else:
+            raise UserError(
+                f"{path} is no checkpoint: it has neither config.json (Hugging Face) nor .metadata (sharded Composer)"
+            )
+    elif path.suffix == ".pt":
+        kind, files = "native", [path]
+    else:
+        raise UserError(f"{path} is of no known kind; give a Composer checkpoint (.pt) or a Hugging Face folder")
+    return Location(path, kind, fingerprint(files))
+
+
+def _hf_files(path: Path) -> list[Path]:
+    weights = sorted(file for suffix in ("safetensors", "bin") for file in path.glob(f"*.{suffix}"))
+    if not weights:
+        raise UserError(f"{path} has a config.json and no weights (*.safetensors or *.bin); the export is not complete")
+    return [path / "config.json", *weights]
+
+
+def fingerprint(files: list[Path]) -> str:
+    """16 hex digits that tell checkpoints apart, wherever they lie and whatever their size.
+
+    Of each file: its name, its size and 64 evenly spaced blocks of 64 KiB. Training changes weights everywhere, and the end
+    of a `.pt` file holds the checksums of all its tensors.
+    """
+    digest = hashlib.sha256()
+    for file in files:
+        size = file.stat().st_size
+        digest.update(f"{len(files) > 1 and file.name}:{size}".encode())  # a single file may be renamed
+        with file.open("rb") as handle:
+            for start in sorted({max(0, (size - _BLOCK) * i // (_BLOCKS - 1)) for i in range(_BLOCKS)}):
+                handle.seek(start)
+                digest.update(handle.read(_BLOCK))
+    return digest.hexdigest()[:16]
+
+
+def pick_device(device: str) -> torch.device:
+    """``auto`` is the GPU where there is one. Raises :class:`UserError` for a device that is not there."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+    except RuntimeError:
+        raise UserError(f"unknown device {device!r}; give auto, cpu, cuda or cuda:N") from None
+    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
+        raise UserError(
+            f"device {device!r} is not there ({torch.cuda.device_count()} GPUs seen); give --device cpu or another"
+        )
+    return chosen
+
+
+def load(
+    location: Location,
+    *,
+    tokenizer: Path | None = None,
+    name: str | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+) -> LoadedModel:
+    """Reads model and tokenizer.
+
+    Args:
+        tokenizer: a folder; default: the Hugging Face folder itself, or `RUN/tokenizer` of a native checkpoint.
+        name: shown in tables; default: the plan's name (`355m-x2`), or the folder's.
+        dtype: of the weights: auto (as stored), float32, bfloat16 or float16.
+
+    Raises:
+        UserError: the weights or the tokenizer cannot be read, or do not belong together.
+    """
+    where = pick_device(device)
+    model = _load_native(location.path) if location.kind == "native" else _load_hf(location.path, dtype)
+    plan = model.config.to_plan() if hasattr(model.config, "to_plan") else None  # a MoHDConfig carries its plan
+    if dtype != "auto":
+        model = model.to(_DTYPES[dtype])  # type: ignore[arg-type]
+    model = model.to(where).eval()  # type: ignore[arg-type]
+    default = location.run_folder / "tokenizer" if location.kind == "native" else location.path
+    loaded_tokenizer = _load_tokenizer(tokenizer or default)
+    vocabulary = model.get_input_embeddings().weight.shape[0]  # type: ignore[union-attr]
+    if len(loaded_tokenizer) > vocabulary:
+        raise UserError(
+            f"the tokenizer at {tokenizer or default} has {len(loaded_tokenizer)} pieces, the model {vocabulary}; "
+            "it is not the one that the model was trained with (--tokenizer)"
+        )
+    activated, total = _count(model, plan)
+    info = {
+        "name": name or (plan.name if plan is not None else location.path.name),
+        "checkpoint": str(location.path),
+        "kind": location.kind,
+        "fingerprint": location.fingerprint,
+        "activated": activated,
+        "total": total,
+        "plan": plan.to_dict() if plan is not None else None,
+        "run": location.run_folder.name if location.kind == "native" else None,
+        "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
+        "tokenizer": str(tokenizer or default),
+    }
+    return LoadedModel(model, loaded_tokenizer, info, ours=plan is not None)
+
+
+def _load_native(path: Path) -> PreTrainedModel:
+    from mohd_train.hf import convert
+
+    return convert.load_model(path)
+
+
+def _load_hf(path: Path, dtype: str) -> PreTrainedModel:
+    import mohd_train.hf  # noqa: F401  (registers MoHD with the Auto classes)
+
+    try:
+        return AutoModelForCausalLM.from_pretrained(path, local_files_only=True, **{_DTYPE_KEY: _DTYPES[dtype]})
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise UserError(
+            f"{path} cannot be read as a causal language model: {' '.join(str(error).split())[:300]}"
+        ) from error
+
+
+def _load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
+    if not path.is_dir():
+        raise UserError(f"no tokenizer at {path}; give the folder with --tokenizer")
+    try:
+        return AutoTokenizer.from_pretrained(path, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"no tokenizer can be read from {path}: {' '.join(str(error).split())[:200]}") from error
+
+
+def _count(model: PreTrainedModel, plan: ModelPlan | None) -> tuple[int, int]:
+    """(activated, total) parameters as the paper counts them: weight matrices; activated ones less embedding and head.
+
+    A matrix that is tied counts once.
+    """
+    if plan is not None:
+        counts = count(plan)
+        return counts.activated, counts.total
+    total = sum(parameter.numel() for parameter in model.parameters() if parameter.ndim > 1)
+    ends = {
+        id(end.weight): end.weight
+        for end in (model.get_input_embeddings(), model.get_output_embeddings())
+        if end is not None
+    }
+    return total - sum(weight.numel() for weight in ends.values()), total  # type: ignore[union-attr]

@@ -1,0 +1,88 @@
+"""What the evaluation shows in the terminal: a bar for each task, and a table at the end."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+from mohd_train.evaluate.harness import Progress as Report
+from mohd_train.evaluate.results import Result
+from mohd_train.evaluate.suite import Suite, TaskSpec
+
+MISSING = "–"
+
+
+@contextmanager
+def task_bar(console: Console, spec: TaskSpec, place: str) -> Iterator[Report]:
+    """A progress bar over the requests of one task; yields the function that moves it. Off where output is no terminal."""
+    if not console.is_terminal:
+        yield lambda done, total: None
+        return
+    columns = (
+        TextColumn(f"{place} {spec.name} ({spec.shots}-shot)"),
+        BarColumn(),
+        TaskProgressColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, transient=True) as progress:
+        bar = progress.add_task(spec.name, total=None)
+        yield lambda done, total: progress.update(bar, completed=done, total=total)
+
+
+def percent(value: float | None, stderr: float | None = None) -> str:
+    """``31.1`` or ``31.1 ± 0.5``; a dash for what is missing."""
+    if value is None:
+        return MISSING
+    return f"{100 * value:.1f}" + (f" ± {100 * stderr:.1f}" if stderr is not None else "")
+
+
+def one_line(result: Result, seconds: float | None) -> str:
+    """Said when a task is done."""
+    metric = result.settings.metric
+    shown = percent(result.scores.get(metric), result.scores.get(f"{metric}_stderr"))
+    cut = (
+        f", {result.truncated['requests']} of {result.truncated['of']} requests truncated"
+        if result.truncated["requests"]
+        else ""
+    )
+    how = f"{seconds:.0f} s" if seconds is not None else "reused"
+    return f"{result.settings.task}: {metric} {shown} ({result.questions} questions, {how}{cut})"
+
+
+def results_table(suite: Suite, results: Mapping[str, Result], failed: Mapping[str, str], title: str) -> Table:
+    """Task, shots, questions, accuracy ± standard error, normalized accuracy, perplexity, truncated requests."""
+    table = Table(title=title, title_justify="left")
+    for head in ("task", "shots", "n", "acc (%)", "acc_norm", "ppl", "truncated"):
+        table.add_column(head, justify="left" if head == "task" else "right", no_wrap=True)
+    for name, spec in suite.tasks.items():
+        if name in failed:
+            table.add_row(name, str(spec.shots), *[MISSING] * 5)
+        if name not in results:
+            continue
+        result = results[name]
+        scores, cut = result.scores, result.truncated
+        perplexity = scores.get("perplexity")
+        table.add_row(
+            name,
+            str(result.settings.shots),
+            str(result.questions),
+            percent(scores.get("acc"), scores.get("acc_stderr")),
+            percent(scores.get("acc_norm"), scores.get("acc_norm_stderr")),
+            f"{perplexity:.4g}" if perplexity is not None else MISSING,
+            f"{cut['requests']}/{cut['of']}" if cut["requests"] else "0",
+        )
+    return table

@@ -1,0 +1,196 @@
+"""The store of results: `OUT/<model>/<task>.json`, one file a checkpoint and task.
+
+A file is lm-eval's own JSON with one more key, `mohd_train`, that says where the numbers come from: the model and its
+checkpoint, shots, metric, limit, rows, truncated requests, versions, hardware.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import tempfile
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+from lm_eval.utils import handle_non_serializable
+
+import mohd_train
+from mohd_train.errors import UserError
+from mohd_train.evaluate.suite import TaskSpec
+
+KEY = "mohd_train"
+FORMAT = "mohd_train.evaluation/1"
+_PACKAGES = ("lm_eval", "torch", "transformers", "datasets", "tokenizers")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a task was asked. Two results with the same settings and checkpoint are the same measurement."""
+
+    task: str
+    shots: int
+    metric: str
+    seed: int
+    limit: int | None
+    lm_eval: str  # version
+    bos: str  # auto | yes | no
+    dtype: str
+    rows: str  # "hub", or a hash over the local files
+    demo: bool = False  # rows written for the demo, not the task's own
+
+
+@dataclass(frozen=True)
+class Result:
+    """One stored result."""
+
+    path: Path
+    settings: Settings
+    model: dict[str, Any]
+    scores: dict[str, float | None]  # metric -> value, metric_stderr -> value
+    questions: int
+    truncated: dict[str, int]  # requests, of, tokens, longest
+    subjects: int  # of a group
+    lm_eval_results: dict[str, Any]
+
+
+def versions() -> dict[str, str]:
+    """Of this project, Python and the packages that decide a score."""
+    found = {package: importlib.metadata.version(package) for package in _PACKAGES}
+    return {"mohd_train": mohd_train.__version__, "python": platform.python_version(), **found}
+
+
+def hardware() -> str:
+    """The device, in words."""
+    if torch.cuda.is_available():
+        return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
+    return f"{os.cpu_count()} CPU cores, {platform.machine()}"
+
+
+def scores_of(raw: dict[str, Any], task: str) -> dict[str, float | None]:
+    """``{"acc": 0.5, "acc_stderr": 0.01, "acc_norm": ...}`` of lm-eval's results; a standard error may be None."""
+    entry = raw["results"][task]
+    named = {key.partition(",")[0]: value for key, value in entry.items() if "," in key}
+    return {key: float(value) if isinstance(value, (int, float)) else None for key, value in named.items()}
+
+
+def record(
+    spec: TaskSpec, settings: Settings, model: dict[str, Any], raw: dict[str, Any], **about: Any
+) -> dict[str, Any]:
+    """The JSON of one result. ``about``: truncated, bos, files, absent, seconds, device, batch_size."""
+    samples = raw["n-samples"]
+    ours = {
+        "format": FORMAT,
+        "settings": asdict(settings),
+        "model": model,
+        "scores": scores_of(raw, spec.name),
+        "questions": sum(entry["effective"] for entry in samples.values()),
+        "questions_available": sum(entry["original"] for entry in samples.values()),
+        "subjects": len(samples) if spec.subjects else 0,
+        **about,
+        "versions": versions(),
+        "hardware": hardware(),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
+    return {KEY: ours, **raw}
+
+
+def write_json(path: Path, data: dict[str, Any]) -> None:
+    """Writes whole or not at all: a temporary file beside, fsync, replace. Makes the folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as out:
+            json.dump(data, out, indent=1, ensure_ascii=False, default=handle_non_serializable)
+            out.write("\n")
+            out.flush()
+            os.fsync(out.fileno())
+        os.chmod(name, 0o644)  # mkstemp's 0600 would keep colleagues from reading
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def read(path: Path) -> Result:
+    """One result file.
+
+    Raises:
+        UserError: it is missing, no JSON, or not of this store.
+    """
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"no results at {path}; eval/run_eval.py writes them") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is no valid JSON ({error}); run the evaluation again or remove the file") from None
+    ours = data.get(KEY) if isinstance(data, dict) else None
+    if not isinstance(ours, dict) or ours.get("format") != FORMAT:
+        raise UserError(f"{path} is no result of eval/run_eval.py (key {KEY}.format must be {FORMAT!r})")
+    try:
+        return Result(
+            path=path,
+            settings=Settings(**ours["settings"]),
+            model=ours["model"],
+            scores=ours["scores"],
+            questions=ours["questions"],
+            truncated=ours["truncated"],
+            subjects=ours["subjects"],
+            lm_eval_results=data["results"],
+        )
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{path} lacks a part of a result ({error}); run the evaluation again") from None
+
+
+def find(paths: Iterable[Path]) -> list[Result]:
+    """Every result in the given files and, recursively, folders.
+
+    Raises:
+        UserError: a path that is not there, a folder without results, or a file that cannot be read.
+    """
+    found: dict[Path, Result] = {}
+    for path in paths:
+        files = [path] if not path.is_dir() else sorted(p for p in path.rglob("*.json") if is_result(p))
+        if not files:
+            raise UserError(f"{path} holds no results; eval/run_eval.py --output writes them")
+        found.update({file.resolve(): read(file) for file in files})
+    return list(found.values())
+
+
+def is_result(path: Path) -> bool:
+    """Whether a file in a results folder is to be read: not hidden, and either of this store or broken (which must be named)."""
+    if path.name.startswith("."):
+        return False
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError):
+        return True
+    return isinstance(data, dict) and KEY in data and str(data[KEY].get("format", "")) == FORMAT
+
+
+def reusable(path: Path, settings: Settings, fingerprint: str, overwrite: bool) -> Result | None:
+    """The stored result at ``path`` if it is this very measurement; None if there is none (or it may be overwritten).
+
+    Raises:
+        UserError: the file holds another checkpoint's result, or one with other settings, and ``overwrite`` is off.
+    """
+    if not path.exists() or overwrite:
+        return None
+    stored = read(path)
+    if stored.model["fingerprint"] != fingerprint:
+        raise UserError(
+            f"{path} holds the result of another checkpoint ({stored.model['checkpoint']}); "
+            "choose another --output or --name, or say --overwrite"
+        )
+    before, now = asdict(stored.settings), asdict(settings)
+    differing = [f"{key}: {before[key]} there, {now[key]} now" for key in now if before[key] != now[key]]
+    if differing:
+        raise UserError(
+            f"{path} was made with other settings ({'; '.join(differing)}); choose another --output or say --overwrite"
+        )
+    return stored

@@ -1,0 +1,197 @@
+"""Evaluate one checkpoint on the suite's tasks: what is stored already is reused, each task is stored as it is done."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import tempfile
+import time
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+
+import datasets
+from rich.console import Console
+
+from mohd_train.errors import UserError
+from mohd_train.evaluate import checkpoint as checkpoints
+from mohd_train.evaluate import report, results
+from mohd_train.evaluate.harness import BOOTSTRAP_ITERS, HarnessLM, score
+from mohd_train.evaluate.rows import RowFile
+from mohd_train.evaluate.suite import Suite, TaskSpec, load_suite
+from mohd_train.evaluate.tasks import BuiltTask, build_task, stock_manager
+
+DEMO_MARK = "DEMO"  # a file of this name in a folder of rows says that they are not the tasks' own
+
+
+@dataclass
+class EvalOptions:
+    """What `eval/run_eval.py` is asked to do."""
+
+    checkpoint: Path
+    output: Path
+    tasks: list[str] = field(default_factory=list)  # empty: all ten
+    data_dir: Path | None = None  # None: the hub
+    limit: int | None = None  # questions a task (a subject); None: all
+    batch_size: int | str = 8
+    device: str = "auto"
+    dtype: str = "auto"
+    bos: str = "auto"  # auto | yes | no
+    seed: int | None = None  # of the shots; default: the suite's
+    name: str | None = None  # default: the model plan's
+    tokenizer: Path | None = None
+    overwrite: bool = False
+
+
+def run_eval(options: EvalOptions, suite: Suite | None = None, console: Console | None = None) -> int:
+    """Evaluates, shows and stores. Returns 0, or 1 when a task could not be had (which is named).
+
+    Raises:
+        UserError: bad input; see the parts for what is checked. Tasks that were done before it stay stored.
+    """
+    suite, console = suite or load_suite(), console or Console()
+    specs = suite.select(options.tasks)
+    _check(options, suite)
+    location = checkpoints.locate(options.checkpoint)
+    datasets.disable_progress_bars()
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # a line for each truncated request; they are counted instead
+    with tempfile.TemporaryDirectory(prefix="mohd_eval_") as cache:
+        built, failed = _build(specs, options, Path(cache), console)
+        loaded = checkpoints.load(
+            location, tokenizer=options.tokenizer, name=options.name, device=options.device, dtype=options.dtype
+        )
+        lm = HarnessLM(loaded, options.batch_size, {"auto": None, "yes": True, "no": False}[options.bos])
+        info = {**loaded.info, "max_length": lm.max_length, "bos": lm.bos}
+        folder = options.output / str(info["name"])
+        jobs = [(task, _settings(task, options, suite, str(info["dtype"]))) for task in built]
+        kept = {
+            task.spec.name: results.reusable(
+                folder / f"{task.spec.name}.json", settings, location.fingerprint, options.overwrite
+            )
+            for task, settings in jobs
+        }
+        _check_writable(folder)
+        done = _run(jobs, kept, lm, info, folder, options, console)
+    title = f"{info['name']}: {info['checkpoint']}"
+    console.print(report.results_table(suite, done, failed, title))
+    _notes(console, built, failed)
+    console.print(f"results: {folder}", soft_wrap=True)
+    return 1 if failed else 0
+
+
+def _check(options: EvalOptions, suite: Suite) -> None:
+    if version("lm_eval") != suite.lm_eval:
+        raise UserError(
+            f"lm-eval {version('lm_eval')} is installed, eval/tasks.yaml is written for {suite.lm_eval}; install that one"
+        )
+    if options.limit is not None and options.limit < 2:
+        raise UserError(f"--limit is {options.limit}; it must be 2 or more (a standard error needs two questions)")
+    if options.data_dir is not None and not options.data_dir.is_dir():
+        raise UserError(
+            f"no folder {options.data_dir}; --data-dir must hold <task>/<split>.jsonl (see docs/evaluation.md)"
+        )
+
+
+def _build(
+    specs: list[TaskSpec], options: EvalOptions, cache: Path, console: Console
+) -> tuple[list[BuiltTask], dict[str, str]]:
+    """The tasks, and the reasons for those that the hub does not give. A local file that is wrong ends the run instead."""
+    manager, built, failed = stock_manager(specs), [], {}
+    for spec in specs:
+        try:
+            built.append(build_task(spec, manager, options.data_dir, cache))
+        except UserError as error:
+            if options.data_dir is not None:
+                raise
+            failed[spec.name] = str(error)
+            console.print(f"[red]skipped[/red] {spec.name}: {error}", soft_wrap=True)
+    if not built:
+        raise UserError(f"none of the tasks can be had; the first said: {next(iter(failed.values()))}")
+    return built, failed
+
+
+def _settings(task: BuiltTask, options: EvalOptions, suite: Suite, dtype: str) -> results.Settings:
+    return results.Settings(
+        task=task.spec.name,
+        shots=task.spec.shots,
+        metric=task.spec.metric,
+        seed=suite.seed if options.seed is None else options.seed,
+        limit=options.limit,
+        lm_eval=version("lm_eval"),
+        bos=options.bos,
+        dtype=dtype,
+        rows=_rows_hash(task.files) if task.files else "hub",
+        demo=options.data_dir is not None and (options.data_dir / DEMO_MARK).exists(),
+    )
+
+
+def _rows_hash(files: dict[str, RowFile]) -> str:
+    digest = hashlib.sha256()
+    for split, file in sorted(files.items()):
+        digest.update(f"{split}:{file.sha256}\n".encode())
+    return digest.hexdigest()[:16]
+
+
+def _check_writable(folder: Path) -> None:
+    """Before hours of work, not after. Raises :class:`UserError`."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write results to {folder} ({error.strerror}); choose another --output") from None
+    if not os.access(folder, os.W_OK):
+        raise UserError(f"no permission to write results to {folder}; choose another --output")
+
+
+def _run(
+    jobs: list[tuple[BuiltTask, results.Settings]],
+    kept: dict[str, results.Result | None],
+    lm: HarnessLM,
+    info: dict[str, object],
+    folder: Path,
+    options: EvalOptions,
+    console: Console,
+) -> dict[str, results.Result]:
+    done: dict[str, results.Result] = {}
+    for number, (task, settings) in enumerate(jobs, start=1):
+        name, path = task.spec.name, folder / f"{task.spec.name}.json"
+        place = f"[{number}/{len(jobs)}]"
+        if (stored := kept[name]) is not None:
+            done[name] = stored
+            console.print(place, report.one_line(stored, None), markup=False, highlight=False, soft_wrap=True)
+            continue
+        start = time.monotonic()
+        with report.task_bar(console, task.spec, place.replace("[", r"\[")) as progress:
+            raw = score(lm, task, limit=settings.limit, seed=settings.seed, progress=progress)
+        seconds = time.monotonic() - start
+        data = results.record(
+            task.spec,
+            settings,
+            info,
+            raw,
+            truncated=asdict(lm.truncation),
+            files={
+                split: {"path": str(file.path), "rows": file.rows, "sha256": file.sha256}
+                for split, file in task.files.items()
+            },
+            absent_subjects=task.absent,
+            bootstrap_iters=BOOTSTRAP_ITERS,
+            batch_size=options.batch_size,
+            device=str(lm.device),
+            seconds=round(seconds, 2),
+        )
+        results.write_json(path, data)
+        done[name] = results.read(path)
+        console.print(place, report.one_line(done[name], seconds), markup=False, highlight=False, soft_wrap=True)
+    return done
+
+
+def _notes(console: Console, built: list[BuiltTask], failed: dict[str, str]) -> None:
+    for task in built:
+        if task.absent:
+            console.print(
+                f"{task.spec.name}: {len(task.leaves)} of {task.spec.subjects} subjects are in the local folder",
+                highlight=False,
+            )
+    for name, reason in failed.items():
+        console.print(f"{name}: – ({reason})", markup=False, highlight=False, soft_wrap=True)
