@@ -9,6 +9,9 @@ from collections.abc import Callable
 class UserError(ValueError):
     """Bad input. The message is one line: what is wrong, where (file, key, shard), and what to do."""
 
+    def __init__(self, message: str) -> None:
+        super().__init__(" ".join(message.splitlines()))
+
 
 def run_cli(main: Callable[[], int | None]) -> None:
     """Runs ``main`` and exits: 0, or its return value; 1 with one clear line for bad input; 130 for Ctrl-C.

@@ -76,7 +76,9 @@ def _check_domains(config: Config) -> None:
         raise UserError("data.domains is empty; name the domains and their proportions, such as {cc: 0.67, wiki: 0.33}")
     for name, share in domains.items():
         if not math.isfinite(share) or share <= 0:
-            raise UserError(f"data.domains.{name} is {share}; a proportion must be positive (leave the domain out for none)")
+            raise UserError(
+                f"data.domains.{name} is {share}; a proportion must be positive (leave the domain out for none)"
+            )
     unknown = [name for name in config.data.optional_domains if name not in domains]
     if unknown:
         raise UserError(f"data.optional_domains names {', '.join(unknown)}, which data.domains does not have")

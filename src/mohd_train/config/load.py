@@ -5,10 +5,13 @@ Each source is checked by itself, so that an error names the file (or the overri
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
+import io
 import types
 import typing
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +20,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from mohd_train.config.check import check
-from mohd_train.config.schema import Config
+from mohd_train.config.plan import ModelPlan, make_plan
+from mohd_train.config.schema import Config, ModelConfig, MoHDSettings
 from mohd_train.errors import UserError
 
 # A later source's mapping replaces these whole (a mix is one thing); other mappings merge key by key.
@@ -26,7 +30,11 @@ REPLACED_WHOLE = ("data.domains",)
 
 def _schema_of(annotation: Any) -> Any:
     """The dataclass inside ``X`` or ``Optional[X]``, or None."""
-    options = typing.get_args(annotation) if typing.get_origin(annotation) in (typing.Union, types.UnionType) else (annotation,)
+    options = (
+        typing.get_args(annotation)
+        if typing.get_origin(annotation) in (typing.Union, types.UnionType)
+        else (annotation,)
+    )
     return next((option for option in options if dataclasses.is_dataclass(option)), None)
 
 
@@ -72,14 +80,17 @@ def _read(path: str) -> dict[str, Any]:
     if not file.is_file():
         raise UserError(f"{path}: no such config file; give YAML files first, then key=value overrides")
     try:
-        text = file.read_text(encoding="utf-8")
-        value = OmegaConf.to_container(OmegaConf.create(text), resolve=False) if text.strip() else {}
+        value = OmegaConf.to_container(OmegaConf.load(io.StringIO(file.read_text(encoding="utf-8"))), resolve=False)
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f" at line {mark.line + 1}" if mark else ""
-        raise UserError(f"{path}: broken YAML{where}: {getattr(error, 'problem', None) or error}") from None
+        raise UserError(
+            f"{path}: broken YAML{where}: {getattr(error, 'problem', None) or _first_line(error)}"
+        ) from None
+    except OSError as error:  # OmegaConf's word for a document that is neither a mapping nor a list
+        raise UserError(f"{path}: holds no mapping of keys to values ({_first_line(error)})") from None
     except (OmegaConfBaseException, ValueError, RecursionError) as error:
         raise UserError(f"{path}: {_first_line(error)}") from None
     if not isinstance(value, dict):
@@ -135,7 +146,9 @@ def _resolve(config: Config) -> Config:
         config.run_folder = config.run_folder.format(run_name=config.run_name)
         config.save_folder = config.save_folder.format(run_name=config.run_name, run_folder=config.run_folder)
     except (KeyError, IndexError, ValueError) as error:
-        raise UserError(f"run_folder, save_folder: unknown placeholder {error}; known: {{run_name}}, {{run_folder}}") from None
+        raise UserError(
+            f"run_folder, save_folder: unknown placeholder {error}; known: {{run_name}}, {{run_folder}}"
+        ) from None
     if config.optimizer.router_lr is None:
         config.optimizer.router_lr = config.optimizer.lr
     if config.data.shuffle_seed is None:
@@ -149,6 +162,40 @@ def split_arguments(arguments: list[str]) -> tuple[list[str], list[str]]:
     return files, [word for word in arguments if "=" in word]
 
 
+def _merge_all(files: list[str], overrides: list[str]) -> tuple[DictConfig, dict[str, str]]:
+    """All sources merged, and where each key was last set."""
+    config, origin = OmegaConf.structured(Config), {}
+    sources = [(path, _read(path), True) for path in files]
+    sources += [(f"override {text!r}", *_override(text)) for text in overrides]
+    for source, value, replace in sources:
+        _refuse_unknown(value, source)
+        origin |= dict.fromkeys(_leaves(value), source)
+        config = _merge(config, value, source, replace=replace)
+    return config, origin
+
+
+def _leaves(value: dict[str, Any], prefix: str = "") -> list[str]:
+    """Every dotted key in ``value``, inner nodes too."""
+    keys = []
+    for key, child in value.items():
+        keys.append(f"{prefix}{key}")
+        if isinstance(child, dict):
+            keys += _leaves(child, f"{prefix}{key}.")
+    return keys
+
+
+@contextlib.contextmanager
+def _naming_the_source(origin: dict[str, str]) -> Iterator[None]:
+    """Adds to an error that begins with a key where that key was set."""
+    try:
+        yield
+    except UserError as error:
+        key = str(error).split(" ", 1)[0]
+        if key not in origin:
+            raise
+        raise UserError(f"{origin[key]}: {error}") from None
+
+
 def load_config(files: list[str], overrides: list[str] | None = None) -> Config:
     """Merges files left to right, then overrides, and checks the result.
 
@@ -156,28 +203,40 @@ def load_config(files: list[str], overrides: list[str] | None = None) -> Config:
         UserError: an unknown key, a wrong type, a missing value or an impossible combination; the message names
             the file, the key and the remedy.
     """
-    config = OmegaConf.structured(Config)
-    for path in files:
-        value = _read(path)
-        _refuse_unknown(value, path)
-        config = _merge(config, value, path, replace=True)
-    for text in overrides or []:
-        value, whole = _override(text)
-        source = f"override {text!r}"
-        _refuse_unknown(value, source)
-        config = _merge(config, value, source, replace=whole)
+    config, origin = _merge_all(files, overrides or [])
     try:
         missing = sorted(OmegaConf.missing_keys(config))
         if missing:
             raise UserError(
-                f"no value for {', '.join(missing)}; give a model (configs/model), MoHD settings (configs/mohd) and a recipe (configs/recipe)"
+                f"no value for {', '.join(missing)}; give a recipe (configs/recipe), a model (configs/model) "
+                "and MoHD settings (configs/mohd)"
             )
         result = OmegaConf.to_object(config)
     except OmegaConfBaseException as error:
         raise UserError(f"config: {_first_line(error)}") from None
     assert isinstance(result, Config)
-    check(_resolve(result))
+    with _naming_the_source(origin):
+        check(_resolve(result))
     return result
+
+
+def load_model_plan(files: list[str], overrides: list[str] | None = None) -> ModelPlan:
+    """The model alone, from files that need not hold a whole run (``configs/model/355m.yaml configs/mohd/x2.yaml``).
+
+    Raises:
+        UserError: as :func:`load_config`.
+    """
+    config, origin = _merge_all(files, overrides or [])
+    missing = sorted(key for key in OmegaConf.missing_keys(config) if key.startswith(("model.", "mohd.")))
+    if missing:
+        raise UserError(f"no value for {', '.join(missing)}; give a model, such as configs/model/355m.yaml")
+    try:
+        model, mohd = OmegaConf.to_object(config.model), OmegaConf.to_object(config.mohd)
+        max_seq_len = config.max_seq_len
+    except OmegaConfBaseException as error:
+        raise UserError(f"config: {_first_line(error)}") from None
+    with _naming_the_source(origin):
+        return make_plan(typing.cast("ModelConfig", model), typing.cast("MoHDSettings", mohd), max_seq_len)
 
 
 def to_yaml(config: Config) -> str:

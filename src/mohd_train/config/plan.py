@@ -98,7 +98,11 @@ class ModelPlan:
     def differences(self, other: ModelPlan) -> list[str]:
         """``["hidden_size: 1024 here, 2048 there", ...]``: what keeps the weights of one out of the other."""
         ours, theirs = self.to_dict(), other.to_dict()
-        return [f"{key}: {ours[key]} here, {theirs[key]} there" for key in ours if key != "name" and ours[key] != theirs[key]]
+        return [
+            f"{key}: {ours[key]} here, {theirs[key]} there"
+            for key in ours
+            if key != "name" and ours[key] != theirs[key]
+        ]
 
 
 def _positive(section: str, **values: float) -> None:
@@ -125,7 +129,9 @@ def _component(section: str, config: SubDimensionConfig | None, hidden_size: int
     if not 1 <= k <= n:
         raise UserError(f"{section}.top_k is {k}; it must lie in 1 .. sub_dims = {n}")
     if not 0 <= s <= k:
-        raise UserError(f"{section}.shared_sub_dims is {s}; it must lie in 0 .. top_k = {k}, since shared ones are always active")
+        raise UserError(
+            f"{section}.shared_sub_dims is {s}; it must lie in 0 .. top_k = {k}, since shared ones are always active"
+        )
     return SubDimPlan(sub_dims=n, top_k=k, shared=s, width=hidden_size // n)
 
 

@@ -63,7 +63,9 @@ class DataConfig:
     local: str = MISSING  # folder with manifest.json, or the cache when `remote` is set
     remote: Optional[str] = None
     domains: dict[str, float] = field(default_factory=dict)  # proportions; they are normalized to sum to 1
-    optional_domains: list[str] = field(default_factory=list)  # may be absent from the data: the rest is renormalized, and said
+    optional_domains: list[str] = field(
+        default_factory=list
+    )  # may be absent from the data: the rest is renormalized, and said
     shuffle: bool = True
     shuffle_seed: Optional[int] = None  # default: the run's seed
     shuffle_block_size: Optional[int] = None

@@ -1,0 +1,48 @@
+"""One component's sub-dimensions: route once, then the same active set for its input and its output."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from mohd_train.config.plan import ModelPlan, SubDimPlan
+from mohd_train.kernels import ops
+from mohd_train.model.activation_scaling import activation_weights
+from mohd_train.model.balance_loss import balance_loss
+from mohd_train.model.group_fusion import GroupFusion
+from mohd_train.model.router import Router, Routing
+
+
+class SubDimensions(nn.Module):
+    """Router, activation scaling and group fusion of one component ("synchronized sparsification")."""
+
+    def __init__(self, plan: SubDimPlan, model: ModelPlan, kernels: str = "auto") -> None:
+        super().__init__()
+        self.plan = plan
+        self.kernels = kernels
+        self.scaling = model.scaling
+        self.gate_input = model.gate_input
+        self.balance_loss_weight = model.balance_loss_weight
+        self.router = Router(plan, model.hidden_size)
+        self.fusion = GroupFusion(plan, model.fusion)
+
+    def route(self, x_TD: Tensor, token_mask_T: Tensor | None) -> tuple[Routing, ops.Selection]:
+        """Routes T normalized tokens; the router reads the full x."""
+        logits, scores, indices = self.router(x_TD)
+        weights = activation_weights(scores, indices, self.scaling)
+        balance = balance_loss(logits, indices, self.plan, self.balance_loss_weight, token_mask_T)
+        selection = ops.make_selection(
+            indices, sub_dims=self.plan.sub_dims, shared=self.plan.shared, backend=self.backend(x_TD)
+        )
+        return Routing(indices, scores, weights, balance), selection
+
+    def input_weights(self, routing: Routing) -> Tensor | None:
+        """``g`` of the active inputs [T, K] where the input is gated; by default it is not."""
+        return routing.scores.gather(1, routing.indices) if self.gate_input else None
+
+    def backend(self, x: Tensor) -> str:
+        """The kernels that run for ``x``."""
+        return ops.resolve_backend(self.kernels, x.device, x.dtype, width=self.plan.width)
+
+    def fuse_residual(self, z_TKC: Tensor, selection: ops.Selection, residual_TD: Tensor) -> Tensor:
+        """Group fusion and residual (eqs. 9, 17) from the compact output."""
+        return ops.fuse_residual(z_TKC, self.fusion.blocks, selection, residual_TD, backend=self.backend(residual_TD))
