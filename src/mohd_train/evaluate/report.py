@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
+from rich import box
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -65,7 +66,7 @@ def one_line(result: Result, seconds: float | None) -> str:
 
 def results_table(suite: Suite, results: Mapping[str, Result], failed: Mapping[str, str], title: str) -> Table:
     """Task, shots, questions, accuracy ± standard error, normalized accuracy, perplexity, truncated requests."""
-    table = Table(title=title, title_justify="left")
+    table = Table(title=title, title_justify="left", box=box.SIMPLE, pad_edge=False)
     for head in ("task", "shots", "n", "acc (%)", "acc_norm", "ppl", "truncated"):
         table.add_column(head, justify="left" if head == "task" else "right", no_wrap=True)
     for name, spec in suite.tasks.items():

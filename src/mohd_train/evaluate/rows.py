@@ -106,7 +106,7 @@ def _binary(row: dict[str, Any]) -> str | None:
 _ARC = Schema({"question": str, "choices": dict, "answerKey": str}, _arc)
 SCHEMAS = {
     "sciq": Schema(
-        {key: str for key in ("question", "distractor1", "distractor2", "distractor3", "correct_answer", "support")}
+        dict.fromkeys(("question", "distractor1", "distractor2", "distractor3", "correct_answer", "support"), str)
     ),
     "piqa": Schema({"goal": str, "sol1": str, "sol2": str, "label": int}, _binary),
     "winogrande": Schema({"sentence": str, "option1": str, "option2": str, "answer": str}, _winogrande),
