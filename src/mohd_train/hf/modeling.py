@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, GenerationMixin, Pr
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from mohd_train.hf.configuration import MoHDConfig
-from mohd_train.model.init import initialize
+from mohd_train.model.group_fusion import GroupFusion
 from mohd_train.model.transformer import Transformer
 
 
@@ -39,11 +39,15 @@ class MoHDForCausalLM(PreTrainedModel, GenerationMixin):
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
-        """The transformer fills its own parameters on construction."""
-        if isinstance(module, Transformer) and any(
-            getattr(p, "_is_hf_initialized", None) is False for p in module.parameters()
-        ):
-            initialize(module, module.plan)
+        """What :func:`mohd_train.model.init.initialize` does, for the modules that a loaded folder leaves empty."""
+        if isinstance(module, GroupFusion):
+            module.reset_parameters()
+            return
+        for parameter in module.parameters(recurse=False):
+            if parameter.dim() == 1:
+                nn.init.ones_(parameter)
+            else:
+                nn.init.normal_(parameter, std=self.config.initializer_range)
 
     def get_input_embeddings(self) -> nn.Embedding:
         """The token embedding [V, D]."""
