@@ -37,7 +37,7 @@ def complete(folder: Path) -> bool:
 def run(*command: object) -> None:
     words = [str(word) for word in command]
     print("$", " ".join(words), flush=True)
-    if (code := subprocess.call(words, cwd=ROOT)) != 0:
+    if (code := subprocess.call(words, cwd=ROOT, close_fds=False)) != 0:
         sys.exit(f"error: set-up failed: `{' '.join(words)}` exited with {code}; mend what it says above, run again")
 
 
@@ -78,6 +78,7 @@ def main() -> None:
         lock = open(folder.parent / f".{folder.name.lstrip('.')}.lock", "w")  # noqa: SIM115
     except OSError as error:
         sys.exit(f"error: cannot write to {folder.parent} ({error.strerror}); make setup VENV=/elsewhere/venv")
+    os.set_inheritable(lock.fileno(), True)  # should this be killed, pip holds the lock for as long as it goes on
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -75,8 +75,8 @@ def _readme() -> Documents:
         name = (package.metadata["Name"] or "").lower()
         if name == "mohd_train":  # else the corpus would change with this project's own README
             continue
-        body: Any = package.metadata.get_payload() or package.metadata.get("Description")
-        found[f"description of {name} {package.version}"] = str(body or "")
+        body = package.metadata.get_payload()  # type: ignore[attr-defined]  # an email.message.Message
+        found[f"description of {name} {package.version}"] = str(body)
         for file in package.files or []:
             if file.name.upper().startswith(("LICENSE", "COPYING", "NOTICE", "AUTHORS")) and ".dist-info" in str(file):
                 path = Path(str(package.locate_file(file)))

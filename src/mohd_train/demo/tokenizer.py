@@ -56,6 +56,8 @@ def train_tokenizer(
             num_threads=1,
             minloglevel=2,
         )
+    except UserError:  # about the texts
+        raise
     except (RuntimeError, ValueError) as error:
         reason = str(error).strip().splitlines()[-1]
         raise UserError(

@@ -1,0 +1,77 @@
+"""The commands of `scripts/demo.py`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from itertools import zip_longest
+from pathlib import Path
+
+from mohd_train.errors import UserError
+
+CHECKOUT = Path(__file__).resolve().parents[3]
+
+
+def run(**given: str | int | None) -> None:
+    """The whole demo. Paths are taken relative to where the user is, and shown relative to the checkout."""
+    from mohd_train.demo.plan import Options
+    from mohd_train.demo.run import run_demo
+
+    for name in ("out", "raw", "tokenizer", "eval_data"):
+        path = given.get(name)
+        if isinstance(path, str) and (
+            name != "tokenizer" or Path(path).exists()
+        ):  # a tokenizer may be a name on the hub
+            if name != "out" and not Path(path).exists():
+                raise UserError(f"--{name.replace('_', '-')}: there is no {path}")
+            given[name] = os.path.relpath(path, CHECKOUT)
+    limit = given.get("limit")
+    if isinstance(limit, int) and limit < 1:
+        raise UserError(f"--limit is {limit}; it must be at least 1")
+    os.chdir(CHECKOUT)
+    run_demo(Options(**{name: value for name, value in given.items() if value is not None}))  # type: ignore[arg-type]
+
+
+def corpus(folder: Path) -> None:
+    """Writes the corpus and says what it holds."""
+    from mohd_train.demo.corpus import build_corpus
+
+    for domain, entry in build_corpus(folder).items():
+        print(f"{domain:<8} {entry['documents']:>5} documents {entry['bytes'] / 1e6:6.2f} MB  {folder / domain}")
+
+
+def tokenizer(raw: Path, model: Path) -> None:
+    """Learns a tokenizer from the rows below ``raw``, all domains alike."""
+    from mohd_train.demo.tokenizer import train_tokenizer
+
+    pieces = train_tokenizer(_texts(raw), model)
+    print(f"{model}: {pieces.get_piece_size()} pieces, BPE with byte fallback")
+
+
+def curves(runs: list[Path], output: Path) -> None:
+    """Draws the loss curves of ``runs``."""
+    from mohd_train.demo.curves import draw, read_curve
+
+    draw([read_curve(run) for run in runs], output)
+    print(output)
+
+
+def _texts(raw: Path) -> Iterator[str]:
+    """Documents below ``raw``, one of each file in turn, so that any prefix holds every domain.
+
+    Bad rows are passed over: prepare.py, which comes next, names them.
+    """
+    from mohd_train.data.domains import Source, find_sources
+    from mohd_train.data.rows import parse_rows, range_lines, unpacked_units
+
+    def texts(source: Source) -> Iterator[str]:
+        lines: Iterator[bytes]
+        if source.compression:
+            lines = (line for unit, _ in unpacked_units(source) for line in unit.splitlines())
+        else:
+            lines = range_lines(source.path, 0, source.bytes)
+        return (row.text for row in parse_rows(lines) if row.text is not None)
+
+    sources = [source for files in find_sources(raw).domains.values() for source in files if source.split == "train"]
+    for documents in zip_longest(*map(texts, sources)):
+        yield from (text for text in documents if text is not None)
