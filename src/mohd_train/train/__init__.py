@@ -1,0 +1,1 @@
+"""Training on Composer: ``run.train(config)``; ``build.build(config)`` for the Trainer alone."""

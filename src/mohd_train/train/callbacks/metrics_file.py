@@ -1,0 +1,107 @@
+"""``metrics.jsonl``: every metric of a run, one JSON object a line, one line a batch."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from composer.core import State
+from composer.loggers import Logger, LoggerDestination
+from composer.utils import dist
+
+# Composer logs these before the step, so they'd be one behind the line's own batch and tokens.
+DROPPED = frozenset(
+    f"time/{name}"
+    for name in ("batch", "sample", "token", "batch_in_epoch", "sample_in_epoch", "token_in_epoch", "epoch")
+)
+
+
+def read_metrics(path: str | Path) -> list[dict[str, Any]]:
+    """The whole lines of a metrics file; a half-written last one is left out."""
+    records = []
+    try:
+        lines = Path(path).read_bytes().splitlines(keepends=True)
+    except FileNotFoundError:
+        return []
+    for line in lines:
+        if line.endswith(b"\n"):
+            records.append(json.loads(line))
+    return records
+
+
+def _number(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        value = value.item()
+    return value if isinstance(value, (int, float, str, bool)) or value is None else float(value)
+
+
+class MetricsFile(LoggerDestination):
+    """Collects what is logged and writes ``{"batch": n, "tokens": t, name: value, ...}`` once the n-th batch is complete.
+
+    ``batch`` and ``tokens`` count what has been trained on, so the losses of the first batch stand in line ``batch: 1``. A line is
+    on disk before the checkpoint of its batch is written; on resuming, lines after the checkpoint's batch are cut, so that no
+    step is ever recorded twice. Written by rank 0.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.enabled = dist.get_global_rank() == 0
+        self._pending: dict[str, Any] = {}
+        self._last: dict[str, Any] = {}
+        self._last_offset = 0
+
+    @property
+    def latest(self) -> dict[str, Any]:
+        """The last line written, whole."""
+        return self._last
+
+    def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
+        """Takes metrics for the next line; ``step`` is the line's own batch and not used."""
+        if self.enabled:
+            self._pending.update({name: _number(value) for name, value in metrics.items() if name not in DROPPED})
+
+    def after_load(self, state: State, logger: Logger) -> None:
+        """Cuts what lies after the batch from which this session goes on."""
+        if not self.enabled:
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        kept = [record for record in read_metrics(self.path) if record["batch"] <= state.timestamp.batch.value]
+        temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}")
+        with temporary.open("w", encoding="utf-8") as file:
+            file.writelines(json.dumps(record) + "\n" for record in kept)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, self.path)
+        self._last = kept[-1] if kept else {}
+        self._last_offset = self.path.stat().st_size - len(json.dumps(self._last)) - 1 if kept else 0
+
+    def batch_checkpoint(self, state: State, logger: Logger) -> None:
+        """Writes the batch's line. Runs before Composer's CheckpointSaver, since loggers come first."""
+        self._write(state)
+
+    def eval_standalone_end(self, state: State, logger: Logger) -> None:
+        """Writes a validation that ran outside the training loop."""
+        self._write(state)
+
+    def close(self, state: State, logger: Logger) -> None:
+        """Writes what came after the last batch, such as a validation at the end."""
+        self._write(state)
+
+    def _write(self, state: State) -> None:
+        """Appends a line; what comes for the batch of the last line is merged into it."""
+        if not self.enabled or not self._pending:
+            return
+        record = {"batch": state.timestamp.batch.value, "tokens": state.timestamp.token.value} | self._pending
+        self._pending = {}
+        again = bool(self._last) and self._last["batch"] == record["batch"]
+        with self.path.open("r+b") as file:
+            offset = self._last_offset if again else file.seek(0, os.SEEK_END)
+            record = self._last | record if again else record
+            file.seek(offset)
+            file.write(json.dumps(record).encode() + b"\n")
+            file.truncate()
+            file.flush()
+        self._last, self._last_offset = record, offset

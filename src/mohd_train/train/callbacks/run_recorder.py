@@ -1,0 +1,41 @@
+"""Keeps ``run.json`` up to date while a run trains."""
+
+from __future__ import annotations
+
+from composer.callbacks import CheckpointSaver
+from composer.core import Callback, State
+from composer.loggers import Logger
+
+from mohd_train.train.callbacks.metrics_file import MetricsFile
+from mohd_train.train.record import RunRecord, now
+
+
+class RunRecorder(Callback):
+    """Writes the batch, the tokens and the newest checkpoint at each checkpoint, and the final metrics at the end.
+
+    It must stand after Composer's CheckpointSaver in ``state.callbacks``, to see the checkpoint of its own batch.
+
+    Args:
+        record: the run's record, on rank 0; None elsewhere.
+        saver: Composer's saver.
+        metrics: the file log, whose last line is the final one.
+    """
+
+    def __init__(self, record: RunRecord | None, saver: CheckpointSaver, metrics: MetricsFile) -> None:
+        self.record, self.saver, self.metrics = record, saver, metrics
+
+    def _progress(self, state: State) -> dict[str, object]:
+        latest = self.saver.saved_checkpoints[-1] if self.saver.saved_checkpoints else None
+        found = {"batch": state.timestamp.batch.value, "tokens": state.timestamp.token.value}
+        return found | ({"checkpoint": latest} if latest else {})
+
+    def batch_checkpoint(self, state: State, logger: Logger) -> None:
+        """After a checkpoint of this batch."""
+        if self.record is not None and self.saver.last_checkpoint_batch == state.timestamp.batch:
+            self.record.update(**self._progress(state))
+
+    def finish(self, state: State) -> None:
+        """After the last validation."""
+        if self.record is not None:
+            final = {name: value for name, value in self.metrics.latest.items() if not name.startswith("routing/")}
+            self.record.update(status="finished", ended=now(), metrics=final, **self._progress(state))

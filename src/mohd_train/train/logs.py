@@ -1,0 +1,37 @@
+"""Python's own logging: everything into the run folder, errors alone to the terminal."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import warnings
+from pathlib import Path
+
+FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+
+
+def log_to_folder(folder: Path, level: str) -> None:
+    """Sends log records of ``level`` and up, and Python warnings, to ``folder/logs/rank{rank}.log``; errors to stderr too.
+
+    Composer and torch warn of much that a user can't act on; here it is kept for whoever looks, and the terminal stays readable.
+    Composer's own ``logging.basicConfig`` does nothing where the root logger has handlers.
+    """
+    rank = os.environ.get("RANK", "0")
+    path = folder / "logs" / f"rank{rank}.log"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    root = logging.getLogger()
+    for handler in [handler for handler in root.handlers if getattr(handler, "of_run", False)]:
+        root.removeHandler(handler)  # of an earlier run in this process
+        handler.close()
+    to_file = logging.FileHandler(path, encoding="utf-8")
+    to_file.setLevel(level.upper())
+    to_terminal = logging.StreamHandler(sys.stderr)
+    to_terminal.setLevel(logging.ERROR)
+    for handler in (to_file, to_terminal):
+        handler.setFormatter(logging.Formatter(FORMAT))
+        handler.of_run = True  # type: ignore[attr-defined]
+        root.addHandler(handler)
+    logging.getLogger("streaming").propagate = True
+    logging.captureWarnings(True)
+    warnings.simplefilter("default")  # each warning once per place, into the file

@@ -1,0 +1,101 @@
+"""Device, precision, batch sizes and sharding: how one model is spread over the devices at hand."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from typing import Any
+
+import torch
+from composer.utils.parallelism import FSDPConfig
+
+from mohd_train.config.load import nearest
+from mohd_train.config.schema import Config
+from mohd_train.errors import UserError
+from mohd_train.model.transformer import Transformer
+
+# mixed_precision FULL gathers float32 parameters and leaves bfloat16 to autocast, as under DDP: with DEFAULT the router's centroids
+# and its input would be rounded to bfloat16, where 0.4% of the choices flip. Reentrant recomputation would drop the gradient
+# of what isn't a plain tensor output, such as a block's balance loss. A full state dict is one file, for any number of devices.
+FSDP_DEFAULTS: dict[str, Any] = {
+    "mixed_precision": "FULL",
+    "activation_checkpointing_reentrant": False,
+    "state_dict_type": "full",
+}
+
+
+def world_size() -> int:
+    """Processes of this launch (the composer launcher sets WORLD_SIZE); 1 under plain python."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def is_rank_zero() -> bool:
+    """Whether this process speaks for the run."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def resolve_device(name: str) -> str:
+    """``cpu`` or ``gpu`` for ``auto`` | ``cpu`` | ``gpu``. Raises UserError for a GPU that is not there."""
+    if name == "gpu" and not torch.cuda.is_available():
+        raise UserError(
+            "device is gpu, but torch sees none; set device=cpu, or install a torch build for your GPU's driver"
+        )
+    return ("gpu" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+
+
+def check_precision(precision: str, device: str) -> None:
+    """Composer trains on CPU in fp32 alone, and amp_bf16 needs a GPU that has it."""
+    if device == "cpu" and precision != "fp32":
+        raise UserError(f"precision is {precision}, which Composer does not train in on a CPU; set precision=fp32")
+    if device == "gpu" and precision == "amp_bf16" and not torch.cuda.is_bf16_supported():
+        raise UserError(
+            f"precision is amp_bf16, which {torch.cuda.get_device_name()} lacks; set precision=amp_fp16 or fp32"
+        )
+
+
+def device_batch_size(config: Config) -> int:
+    """Samples a device takes per step. Raises UserError where the global batch does not divide."""
+    size, devices = config.global_train_batch_size, world_size()
+    if size % devices:
+        raise UserError(
+            f"global_train_batch_size is {size}, which does not divide over {devices} processes; "
+            f"nearest that do: {max(size // devices, 1) * devices}, {(size // devices + 1) * devices}"
+        )
+    return size // devices
+
+
+def microbatch_size(config: Config, device: str) -> int | str:
+    """Samples per forward pass: ``auto`` lets Composer halve on running out of GPU memory; a CPU takes its whole batch at once."""
+    whole = device_batch_size(config)
+    if config.device_train_microbatch_size == "auto":
+        return "auto" if device == "gpu" else whole
+    return min(int(config.device_train_microbatch_size), whole)
+
+
+def parallelism_config(config: Config, device: str) -> dict[str, Any] | None:
+    """Composer's ``parallelism_config``; None for DDP or one device.
+
+    Raises:
+        UserError: an unknown FSDP key (Composer would take it in silence), a value that breaks training, or no GPU.
+    """
+    if config.fsdp_config is None:
+        return None
+    if device != "gpu":
+        raise UserError("fsdp_config is set, but Composer shards over GPUs alone; on a CPU set fsdp_config=null (DDP)")
+    known = [field.name for field in dataclasses.fields(FSDPConfig) if field.init]
+    for key in config.fsdp_config:
+        if key not in known:
+            raise UserError(f"fsdp_config: unknown key {key!r}{nearest(str(key), known)}")
+    merged = FSDP_DEFAULTS | dict(config.fsdp_config)
+    if merged["activation_checkpointing_reentrant"]:
+        raise UserError(
+            "fsdp_config.activation_checkpointing_reentrant must be false: it would drop the balance loss's gradient"
+        )
+    return {"fsdp": merged}
+
+
+def mark_blocks(model: Transformer) -> None:
+    """One FSDP unit, and one unit of activation checkpointing, per block: marks that Composer reads."""
+    for block in model.blocks:
+        block._fsdp_wrap = True  # type: ignore[assignment]
+        block._activation_checkpointing = True  # type: ignore[assignment]

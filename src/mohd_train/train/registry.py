@@ -1,0 +1,134 @@
+"""Composer's loggers and callbacks by name, with their keyword arguments checked before anything is built."""
+
+from __future__ import annotations
+
+import inspect
+import netrc
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from composer import callbacks as composer_callbacks
+from composer import loggers as composer_loggers
+from composer.core import Callback, State
+from composer.loggers import Logger, LoggerDestination
+
+from mohd_train.config.load import nearest
+from mohd_train.errors import UserError
+
+
+class WandBLogger(composer_loggers.WandBLogger):
+    """Composer's, for W&B of today: from 0.20 on a run has ``url`` in place of the ``get_url()`` that Composer 0.32 calls."""
+
+    def init(self, state: State, logger: Logger) -> None:
+        """Gives W&B's run class the older name before Composer asks for it."""
+        from wandb.sdk.wandb_run import Run
+
+        if not hasattr(Run, "get_url"):
+            Run.get_url = lambda run: run.url
+        super().init(state, logger)
+
+
+LOGGERS: dict[str, type[LoggerDestination]] = {
+    "wandb": WandBLogger,
+    "tensorboard": composer_loggers.TensorboardLogger,
+    "file_logger": composer_loggers.FileLogger,
+    "in_memory": composer_loggers.InMemoryLogger,
+    "mlflow": composer_loggers.MLFlowLogger,
+}
+CALLBACKS: dict[str, type[Callback]] = {
+    "speed_monitor": composer_callbacks.SpeedMonitor,
+    "lr_monitor": composer_callbacks.LRMonitor,
+    "memory_monitor": composer_callbacks.MemoryMonitor,
+    "optimizer_monitor": composer_callbacks.OptimizerMonitor,
+    "activation_monitor": composer_callbacks.ActivationMonitor,
+    "runtime_estimator": composer_callbacks.RuntimeEstimator,
+    "system_metrics_monitor": composer_callbacks.SystemMetricsMonitor,
+    "nan_monitor": composer_callbacks.NaNMonitor,
+    "early_stopper": composer_callbacks.EarlyStopper,
+    "threshold_stopper": composer_callbacks.ThresholdStopper,
+    "memory_snapshot": composer_callbacks.MemorySnapshot,
+    "oom_observer": composer_callbacks.OOMObserver,
+}
+# In every run; a config entry of that name replaces the arguments, null leaves it out.
+DEFAULT_CALLBACKS: dict[str, dict[str, Any]] = {"speed_monitor": {"window_size": 10}, "lr_monitor": {}}
+
+
+def _check(section: str, wanted: Mapping[str, Any], known: Mapping[str, type]) -> dict[str, dict[str, Any]]:
+    """``wanted`` as name -> keyword arguments, without those set to null. Raises UserError for what is unknown."""
+    checked: dict[str, dict[str, Any]] = {}
+    for name, arguments in wanted.items():
+        if name not in known:
+            raise UserError(f"{section}: unknown name {name!r}{nearest(name, list(known))}; known: {', '.join(known)}")
+        if arguments is None:
+            continue
+        if not isinstance(arguments, Mapping):
+            raise UserError(
+                f"{section}.{name} is {arguments!r}; it must be a mapping of keyword arguments, or null for off"
+            )
+        parameters = inspect.signature(known[name]).parameters
+        for key in arguments:
+            if key not in parameters:
+                raise UserError(
+                    f"{section}.{name}: unknown keyword argument {key!r}{nearest(str(key), list(parameters))}"
+                )
+        checked[name] = dict(arguments)
+    return checked
+
+
+def check_loggers(wanted: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Checks the ``loggers`` section of a config."""
+    return _check("loggers", wanted, LOGGERS)
+
+
+def check_callbacks(wanted: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Checks the ``callbacks`` section of a config, with the defaults filled in."""
+    return _check("callbacks", DEFAULT_CALLBACKS | dict(wanted), CALLBACKS)
+
+
+def _build(section: str, name: str, kind: type, arguments: dict[str, Any]) -> Any:
+    try:
+        return kind(**arguments)
+    except (TypeError, ValueError, ImportError) as error:
+        raise UserError(f"{section}.{name}: {str(error).splitlines()[0]}") from error
+
+
+def build_callbacks(wanted: Mapping[str, Any]) -> list[Callback]:
+    """Composer's callbacks that a config names, and the default ones."""
+    return [_build("callbacks", name, CALLBACKS[name], kwargs) for name, kwargs in check_callbacks(wanted).items()]
+
+
+def wandb_is_offline() -> bool:
+    """Whether W&B records to disk alone: WANDB_MODE says so, or there is no key (WANDB_API_KEY, or netrc by ``wandb login``)."""
+    mode = os.environ.get("WANDB_MODE")
+    if mode:
+        return mode == "offline"
+    host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
+    try:
+        return not os.environ.get("WANDB_API_KEY") and netrc.netrc(os.environ.get("NETRC")).authenticators(host) is None
+    except (FileNotFoundError, netrc.NetrcParseError):
+        return True
+
+
+def build_loggers(wanted: Mapping[str, Any], run_folder: Path, run_id: str) -> list[LoggerDestination]:
+    """Composer's loggers that a config names, writing below ``run_folder``.
+
+    Args:
+        wanted: the ``loggers`` section.
+        run_folder: where TensorBoard and W&B put their files unless told otherwise.
+        run_id: W&B's id, fixed for a run so that a resumed one goes on in the same place.
+    """
+    destinations: list[LoggerDestination] = []
+    for name, kwargs in check_loggers(wanted).items():
+        if name == "wandb":
+            ours = {"id": run_id, "resume": "allow", "dir": str(run_folder)}
+            mode = {"mode": "offline"} if wandb_is_offline() else {}
+            kwargs["init_kwargs"] = ours | mode | dict(kwargs.get("init_kwargs") or {})
+        elif name == "tensorboard":
+            kwargs.setdefault("log_dir", str(run_folder / "tensorboard"))
+        elif name == "file_logger":
+            kwargs.setdefault("filename", str(run_folder / "logs" / "composer-rank{rank}.txt"))
+        destinations.append(_build("loggers", name, LOGGERS[name], kwargs))
+    return destinations
