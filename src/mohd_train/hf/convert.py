@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import os
 import re
-from typing import TYPE_CHECKING
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from mohd_train.config.plan import ModelPlan
 from mohd_train.errors import UserError
+from mohd_train.hf.configuration import MoHDConfig
+from mohd_train.hf.modeling import MoHDForCausalLM
+from mohd_train.model import checkpoint
 from mohd_train.model.transformer import Transformer
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
 
 # Our name -> Hugging Face's LLaMA name; `{}` is the layer.
 LLAMA_NAMES = {
@@ -109,3 +114,91 @@ def to_hf_llama(model: Transformer, **config: object) -> LlamaForCausalLM:
     hf_model = LlamaForCausalLM(hf_config).to(next(model.parameters()).dtype)
     hf_model.load_state_dict({k: v.detach().clone() for k, v in _rename(model.state_dict(), LLAMA_NAMES).items()})
     return hf_model.train(model.training)
+
+
+def read_checkpoint(path: str | Path) -> tuple[ModelPlan, dict[str, Tensor], dict[str, Any]]:
+    """Plan, parameters (under :class:`Transformer`'s names) and metadata of a native checkpoint.
+
+    Raises:
+        UserError: no such file, broken, or no checkpoint of this project.
+    """
+    metadata, weights = checkpoint.read_checkpoint(Path(path))
+    return ModelPlan.from_dict(metadata["plan"]), weights, metadata
+
+
+def load_native(path: str | Path, kernels: str = "auto") -> MoHDForCausalLM:
+    """The model of a native checkpoint, in float32 and evaluation mode. Every parameter must be there, and no other.
+
+    Raises:
+        UserError: as :func:`read_checkpoint`, or parameters that are missing, unexpected or of another shape.
+    """
+    plan, weights, _ = read_checkpoint(path)
+    with torch.device("meta"):
+        model = MoHDForCausalLM(MoHDConfig.from_plan(plan, kernels=kernels))
+    try:
+        model.transformer.load_state_dict({name: weight.float() for name, weight in weights.items()}, assign=True)
+    except RuntimeError as error:
+        raise UserError(f"{path} does not hold the parameters of {plan.name}: {' '.join(str(error).split())}") from None
+    return model.eval()
+
+
+def load_model(path: str | Path) -> PreTrainedModel:
+    """A causal LM from a native checkpoint file or a Hugging Face folder of any architecture, in evaluation mode.
+
+    Raises:
+        UserError: neither of the two, or one that lacks weights.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        return load_native(path)
+    if not (path / "config.json").is_file():
+        raise UserError(
+            f"{path} is a folder without config.json; give a Hugging Face folder or a checkpoint file (*.pt)"
+        )
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(path, torch_dtype="auto", output_loading_info=True)
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"{path} can't be loaded as a causal LM: {str(error).splitlines()[0]}") from None
+    if info["missing_keys"]:
+        raise UserError(f"{path} lacks {len(info['missing_keys'])} weights, {info['missing_keys'][0]} among them")
+    return model.eval()
+
+
+def export(path: str | Path, folder: str | Path, *, llama: bool = False) -> PreTrainedModel:
+    """Writes a native checkpoint as a Hugging Face folder: config, safetensors, generation config and the run's tokenizer.
+
+    Args:
+        path: the checkpoint; its tokenizer is read from ``tokenizer/`` beside the folder the checkpoint lies in.
+        folder: where to write; it must not exist, or be empty. It appears whole or not at all.
+        llama: as ``LlamaForCausalLM`` (a dense model only), which needs nothing of this project to load.
+
+    Raises:
+        UserError: an unreadable checkpoint, no tokenizer, or a folder that holds something.
+    """
+    path, folder = Path(path), Path(folder)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{folder} exists and is not empty; choose another folder")
+    tokenizer_folder = path.resolve().parent.parent / "tokenizer"
+    model: PreTrainedModel = load_native(path)
+    if not tokenizer_folder.is_dir():
+        raise UserError(f"no tokenizer at {tokenizer_folder}; keep a checkpoint in its run folder, which holds it")
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
+    if llama:
+        model = to_hf_llama(model.transformer)
+    ids = {
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    for target in (model.config, model.generation_config):
+        for key, value in ids.items():
+            setattr(target, key, value)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as staging:
+        whole = Path(staging) / "whole"
+        model.save_pretrained(whole)
+        tokenizer.save_pretrained(whole)
+        if folder.is_dir():
+            folder.rmdir()
+        os.replace(whole, folder)
+    return model

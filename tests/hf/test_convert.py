@@ -1,0 +1,114 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from support.native import save_native
+from support.plans import small_plan
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+
+from mohd_train.errors import UserError
+from mohd_train.hf import MoHDForCausalLM
+from mohd_train.hf.convert import export, load_model, read_checkpoint
+from mohd_train.model.transformer import Transformer
+
+
+def native(folder: Path, setting: str = "x2") -> tuple[Path, Transformer]:
+    plan = small_plan(setting)
+    model = Transformer(plan, seed=3)
+    return save_native(folder, plan, model), model
+
+
+@pytest.mark.parametrize("setting", ["dense", "x2", "75"])
+def test_export_equals_the_checkpoint(tmp_path: Path, setting: str) -> None:
+    path, model = native(tmp_path / "run", setting)
+    export(path, tmp_path / "out")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert isinstance(again, MoHDForCausalLM)
+    ids = torch.randint(97, (2, 9))
+    with torch.no_grad():
+        assert torch.equal(again(ids).logits, model(ids).logits)
+        assert torch.equal(load_model(path)(ids).logits, model(ids).logits)
+        assert torch.equal(load_model(tmp_path / "out")(ids).logits, model(ids).logits)
+    assert (again.config.bos_token_id, again.generation_config.eos_token_id) == (1, 2)
+    assert AutoTokenizer.from_pretrained(tmp_path / "out")("w5 w6").input_ids == [5, 6]
+    plan, weights, metadata = read_checkpoint(path)
+    assert (plan, metadata["run_name"]) == (model.plan, "test")
+    assert weights.keys() == model.state_dict().keys()
+
+
+def test_a_dense_model_exports_as_llama(tmp_path: Path) -> None:
+    path, model = native(tmp_path / "run", "dense")
+    export(path, tmp_path / "out", llama=True)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert isinstance(again, LlamaForCausalLM)
+    ids = torch.randint(97, (2, 9))
+    with torch.no_grad():
+        torch.testing.assert_close(again(ids).logits, model(ids).logits, rtol=1e-5, atol=1e-6)
+
+
+class Evil:
+    def __reduce__(self) -> tuple:
+        return (print, ("code from a checkpoint ran",))
+
+
+def test_bad_checkpoints(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    path, model = native(tmp_path / "run")
+    with pytest.raises(UserError, match="no such checkpoint"):
+        load_model(tmp_path / "nothing.pt")
+    with pytest.raises(UserError, match=r"without config\.json"):
+        load_model(path.parent)
+    cut = tmp_path / "cut.pt"
+    cut.write_bytes(path.read_bytes()[:-2000])
+    with pytest.raises(UserError, match=r"cut\.pt is broken or half-written"):
+        load_model(cut)
+    other = tmp_path / "other.pt"
+    torch.save(model.state_dict(), other)
+    with pytest.raises(UserError, match=r"other\.pt is no checkpoint of this project"):
+        load_model(other)
+    evil = tmp_path / "evil.pt"
+    torch.save({"state": {"model": {}, "callbacks": {"RunMetadata": Evil()}}}, evil)
+    with pytest.raises(UserError, match=r"evil\.pt is refused: it holds more than tensors and plain data"):
+        load_model(evil)
+    assert "code from a checkpoint ran" not in capfd.readouterr().out
+
+
+def test_missing_and_foreign_parameters_are_named(tmp_path: Path) -> None:
+    path, _ = native(tmp_path / "run")
+    content = torch.load(path)
+    weights = content["state"]["model"]
+    weights["model.head.weights"] = weights.pop("model.head.weight")
+    torch.save(content, path)
+    with pytest.raises(UserError, match=r"Missing key.*head\.weight.*Unexpected key.*head\.weights"):
+        load_model(path)
+
+
+def test_export_replaces_nothing_and_needs_the_tokenizer(tmp_path: Path) -> None:
+    path, _ = native(tmp_path / "run")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").touch()
+    with pytest.raises(UserError, match="exists and is not empty"):
+        export(path, tmp_path / "full")
+    with pytest.raises(UserError, match="MoHD components"):
+        export(path, tmp_path / "llama", llama=True)
+    (tmp_path / "run" / "tokenizer").rename(tmp_path / "gone")
+    with pytest.raises(UserError, match="no tokenizer at"):
+        export(path, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_command_line(tmp_path: Path, root: Path) -> None:
+    path, _ = native(tmp_path / "run")
+    command = [sys.executable, "scripts/export_hf.py", str(path), str(tmp_path / "out")]
+    run = subprocess.run(command, cwd=root, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert "MoHDForCausalLM with" in run.stdout
+    run = subprocess.run(command, cwd=root, capture_output=True, text=True)
+    assert run.returncode == 1
+    assert (
+        run.stderr.strip().splitlines()[-1]
+        == f"error: {tmp_path / 'out'} exists and is not empty; choose another folder"
+    )
