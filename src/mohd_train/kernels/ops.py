@@ -1,30 +1,20 @@
 """The one public door to MoHD's sparse execution. A backend is resolved once at start and passed to every call.
 
-Shapes: T tokens (batch and sequence flattened), D hidden, N sub-dimensions, K active ones a token, S shared ones, C = D / N,
-F inner width (attention width or intermediate size), O an output width. Every floating input takes gradients.
+Shapes: T tokens (batch and sequence flattened), D hidden, N sub-dimensions, K active ones a token, S shared ones,
+C = D / N, F inner width (attention width or intermediate size), O an output width. Every floating input takes gradients.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from mohd_train.errors import UserError
-from mohd_train.kernels import reference
-
-BACKENDS = ("reference",)
-
-
-class Selection(NamedTuple):
-    """The sub-dimensions one component's router chose, and what a backend derived from them, made by `make_selection`."""
-
-    indices_TK: Tensor  # int64; columns 0..S-1 hold 0..S-1, the rest the specialized ids, ascending
-    sub_dims: int  # N
-    shared: int  # S
+from mohd_train.kernels import fusion, grouped_gemm, layout, reference
+from mohd_train.kernels.selection import Selection, select
 
 
 def resolve_backend(name: str, device: torch.device, dtype: torch.dtype, *, width: int | None = None) -> str:
@@ -35,12 +25,14 @@ def resolve_backend(name: str, device: torch.device, dtype: torch.dtype, *, widt
     """
     if name not in ("auto", "reference", "grouped", "triton"):
         raise UserError(f"kernels: unknown backend {name!r}; choose auto, reference, grouped or triton")
-    return "reference"
+    return "grouped" if name == "auto" else name
 
 
 def make_selection(indices_TK: Tensor, *, sub_dims: int, shared: int, backend: str) -> Selection:
     """Wraps a router's choice [T, K] for `backend`: once per component, used by all of its ops."""
-    return Selection(indices_TK, sub_dims, shared)
+    if backend == "reference":
+        return Selection(indices_TK, sub_dims, shared)
+    return select(indices_TK, sub_dims, shared)
 
 
 def up_projection(
@@ -55,14 +47,23 @@ def up_projection(
 
     `input_weights_TK` multiplies each active sub-dimension (`gate_input`). Returns one [T, O_i] per weight.
     """
-    return reference.up_projection(x_TD, weights, selection.indices_TK, selection.sub_dims, input_weights_TK)
+    if backend == "reference":
+        return reference.up_projection(x_TD, weights, selection.indices_TK, selection.sub_dims, input_weights_TK)
+    x_TKC = layout.gather_active(x_TD, selection.rows, selection.slots_TN)
+    if input_weights_TK is not None:
+        x_TKC = _scale(x_TKC, input_weights_TK)
+    chosen = (selection.pairs, selection.ends, selection.sub_dims, selection.shared)
+    return tuple(grouped_gemm.up(x_TKC, weight, *chosen) for weight in weights)
 
 
 def down_projection(
     h_TF: Tensor, weight_DF: Tensor, selection: Selection, weights_TK: Tensor, *, backend: str
 ) -> Tensor:
-    """The active slices of ``W h``, slot k times `weights_TK[:, k]` (eq. 8 and activation scaling). Compact: [T, K*C]."""
-    return reference.down_projection(h_TF, weight_DF, selection.indices_TK, selection.sub_dims, weights_TK)
+    """The active slices of ``W h``, slot k times `weights_TK[:, k]` (eq. 8, activation scaling). Compact: [T, K*C]."""
+    if backend == "reference":
+        return reference.down_projection(h_TF, weight_DF, selection.indices_TK, selection.sub_dims, weights_TK)
+    chosen = (selection.pairs, selection.ends, selection.sub_dims, selection.shared)
+    return _scale(grouped_gemm.down(h_TF, weight_DF, *chosen, selection.indices_TK.shape[1]), weights_TK)
 
 
 def swiglu_ffn(
@@ -76,7 +77,7 @@ def swiglu_ffn(
     input_weights_TK: Tensor | None = None,
     backend: str,
 ) -> Tensor:
-    """``down(silu(gate x~) * up x~)``: up_projection and down_projection in one, free to stay in sorted order. [T, K*C]."""
+    """``down(silu(gate x~) * up x~)``: both projections of a feed-forward layer in one. Compact: [T, K*C]."""
     gate_TF, up_TF = up_projection(
         x_TD, (w_gate_FD, w_up_FD), selection, input_weights_TK=input_weights_TK, backend=backend
     )
@@ -86,9 +87,21 @@ def swiglu_ffn(
 def fuse_residual(
     z_TKC: Tensor, mixing_CNN: Tensor | None, selection: Selection, residual_TD: Tensor, *, backend: str
 ) -> Tensor:
-    """``residual + y'`` from the compact layout [T, K*C]; y'_{i,j} = sum_k mixing[j, i, idx_k] z_{k,j} (eqs. 9, 17). [T, D].
+    """``residual + y'`` from the compact layout [T, K*C]: y'_{i,j} = sum_k mixing[j, i, idx_k] z_{k,j} (eqs. 9, 17).
 
     `mixing_CNN` [C, N, N] holds B_j; fastest as a permuted view of contiguous memory [N (from), N (to), C].
-    None leaves out the fusion: z is added in its place. Computed in the mixing's dtype, autocast or not; returns the residual's.
+    None leaves out the fusion: z is added in its place. Computed in the mixing's dtype, autocast or not.
+    Returns [T, D] in the residual's dtype.
     """
-    return reference.fuse_residual(z_TKC, mixing_CNN, selection.indices_TK, selection.sub_dims, residual_TD)
+    if backend == "reference":
+        return reference.fuse_residual(z_TKC, mixing_CNN, selection.indices_TK, selection.sub_dims, residual_TD)
+    if mixing_CNN is None:
+        return (residual_TD + layout.scatter_active(z_TKC, selection.rows, selection.slots_TN)).to(residual_TD.dtype)
+    chosen = (selection.indices_TK, selection.pairs, selection.ends, selection.shared)
+    return fusion.fuse_residual(z_TKC, mixing_CNN.permute(2, 1, 0), *chosen, residual_TD)
+
+
+def _scale(compact_TKC: Tensor, weights_TK: Tensor) -> Tensor:
+    """Slot k of a compact tensor times `weights_TK[:, k]`, in the wider dtype, returned in the compact tensor's."""
+    slots = compact_TKC.unflatten(1, (weights_TK.shape[1], -1))
+    return (slots * weights_TK.unsqueeze(-1)).to(compact_TKC.dtype).flatten(1)

@@ -16,7 +16,7 @@ from torch import Tensor
 def up_projection(
     x_TD: Tensor, weights: Sequence[Tensor], indices_TK: Tensor, sub_dims: int, input_weights_TK: Tensor | None
 ) -> tuple[Tensor, ...]:
-    """``W x~`` for every ``W`` [O, D], x~ = x on the active sub-dimensions and 0 elsewhere (eqs. 3-5). Returns [T, O] each."""
+    """``W x~`` for every ``W`` [O, D], x~ = x on the active sub-dimensions, 0 elsewhere (eqs. 3-5). [T, O] each."""
     gate_TN = x_TD.new_zeros(x_TD.shape[0], sub_dims)
     if input_weights_TK is None:
         gate_TN = gate_TN.scatter(1, indices_TK, 1.0)
@@ -36,7 +36,7 @@ def down_projection(h_TF: Tensor, weight_DF: Tensor, indices_TK: Tensor, sub_dim
 def fuse_residual(
     z_TKC: Tensor, mixing_CNN: Tensor | None, indices_TK: Tensor, sub_dims: int, residual_TD: Tensor
 ) -> Tensor:
-    """``residual + y'``, y'_{i,j} = sum_k B_j[i, idx_k] z_{k,j} (eqs. 9, 17); without mixing z only moves to its place. [T, D]."""
+    """``residual + y'``, y'_{i,j} = sum_k B_j[i, idx_k] z_{k,j} (eqs. 9, 17); without mixing, y' is z in its place."""
     tokens, active = indices_TK.shape
     z_TKC = z_TKC.view(tokens, active, -1)
     if mixing_CNN is not None:

@@ -1,0 +1,139 @@
+"""Group fusion and residual of the `grouped` backend, from the compact layout (eqs. 9, 17).
+
+Shapes: T tokens, D hidden, N sub-dimensions, K active, S shared, C = D / N. `mixing` here is [N (from), N (to), C]:
+B_j[i, n] = mixing[n, i, j], so that every step runs along the contiguous place j.
+Under torch.compile the steps are pointwise reads and sums that become one loop each; in eager mode they run in blocks of
+tokens that stay in cache.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mohd_train.kernels.grouped import runs
+from mohd_train.kernels.selection import TILE, tiles
+
+BLOCK_ELEMENTS = 1 << 17  # floats of a block of the full width: half a megabyte, within a core's second-level cache
+
+
+def fuse_residual(
+    z_TKC: Tensor, mixing_NNC: Tensor, indices_TK: Tensor, pairs: Tensor, ends: Tensor, shared: int, residual: Tensor
+) -> Tensor:
+    """``residual + y'``, y'_{i,j} = sum_k mixing[idx_k, i, j] z_{k,j}. Returns [T, D] in the residual's dtype."""
+    return _Fuse.apply(z_TKC, mixing_NNC, residual, indices_TK, pairs, ends, shared)
+
+
+class _Fuse(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, z: Tensor, mixing: Tensor, residual: Tensor, indices: Tensor, pairs: Tensor, ends: Tensor, shared: int
+    ) -> Tensor:
+        ctx.save_for_backward(z, mixing, indices, pairs, ends)
+        ctx.shared = shared
+        run = _fuse_traced if torch.compiler.is_compiling() else _fuse_blocks
+        return run(z, mixing, indices, shared, residual)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        run = _backward_traced if torch.compiler.is_compiling() else _backward_blocks
+        grad_z, grad_mixing = run(grad, *ctx.saved_tensors, ctx.shared)
+        return grad_z, grad_mixing, grad, None, None, None, None
+
+
+def _fuse_traced(z: Tensor, mixing: Tensor, indices: Tensor, shared: int, residual: Tensor) -> Tensor:
+    tokens, active = indices.shape
+    dtype = torch.promote_types(z.dtype, mixing.dtype)
+    out = residual.to(dtype).reshape(tokens, mixing.shape[0], -1)
+    z, mixing = z.reshape(tokens, active, 1, -1).to(dtype), mixing.to(dtype)
+    for k in range(active):
+        out = out + (mixing[k] if k < shared else mixing[indices[:, k]]) * z[:, k]
+    return out.flatten(1).to(residual.dtype)
+
+
+def _backward_traced(
+    grad: Tensor, z: Tensor, mixing: Tensor, indices: Tensor, pairs: Tensor, ends: Tensor, shared: int
+) -> tuple[Tensor, Tensor]:
+    (tokens, active), (sub_dims, _, width) = indices.shape, mixing.shape
+    dtype = torch.promote_types(z.dtype, mixing.dtype)
+    grad = grad.reshape(tokens, sub_dims, width).to(dtype)
+    wide = mixing.to(dtype)
+    slots = [(grad * (wide[k] if k < shared else wide[indices[:, k]])).sum(1) for k in range(active)]
+    grad_z = torch.cat(slots, 1).to(z.dtype)
+    z = z.reshape(tokens, active, width).to(dtype)
+    sums = []
+    if shared:
+        sums.append(_outer_sum(grad, z[:, :shared]))
+    if sub_dims > shared:
+        sums.append(_outer_sum_runs(grad, z.view(-1, width), pairs, ends, active))
+    return grad_z, torch.cat(sums).to(mixing.dtype)
+
+
+def _outer_sum(grad_TNC: Tensor, z_TSC: Tensor) -> Tensor:
+    """sum_t z[t, s, j] grad[t, n, j]: [S, N, C], by partial sums of TILE tokens, which stay in cache."""
+    (tokens, sub_dims, width), slots = grad_TNC.shape, z_TSC.shape[1]
+    count, whole = tokens // TILE, tokens // TILE * TILE
+    total = (grad_TNC[whole:].unsqueeze(1) * z_TSC[whole:].unsqueeze(2)).sum(0)
+    if count == 0:
+        return total
+    grad = grad_TNC[:whole].reshape(count, TILE, 1, sub_dims, width)
+    return total + (grad * z_TSC[:whole].reshape(count, TILE, slots, 1, width)).sum(1).sum(0)
+
+
+def _outer_sum_runs(grad_TNC: Tensor, z_rows: Tensor, pairs: Tensor, ends: Tensor, active: int) -> Tensor:
+    """The same over the tokens that chose each specialized sub-dimension: [N-S, N, C]."""
+    (_, sub_dims, width), specialized = grad_TNC.shape, ends.shape[0]
+    if pairs.shape[0] == 0:
+        return grad_TNC.new_zeros(specialized, sub_dims, width)
+    tile_pairs, place = tiles(pairs, ends)
+    flat = tile_pairs.clamp(min=0).view(-1)
+    z = z_rows.index_select(0, flat).view(-1, TILE, 1, width)
+    z = torch.where(tile_pairs.view(-1, TILE, 1, 1) >= 0, z, 0)
+    partial = (grad_TNC.index_select(0, flat // active).view(-1, TILE, sub_dims, width) * z).sum(1)
+    onehot = (place == torch.arange(specialized, device=place.device).unsqueeze(1)).to(partial.dtype)
+    return (onehot @ partial.flatten(1)).view(specialized, sub_dims, width)
+
+
+def _fuse_blocks(z: Tensor, mixing: Tensor, indices: Tensor, shared: int, residual: Tensor) -> Tensor:
+    tokens, active = indices.shape
+    dtype = torch.promote_types(z.dtype, mixing.dtype)
+    out = residual.to(dtype, copy=True, memory_format=torch.contiguous_format)
+    out_TNC, mixing = out.view(tokens, mixing.shape[0], -1), mixing.to(dtype)
+    z = z.reshape(tokens, active, 1, -1)
+    for start, stop in _blocks(tokens, out.shape[1]):
+        block, part = out_TNC[start:stop], z[start:stop].to(dtype)
+        for k in range(active):
+            row = mixing[k] if k < shared else mixing.index_select(0, indices[start:stop, k])
+            block.addcmul_(row, part[:, k])
+    return out.to(residual.dtype)
+
+
+def _backward_blocks(
+    grad: Tensor, z: Tensor, mixing: Tensor, indices: Tensor, pairs: Tensor, ends: Tensor, shared: int
+) -> tuple[Tensor, Tensor]:
+    (tokens, active), (sub_dims, _, width) = indices.shape, mixing.shape
+    dtype = torch.promote_types(z.dtype, mixing.dtype)
+    grad, wide, z_rows = grad.reshape(tokens, sub_dims, width), mixing.to(dtype), z.reshape(-1, width)
+    grad_z, grad_mixing = z_rows.new_empty(z_rows.shape), torch.zeros_like(wide)
+    z_TK, grad_z_TK = z_rows.view(tokens, active, 1, width), grad_z.view(tokens, active, width)
+    for start, stop in _blocks(tokens if shared else 0, sub_dims * width):
+        block, part = grad[start:stop].to(dtype), z_TK[start:stop].to(dtype)
+        buffer = torch.empty_like(block)
+        for k in range(shared):
+            grad_z_TK[start:stop, k] = torch.mul(block, wide[k], out=buffer).sum(1)
+            grad_mixing[k] += torch.mul(block, part[:, k], out=buffer).sum(0)
+    for i, pair in runs(pairs, ends, shared):
+        for start, stop in _blocks(pair.shape[0], sub_dims * width):
+            chosen = pair[start:stop]
+            block = grad.index_select(0, chosen // active).to(dtype)
+            part = z_rows.index_select(0, chosen).to(dtype)
+            grad_z.index_copy_(0, chosen, (block * wide[i]).sum(1).to(grad_z.dtype))
+            grad_mixing[i] += block.mul_(part.unsqueeze(1)).sum(0)
+    return grad_z.view_as(z), grad_mixing.to(mixing.dtype)
+
+
+def _blocks(rows: int, width: int) -> list[tuple[int, int]]:
+    step = max(1, BLOCK_ELEMENTS // width)
+    return [(start, min(start + step, rows)) for start in range(0, rows, step)]

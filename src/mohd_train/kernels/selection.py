@@ -1,0 +1,59 @@
+"""What one component's routing chose, and the sort that lets tokens of one specialized sub-dimension share a GEMM.
+
+Shapes: T tokens, N sub-dimensions, K active ones a token, S shared ones, P = K - S specialized choices a token.
+A (token, slot) pair is the row ``token * K + slot`` of a compact tensor [T*K, C].
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+TILE = 16  # pairs in a tile: a tile holds pairs of one sub-dimension, so reductions over a run need no data-dependent shape
+
+
+class Selection(NamedTuple):
+    """The sub-dimensions one component's router chose, with what the backends derive from them."""
+
+    indices_TK: Tensor  # int64; columns 0..S-1 hold 0..S-1, the rest the specialized ids, ascending
+    sub_dims: int  # N
+    shared: int  # S
+    rows: Tensor | None = None  # int64 [T*K]: token * N + sub-dimension, rows of a full-width tensor seen as [T*N, C]
+    slots_TN: Tensor | None = None  # int64: the slot that holds a sub-dimension, -1 when it is inactive
+    pairs: Tensor | None = None  # int64 [T*P]: specialized pairs (token * K + slot), by sub-dimension, then by token
+    ends: Tensor | None = None  # int64 [N-S]: where each specialized sub-dimension's run of `pairs` ends
+
+
+def select(indices_TK: Tensor, sub_dims: int, shared: int) -> Selection:
+    """A selection with its sort: one stable sort over all specialized pairs, run ends as a tensor, no host sync."""
+    tokens, active = indices_TK.shape
+    chosen, device = active - shared, indices_TK.device
+    rows = (indices_TK + torch.arange(tokens, device=device).unsqueeze(1) * sub_dims).reshape(-1)
+    slots_TN = torch.full((tokens, sub_dims), -1, dtype=torch.int64, device=device)
+    slots_TN = slots_TN.scatter(1, indices_TK, torch.arange(active, device=device).expand(tokens, active))
+    ids = torch.arange(shared, sub_dims, device=device)
+    if chosen == 0:
+        return Selection(indices_TK, sub_dims, shared, rows, slots_TN, indices_TK.new_zeros(0), torch.zeros_like(ids))
+    keys, order = torch.sort(indices_TK[:, shared:].reshape(-1), stable=True)
+    pairs = order // chosen * active + shared + order % chosen
+    ends = torch.searchsorted(keys, ids, right=True)
+    return Selection(indices_TK, sub_dims, shared, rows, slots_TN, pairs, ends)
+
+
+def tiles(pairs: Tensor, ends: Tensor) -> tuple[Tensor, Tensor]:
+    """Pairs in tiles of one sub-dimension each: ([M, TILE] pairs, -1 where a tile is not full; [M] place of its sub-dimension).
+
+    M = T*P // TILE + N - S is static: each run wastes less than a tile. The place of an empty tile is N-S-1 or less.
+    """
+    count = pairs.shape[0] // TILE + ends.shape[0]
+    starts = torch.cat([ends.new_zeros(1), ends[:-1]])
+    tile_ends = ((ends - starts + TILE - 1) // TILE).cumsum(0)
+    tile_starts = torch.cat([ends.new_zeros(1), tile_ends[:-1]])
+    place = torch.searchsorted(tile_ends, torch.arange(count, device=pairs.device), right=True)
+    place = place.clamp(max=ends.shape[0] - 1)
+    first = starts[place] + (torch.arange(count, device=pairs.device) - tile_starts[place]) * TILE
+    position = first.unsqueeze(1) + torch.arange(TILE, device=pairs.device)
+    inside = position < ends[place].unsqueeze(1)
+    return torch.where(inside, pairs[position.clamp(max=pairs.shape[0] - 1)], -1), place
