@@ -66,7 +66,7 @@ def one_line(result: Result, seconds: float | None) -> str:
 
 def results_table(suite: Suite, results: Mapping[str, Result], failed: Mapping[str, str], title: str) -> Table:
     """Task, shots, questions, accuracy ± standard error, normalized accuracy, perplexity, truncated requests."""
-    table = Table(title=title, title_justify="left", box=box.SIMPLE, pad_edge=False)
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for head in ("task", "shots", "n", "acc (%)", "acc_norm", "ppl", "truncated"):
         table.add_column(head, justify="left" if head == "task" else "right", no_wrap=True)
     for name, spec in suite.tasks.items():

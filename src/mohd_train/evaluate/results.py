@@ -10,7 +10,6 @@ import importlib.metadata
 import json
 import os
 import platform
-import tempfile
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
@@ -23,6 +22,7 @@ from lm_eval.utils import handle_non_serializable
 import mohd_train
 from mohd_train.errors import UserError
 from mohd_train.evaluate.suite import TaskSpec
+from mohd_train.evaluate.text_file import write_text
 
 KEY = "mohd_train"
 FORMAT = "mohd_train.evaluation/1"
@@ -101,20 +101,8 @@ def record(
 
 
 def write_json(path: Path, data: dict[str, Any]) -> None:
-    """Writes whole or not at all: a temporary file beside, fsync, replace. Makes the folder."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as out:
-            json.dump(data, out, indent=1, ensure_ascii=False, default=handle_non_serializable)
-            out.write("\n")
-            out.flush()
-            os.fsync(out.fileno())
-        os.chmod(name, 0o644)  # mkstemp's 0600 would keep colleagues from reading
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+    """Writes a result whole, or not at all."""
+    write_text(path, json.dumps(data, indent=1, ensure_ascii=False, default=handle_non_serializable) + "\n")
 
 
 def read(path: Path) -> Result:

@@ -1,0 +1,104 @@
+"""A table as Markdown, CSV or LaTeX. What is missing is a dash, never 0."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Callable
+from itertools import groupby
+
+from mohd_train.evaluate.tables import Cell, Row, Table
+
+MISSING = "–"
+GROUP_NOTE = "Shots in brackets; accuracy in percent."
+
+
+def _value(cell: Cell, kind: str) -> str:
+    if cell.value is None:
+        return MISSING
+    return f"{cell.value:+.1f}" if kind == "difference" else f"{cell.value:.1f}"
+
+
+def _groups(table: Table) -> list[tuple[str, int]]:
+    """(group, number of columns) in a row of the table."""
+    return [(name, len(list(specs))) for name, specs in groupby(table.tasks, key=lambda spec: spec.group)]
+
+
+def _cells(row: Row) -> list[Cell]:
+    return [*row.cells, row.average]
+
+
+def to_markdown(table: Table) -> str:
+    """A Markdown table with a line of groups and numbered notes below."""
+    notes = table.notes()
+
+    def shown(cell: Cell, kind: str) -> str:
+        marks = ",".join(dict.fromkeys(notes[reason][0] for reason, _ in cell.reasons))
+        return _value(cell, kind) + (f" <sup>{marks}</sup>" if marks else "")
+
+    heads = ["Model", "# Activate", "# Params", *[f"{spec.column} ({spec.shots})" for spec in table.tasks], "Average"]
+    groups = ["", "", "", *[f"*{name}*" if i == 0 else "" for name, size in _groups(table) for i in range(size)], ""]
+    body = [
+        [f"**{row.label}**" if row.kind == "ours" else row.label, row.activated, row.total]
+        + [shown(cell, row.kind) for cell in _cells(row)]
+        for row in table.rows
+    ]
+    rule = ["---", *["---:"] * (len(heads) - 1)]
+    lines = ["| " + " | ".join(cells) + " |" for cells in (heads, rule, groups, *body)]
+    below = [f"<sup>{letter}</sup> {text}" for letter, text in notes.values()]
+    return "\n".join([*lines, "", "  \n".join([GROUP_NOTE, *below]), ""])
+
+
+def to_csv(table: Table) -> str:
+    """One line a row; the reasons for marks in a column of their own."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(
+        ["model", "row", "label", "activated", "total", *[spec.name for spec in table.tasks], "average", "notes"]
+    )
+    for row in table.rows:
+        reasons = dict.fromkeys(
+            reason + (f": {detail}" if detail else "") for c in row.cells for reason, detail in c.reasons
+        )
+        reasons.update(dict.fromkeys(reason for reason, _ in row.average.reasons if row.kind == "paper"))
+        values = [_value(cell, row.kind) for cell in _cells(row)]
+        writer.writerow([row.model, row.kind, row.label, row.activated, row.total, *values, "; ".join(reasons)])
+    return out.getvalue()
+
+
+def _tex(text: str) -> str:
+    for plain, escaped in (("\\", r"\textbackslash "), ("&", r"\&"), ("%", r"\%"), ("#", r"\#"), ("_", r"\_")):
+        text = text.replace(plain, escaped)
+    return text.replace(MISSING, "--")
+
+
+def to_latex(table: Table) -> str:
+    """A `tabular` in booktabs style with a row of groups; notes as text after it."""
+    notes = table.notes()
+
+    def shown(cell: Cell, kind: str) -> str:
+        marks = ",".join(dict.fromkeys(notes[reason][0] for reason, _ in cell.reasons))
+        value = _value(cell, kind)
+        value = f"${value}$" if kind == "difference" and value != MISSING else _tex(value)  # $-1.2$: a minus, no hyphen
+        return value + (f"$^{{{marks}}}$" if marks else "")
+
+    columns = "lrr" + "r" * len(table.tasks) + "r"
+    groups = " & ".join(rf"\multicolumn{{{size}}}{{c}}{{{_tex(name)}}}" for name, size in _groups(table))
+    heads = ["Model", "# Activate", "# Params", *[f"{spec.column} ({spec.shots})" for spec in table.tasks], "Average"]
+    lines = [
+        rf"\begin{{tabular}}{{{columns}}}",
+        r"\toprule",
+        rf"& & & {groups} & \\",
+        " & ".join(map(_tex, heads)) + r" \\",
+    ]
+    for row in table.rows:
+        if row.kind == "ours" or row is table.rows[0]:
+            lines.append(r"\midrule")
+        first = [_tex(row.label), row.activated, row.total]
+        lines.append(" & ".join(first + [shown(cell, row.kind) for cell in _cells(row)]) + r" \\")
+    lines += [r"\bottomrule", r"\end{tabular}"]
+    below = [GROUP_NOTE, *[rf"$^{{{letter}}}$ {_tex(text)}" for letter, text in notes.values()]]
+    return "\n".join([*lines, "", *[f"{line}\\\\" for line in below[:-1]], below[-1], ""])
+
+
+FORMATS: dict[str, Callable[[Table], str]] = {"md": to_markdown, "csv": to_csv, "latex": to_latex}
