@@ -79,6 +79,8 @@ class DataConfig:
 
 @dataclass
 class OptimizerConfig:
+    """The optimizer. Composer's decoupled AdamW: weight decay is not multiplied by the learning rate."""
+
     name: str = "decoupled_adamw"  # decoupled_adamw | adamw
     lr: float = 3.0e-4
     router_lr: Optional[float] = None  # the router's own learning rate; default: lr
@@ -89,6 +91,8 @@ class OptimizerConfig:
 
 @dataclass
 class SchedulerConfig:
+    """Composer's scheduler; it scales the learning rate of the model and of the router alike."""
+
     name: str = "cosine_with_warmup"  # cosine_with_warmup | linear_decay_with_warmup | constant_with_warmup
     t_warmup: str = "0ba"
     alpha_f: float = 0.1  # final learning rate as a share of the peak

@@ -1,0 +1,70 @@
+"""The house rules that a machine can check."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+SOURCE = ROOT / "src" / "mohd_train"
+
+# Imports run one way. errors is open to all; what is not named here is not allowed.
+MAY_IMPORT = {
+    "config": set(),
+    "kernels": set(),
+    "model": {"config", "kernels"},
+    "hf": {"config", "model"},
+    "data": {"config"},
+    "train": {"config", "model", "data", "kernels"},
+    "evaluate": {"config", "model", "hf", "data"},
+    "analysis": {"config", "model", "hf", "data"},
+    "sweep": {"config"},
+    "benchmark": {"config", "kernels", "model"},
+    "demo": {"config", "data", "train", "evaluate"},
+}
+
+
+def imported(file: Path) -> set[str]:
+    """Parts of the package that ``file`` imports."""
+    names = set()
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            module = node.module
+            names |= {module} if module != "mohd_train" else {f"mohd_train.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+    return {name.split(".")[1] for name in names if name.startswith("mohd_train.")}
+
+
+@pytest.mark.parametrize("part", sorted(path.name for path in SOURCE.iterdir() if (path / "__init__.py").is_file()))
+def test_imports_run_one_way(part: str) -> None:
+    allowed = MAY_IMPORT[part] | {part, "errors", "__version__"}
+    for file in (SOURCE / part).rglob("*.py"):
+        assert imported(file) <= allowed, f"{file.relative_to(ROOT)} imports {imported(file) - allowed}"
+
+
+def test_nothing_imports_scripts_and_scripts_stay_thin() -> None:
+    for folder in ("scripts", "data_prep", "eval"):
+        for file in (ROOT / folder).glob("*.py"):
+            if file.name == "setup_env.py":  # makes the environment, so it can import nothing of it
+                continue
+            lines = file.read_text(encoding="utf-8").splitlines()
+            assert len(lines) <= 80, f"{file.relative_to(ROOT)} has {len(lines)} lines; a script parses, calls, prints"
+
+
+def test_files_stay_readable() -> None:
+    for file in SOURCE.rglob("*.py"):
+        lines = len(file.read_text(encoding="utf-8").splitlines())
+        assert lines <= 350, f"{file.relative_to(ROOT)} has {lines} lines"
+
+
+def test_every_public_function_and_class_has_a_docstring() -> None:
+    missing = []
+    for file in SOURCE.rglob("*.py"):
+        tree = ast.parse(file.read_text(encoding="utf-8"))
+        for node in tree.body:
+            if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_") and not ast.get_docstring(node):
+                missing.append(f"{file.relative_to(ROOT)}:{node.lineno} {node.name}")
+    assert not missing, "\n".join(missing)
