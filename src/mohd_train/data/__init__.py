@@ -1,0 +1,1 @@
+"""Raw text -> prepared shards (`prepare`, `verify`) -> the batches of a run (`streaming`)."""

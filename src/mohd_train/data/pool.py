@@ -1,0 +1,87 @@
+"""Worker processes for preparation. They share the parent's tokenizer, end with the parent, and hold little work ahead."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from types import TracebackType
+from typing import TypeVar
+
+from mohd_train.data.tokenize import Tokenizer
+from mohd_train.data.units import Job, UnitInfo, tokenize_unit
+from mohd_train.errors import UserError
+
+J = TypeVar("J")
+R = TypeVar("R")
+
+_AHEAD = 2  # jobs waiting beyond one a worker: what bounds the memory of text read ahead
+_tokenizer: Tokenizer | None = None  # set before the workers are forked, so that none loads its own
+
+
+class WorkerPool:
+    """`with WorkerPool(4, tokenizer) as pool: for job, result in pool.run(function, jobs): ...`"""
+
+    def __init__(self, workers: int, tokenizer: Tokenizer) -> None:
+        self._workers = workers
+        self._tokenizer = tokenizer
+
+    def __enter__(self) -> WorkerPool:
+        global _tokenizer
+        _tokenizer = self._tokenizer
+        self._executor = ProcessPoolExecutor(
+            self._workers, multiprocessing.get_context("fork"), initializer=_start_worker, initargs=(os.getpid(),)
+        )
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._executor.shutdown(wait=kind is None, cancel_futures=True)
+
+    def run(self, function: Callable[[J], R], jobs: Iterable[J]) -> Iterator[tuple[J, R]]:
+        """(job, its result) as they are done, in any order; jobs are drawn only when a worker is about to be free.
+
+        Raises what a job raises; UserError when a worker dies.
+        """
+        running: dict[Future[R], J] = {}
+        try:
+            for job in jobs:
+                running[self._executor.submit(function, job)] = job
+                if len(running) >= self._workers + _AHEAD:
+                    yield from self._finished(running)
+            while running:
+                yield from self._finished(running)
+        except BrokenProcessPool as error:
+            raise UserError(
+                "a worker process died, perhaps for want of memory; run the same command again with fewer --workers: it resumes"
+            ) from error
+
+    @staticmethod
+    def _finished(running: dict[Future[R], J]) -> Iterator[tuple[J, R]]:
+        for future in wait(running, return_when=FIRST_COMPLETED).done:
+            job = running.pop(future)
+            yield job, future.result()
+
+
+def tokenize_job(job: Job) -> UnitInfo:
+    """:func:`tokenize_unit` with the tokenizer the worker was started with."""
+    assert _tokenizer is not None
+    return tokenize_unit(job, _tokenizer)
+
+
+def _start_worker(parent: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+
+
+def _end_with(parent: int) -> None:
+    """A killed parent would leave its workers waiting for ever."""
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os._exit(1)

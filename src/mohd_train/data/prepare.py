@@ -1,0 +1,248 @@
+"""Raw rows -> a prepared folder. Stages, each of which a killed run resumes in: tokenize units, choose validation, pack.
+
+Everything in between stands in `OUT/.work`, which goes when the manifest is written. What comes out depends on the raw
+files, the tokenizer, `seq_len` and `val_tokens` alone, byte for byte: not on workers, nor on kills in between.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from filelock import FileLock, Timeout
+from numpy.typing import NDArray
+
+from mohd_train.data import split
+from mohd_train.data.domains import RawData, find_sources, shares
+from mohd_train.data.manifest import (
+    BAD_ROWS,
+    MANIFEST,
+    TOKENIZER_FOLDER,
+    VERSION,
+    Manifest,
+    Split,
+    TokenizerInfo,
+    load_manifest,
+    save_manifest,
+    split_from_dict,
+    write_atomic,
+)
+from mohd_train.data.pack import PackJob, pack_domain
+from mohd_train.data.pool import WorkerPool
+from mohd_train.data.rows import UNIT_BYTES
+from mohd_train.data.tokenize import Tokenizer, load_tokenizer
+from mohd_train.data.tokenizing import report_bad_rows, tokenize_sources, unit_files
+from mohd_train.data.units import load_lengths
+from mohd_train.errors import UserError
+
+WORK = ".work"
+
+
+@dataclass(frozen=True)
+class Request:
+    """What `data_prep/prepare.py` is asked for. `max_bad_rows`: below 1 a share of the rows, else a count."""
+
+    raw: str
+    out: str
+    tokenizer: str
+    domains: tuple[str, ...] | None = None
+    seq_len: int = 4096
+    val_tokens: int = 2_000_000
+    workers: int = 0  # 0: one a core
+    max_bad_rows: float = 0.01
+    show_progress: bool = True
+    unit_bytes: int = UNIT_BYTES
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """The folder's manifest, and whether this call found it finished."""
+
+    manifest: Manifest
+    already_done: bool
+
+
+def prepare(request: Request) -> Prepared:
+    """Prepares `request.raw` into `request.out`; goes on where an earlier, equal call was cut off.
+
+    Raises UserError for bad input, more bad rows than allowed, a folder that holds another preparation, a full disk.
+    """
+    if request.seq_len < 2:
+        raise UserError(f"--seq-len {request.seq_len}: a sample needs at least 2 tokens")
+    if request.val_tokens < 0 or request.max_bad_rows < 0 or request.workers < 0:
+        raise UserError("--val-tokens, --max-bad-rows and --workers can't be negative")
+    raw = find_sources(request.raw, request.domains)
+    tokenizer = load_tokenizer(request.tokenizer)
+    preparation = Preparation(request, raw, tokenizer)
+    out, work = preparation.out, preparation.work
+    if (out / MANIFEST).exists():
+        manifest = load_manifest(out)
+        _refuse_other(out, manifest.settings, preparation.settings)
+        shutil.rmtree(work, ignore_errors=True)  # of a run cut off just after its manifest
+        return Prepared(manifest, True)
+    preparation.open_work()
+    try:
+        with FileLock(work / "lock", timeout=0):
+            manifest = preparation.run()
+    except Timeout as error:
+        raise UserError(f"another preparation is at work in {out}; wait for it, or choose another --out") from error
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise UserError(f"the disk of {out} is full; free space, run the same command again: it resumes") from error
+        raise
+    shutil.rmtree(work)
+    return Prepared(manifest, False)
+
+
+class Preparation:
+    """One run of the stages."""
+
+    def __init__(self, request: Request, raw: RawData, tokenizer: Tokenizer) -> None:
+        self.request, self.sources, self.tokenizer = request, raw.domains, tokenizer
+        self.notes = list(raw.notes)
+        self.out = Path(request.out)
+        self.work = self.out / WORK
+        self.units = self.work / "units"
+        self.fingerprints = {source.name: source.fingerprint() for domain in self.sources.values() for source in domain}
+        listed = [
+            [domain, s.name, s.split, s.bytes, self.fingerprints[s.name]]
+            for domain in self.sources
+            for s in self.sources[domain]
+        ]
+        self.settings: dict[str, Any] = {
+            "tokenizer": tokenizer.sha256,
+            "seq_len": request.seq_len,
+            "val_tokens": request.val_tokens,
+            "sources": hashlib.sha256(json.dumps(listed).encode()).hexdigest(),
+        }
+
+    def open_work(self) -> None:
+        """Makes or finds `OUT/.work`; refuses a folder that holds anything but a beginning of this preparation."""
+        plan = self.work / "plan.json"
+        settings = self.settings | {"unit_bytes": self.request.unit_bytes}
+        if plan.exists():
+            _refuse_other(self.out, json.loads(plan.read_bytes()), settings)
+            return
+        if self.out.exists() and not self.out.is_dir():
+            raise UserError(f"--out {self.out} is a file; name a folder")
+        if self.out.exists() and any(path.name != WORK for path in self.out.iterdir()):
+            raise UserError(f"--out {self.out} holds other files and no {MANIFEST}; choose a new or empty folder")
+        self.work.mkdir(parents=True, exist_ok=True)
+        write_atomic(plan, json.dumps(settings).encode())
+
+    def run(self) -> Manifest:
+        info = self._save_tokenizer()
+        workers, limit = self.request.workers or os.cpu_count() or 1, self.request.max_bad_rows
+        with WorkerPool(workers, self.tokenizer) as pool:
+            tokenize_sources(
+                self.sources, self.units, pool, self.request.unit_bytes, limit, show=self.request.show_progress
+            )
+            bad_rows = report_bad_rows(self.sources, self.units, self.out / BAD_ROWS, limit)
+            domains = self._pack(self._validation(), pool)
+        manifest = Manifest(
+            version=VERSION,
+            tokenizer=info,
+            seq_len=self.request.seq_len,
+            dtype=self.tokenizer.dtype,
+            domains=domains,
+            bad_rows=bad_rows,
+            settings=self.settings,
+            notes=self.notes,
+        )
+        save_manifest(manifest, self.out)
+        return manifest
+
+    def _save_tokenizer(self) -> TokenizerInfo:
+        scratch, folder, t = self.work / TOKENIZER_FOLDER, self.out / TOKENIZER_FOLDER, self.tokenizer
+        shutil.rmtree(scratch, ignore_errors=True)
+        files = t.save(scratch)
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(scratch, folder)
+        return TokenizerInfo(t.sha256, t.vocab_size, t.bos_id, t.eos_id, t.name, files)
+
+    def _documents(self, domain: str, split_name: str) -> Iterator[tuple[NDArray[np.int64], NDArray[np.uint64]]]:
+        """Lengths and digests by unit, of the domain's sources of one split."""
+        for index, source in enumerate(self.sources[domain]):
+            if source.split == split_name:
+                yield from map(load_lengths, unit_files(self.units, domain, index))
+
+    def _validation(self) -> dict[str, NDArray[np.uint64]]:
+        """Digests of each domain's validation documents: given ones, or else chosen ones."""
+        sizes = {}
+        for domain in self.sources:
+            sizes[domain] = sum(int(lengths.sum()) for lengths, _ in self._documents(domain, "train"))
+            if not sizes[domain]:
+                raise UserError(
+                    f"domain {domain} has no usable row ({self.out / BAD_ROWS} says why); leave it out: --domains"
+                )
+        proportions = shares(self.sources, sizes)
+        digests = {}
+        for domain, files in self.sources.items():
+            if any(source.split == "val" for source in files):
+                given = [d for _, d in self._documents(domain, "val")]
+                digests[domain] = np.unique(np.concatenate([np.empty(0, np.uint64), *given]))
+                continue
+            wanted = split.target(self.request.val_tokens, proportions[domain], sizes[domain], self.request.seq_len)
+            digests[domain] = split.select(self._documents(domain, "train"), wanted.tokens, sizes[domain])
+            if wanted.tokens < wanted.asked:
+                self.notes.append(
+                    f"{domain}: validation of {wanted.asked:,} tokens asked for, held to {wanted.tokens:,}: "
+                    f"the domain has {sizes[domain]:,}"
+                )
+        return digests
+
+    def _pack(self, validation: dict[str, NDArray[np.uint64]], pool: WorkerPool) -> dict[str, dict[str, Split]]:
+        """Packs the domains that are not packed yet, largest first, one a worker."""
+        everywhere = np.unique(np.concatenate(list(validation.values())))
+        packed = self.work / "packed"
+        packed.mkdir(exist_ok=True)
+        todo = [domain for domain in self.sources if not (packed / f"{domain}.json").exists()]
+        todo.sort(key=lambda domain: -sum(source.bytes for source in self.sources[domain]))
+        jobs = [self._pack_job(domain, validation[domain], everywhere) for domain in todo]
+        for job, splits in pool.run(pack_domain, jobs):
+            record = {name: asdict(one) for name, one in splits.items()}
+            write_atomic(packed / f"{job.domain}.json", json.dumps(record).encode())
+        domains = {}
+        for domain in sorted(self.sources):
+            record = json.loads((packed / f"{domain}.json").read_bytes())
+            domains[domain] = {name: split_from_dict(one) for name, one in record.items()}
+            for name, one in domains[domain].items():
+                if not one.samples and (name == "train" or self.request.val_tokens):
+                    self.notes.append(
+                        f"{domain}: its {name} documents do not fill one sample of {self.request.seq_len} tokens"
+                    )
+        return domains
+
+    def _pack_job(self, domain: str, own: NDArray[np.uint64], everywhere: NDArray[np.uint64]) -> PackJob:
+        files = self.sources[domain]
+        given = any(source.split == "val" for source in files)
+        return PackJob(
+            domain=domain,
+            units=[
+                (path, index, source.split == "val")
+                for index, source in enumerate(files)
+                for path in unit_files(self.units, domain, index)
+            ],
+            sources=[(source.name, source.bytes, self.fingerprints[source.name]) for source in files],
+            own_val=np.empty(0, np.uint64) if given else own,
+            all_val=everywhere,
+            seq_len=self.request.seq_len,
+            dtype=self.tokenizer.dtype,
+            folder=self.out / domain,
+            scratch=self.work / "packing" / domain,
+        )
+
+
+def _refuse_other(out: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
+    names = {"seq_len": "--seq-len", "val_tokens": "--val-tokens", "sources": "raw files or --domains"}
+    other = [names.get(key, key) for key in wanted if found.get(key) != wanted[key]]
+    if other:
+        raise UserError(f"--out {out} holds another preparation (other {', '.join(other)}); choose another folder")

@@ -1,0 +1,115 @@
+"""Checks a prepared folder against its manifest: every shard by size and hash. Reads, never writes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import xxhash
+
+from mohd_train.data.manifest import HASH, TOKENIZER_FOLDER, Shard, Split, load_manifest
+
+_CHUNK = 1 << 22
+
+
+def verify(
+    folder: str | Path, domains: Iterable[str] | None = None, *, hashes: bool = True, threads: int | None = None
+) -> list[str]:
+    """Problems of a prepared folder, one line each, naming the file; empty when it is sound.
+
+    Args:
+        folder: prepared data.
+        domains: only these; default: all, and the tokenizer's copy too.
+        hashes: read every byte. Without, only existence and sizes are checked (seconds, whatever the size).
+        threads: that hash at once (default: one a core, at most 16).
+    Raises:
+        UserError: the manifest is missing or broken.
+    """
+    folder = Path(folder)
+    manifest = load_manifest(folder)
+    problems: list[str] = []
+    work: list[tuple[Path, int, str]] = []
+    for domain in sorted(manifest.domains) if domains is None else domains:
+        for name, split in manifest.domains[domain].items():
+            place = folder / domain / name
+            problems += _index_problems(place, split, manifest.dtype, manifest.seq_len)
+            for shard in split.shards:
+                work.append((place / shard.file, shard.bytes, shard.hash))
+                raw = place / shard.raw_file
+                if raw.exists():  # unpacked by an earlier run: it will be read as it is
+                    work.append((raw, shard.raw_bytes, shard.raw_hash))
+    with ThreadPoolExecutor(threads or min(16, os.cpu_count() or 1)) as pool:  # xxhash releases the GIL
+        problems += [problem for problem in pool.map(lambda item: _file_problem(*item, hashes), work) if problem]
+    if domains is None:
+        problems += _tokenizer_problems(folder / TOKENIZER_FOLDER, manifest.tokenizer.files)
+    return problems
+
+
+def _file_problem(path: Path, size: int, expected: str, hashes: bool) -> str | None:
+    try:
+        found = path.stat().st_size
+    except FileNotFoundError:
+        return f"{path}: missing"
+    if found != size:
+        return f"{path}: {found:,} bytes, the manifest says {size:,} (truncated or overwritten)"
+    if hashes and hash_file(path) != expected:
+        return f"{path}: its content differs from the manifest's hash (corrupt)"
+    return None
+
+
+def hash_file(path: Path) -> str:
+    """xxh3_128 of a file, hex: the hash that shards are listed with."""
+    digest = getattr(xxhash, HASH)()
+    with open(path, "rb") as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _index_problems(place: Path, split: Split, dtype: str, seq_len: int) -> list[str]:
+    """`index.json` is what streaming reads: it must list the manifest's shards, with samples of the manifest's shape."""
+    path = place / "index.json"
+    try:
+        index = json.loads(path.read_bytes())
+        listed = [shard_from_index(entry) for entry in index["shards"]]
+        encodings = {tuple(entry["column_encodings"]) for entry in index["shards"]}
+    except FileNotFoundError:
+        return [f"{path}: missing"]
+    except (ValueError, KeyError, TypeError) as error:
+        return [f"{path}: broken ({error!r})"]
+    if listed != split.shards:
+        return [f"{path}: lists other shards than the manifest"]
+    if encodings - {(f"ndarray:{dtype}:{seq_len}",)}:
+        return [f"{path}: samples are {sorted(encodings)}, the manifest says {dtype} x {seq_len}"]
+    if sum(shard.samples for shard in listed) != split.samples:
+        return [f"{path}: holds {sum(s.samples for s in listed)} samples, the manifest says {split.samples}"]
+    return []
+
+
+def shard_from_index(entry: dict) -> Shard:
+    """One entry of an MDS `index.json` as the manifest lists it."""
+    stored, raw = entry["zip_data"], entry["raw_data"]
+    return Shard(
+        file=stored["basename"],
+        bytes=stored["bytes"],
+        hash=stored["hashes"][HASH],
+        raw_file=raw["basename"],
+        raw_bytes=raw["bytes"],
+        raw_hash=raw["hashes"][HASH],
+        samples=entry["samples"],
+    )
+
+
+def _tokenizer_problems(place: Path, files: dict[str, str]) -> list[str]:
+    problems = []
+    for name, sha256 in files.items():
+        path = place / name
+        if not path.is_file():
+            problems.append(f"{path}: missing")
+        elif hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
+            problems.append(f"{path}: differs from the manifest's hash (corrupt or edited)")
+    return problems
