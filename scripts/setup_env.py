@@ -11,6 +11,7 @@ import fcntl
 import hashlib
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -34,11 +35,29 @@ def complete(folder: Path) -> bool:
     return stamp.is_file() and stamp.read_text() == fingerprint() and (folder / "bin" / "python").exists()
 
 
-def run(*command: object) -> None:
-    words = [str(word) for word in command]
+def tell(line: str) -> bool:
+    """Whether a line of pip is worth showing: what takes long, and what goes wrong."""
+    size = re.search(r"Downloading (\S+).*\(([\d.]+) (MB|GB)\)", line)
+    large = size is not None and (size[3] == "GB" or float(size[2]) >= 100)
+    return large or line.startswith(("Installing", "Successfully", "ERROR", "error"))
+
+
+def run(folder: Path, *command: object) -> None:
+    words, log = [str(word) for word in command], folder / "mohd_train.setup.log"
     print("$", " ".join(words), flush=True)
-    if (code := subprocess.call(words, cwd=ROOT, close_fds=False)) != 0:
-        sys.exit(f"error: set-up failed: `{' '.join(words)}` exited with {code}; mend what it says above, run again")
+    # Should this be killed, the command inherits the lock and holds it for as long as it goes on.
+    child = subprocess.Popen(
+        words, cwd=ROOT, close_fds=False, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    assert child.stdout is not None
+    with open(log, "a") as file:
+        for line in child.stdout:
+            file.write(line)
+            file.flush()
+            if tell(line.strip()):
+                print(" ", line.strip()[:110], flush=True)
+    if child.wait() != 0:
+        sys.exit(f"error: set-up failed: `{' '.join(words)}` exited with {child.returncode}; its output: {log}")
 
 
 def imports(python: Path) -> bool:
@@ -58,11 +77,11 @@ def install(folder: Path) -> None:
         print(f"creating {folder} with Python {sys.version.split()[0]}", flush=True)
         venv.create(folder, with_pip=True)
     pip = (python, "-m", "pip", "install", "--disable-pip-version-check", "--progress-bar", "off")
-    run(*pip, "-e", ".[dev]", "-c", "constraints.txt")
+    run(folder, *pip, "-e", ".[dev]", "-c", "constraints.txt")
     if not imports(python) and ours.exists():
         print("an interrupted installation left packages broken: installing all of them again", flush=True)
-        run(*pip, "--force-reinstall", "-e", ".[dev]", "-c", "constraints.txt")
-    run(python, "-c", IMPORTS)
+        run(folder, *pip, "--force-reinstall", "-e", ".[dev]", "-c", "constraints.txt")
+    run(folder, python, "-c", IMPORTS)
     ours.unlink(missing_ok=True)
 
 
@@ -78,7 +97,7 @@ def main() -> None:
         lock = open(folder.parent / f".{folder.name.lstrip('.')}.lock", "w")  # noqa: SIM115
     except OSError as error:
         sys.exit(f"error: cannot write to {folder.parent} ({error.strerror}); make setup VENV=/elsewhere/venv")
-    os.set_inheritable(lock.fileno(), True)  # should this be killed, pip holds the lock for as long as it goes on
+    os.set_inheritable(lock.fileno(), True)
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
