@@ -1,0 +1,50 @@
+"""Prepared data on remote storage: the manifest and the tokenizer come at start, shards when they are needed."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+from streaming.base.storage import CloudDownloader
+from streaming.base.util import retry
+
+from mohd_train.data.manifest import MANIFEST, TOKENIZER_FOLDER, load_manifest
+from mohd_train.errors import UserError
+
+
+def fetch_manifest(remote: str, local: Path, attempts: int, timeout: float) -> None:
+    """Brings manifest and tokenizer of `remote` to the cache `local`. Any number of processes may do so at once.
+
+    Raises UserError when it can't be had, or `local` is the cache of other data.
+    """
+    local.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=".fetch-", dir=local))
+    try:
+        _download(remote, MANIFEST, scratch, attempts, timeout)
+        manifest = load_manifest(scratch)
+        if (local / MANIFEST).exists() and load_manifest(local).sha256() != manifest.sha256():
+            raise UserError(
+                f"data.local={local} is the cache of other data than data.remote={remote}; choose another folder"
+            )
+        (local / TOKENIZER_FOLDER).mkdir(exist_ok=True)
+        for name in manifest.tokenizer.files:
+            _download(remote, f"{TOKENIZER_FOLDER}/{name}", scratch, attempts, timeout)
+            os.replace(scratch / TOKENIZER_FOLDER / name, local / TOKENIZER_FOLDER / name)
+        os.replace(scratch / MANIFEST, local / MANIFEST)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _download(remote: str, name: str, folder: Path, attempts: int, timeout: float) -> None:
+    target = folder / name
+    target.parent.mkdir(exist_ok=True)
+    downloader = CloudDownloader.get(remote)
+    source = f"{remote.rstrip('/')}/{name}"
+    try:
+        retry(num_attempts=max(1, attempts))(lambda: downloader.download(source, str(target), timeout))()
+    except Exception as error:  # each storage has exceptions of its own
+        raise UserError(
+            f"data.remote: {source} can't be had ({type(error).__name__}: {error}); check address and access"
+        ) from error

@@ -1,0 +1,41 @@
+"""Shared memory that a killed run leaves behind. It is cleared at start, but never under a run that is alive."""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+import tempfile
+from pathlib import Path
+
+from composer.utils import dist
+from streaming.base.util import clean_stale_shared_memory
+
+log = logging.getLogger(__name__)
+_held: int | None = None
+
+
+def claim_shared_memory() -> None:
+    """Clears what killed runs left in shared memory, once a process, unless another run is at work on this machine.
+
+    streaming's cleaner can't tell stale from live: it would take the memory of a second run (a sweep, two users' tests). So
+    every run holds a shared lock for as long as it lives, also through kill -9, and only who gets it alone may clean.
+    """
+    global _held
+    if _held is not None:
+        return
+    alone = 1
+    if dist.get_local_rank() == 0:
+        path = Path(tempfile.gettempdir()) / f"mohd_train_streaming.{os.getuid()}.lock"
+        _held = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            fcntl.flock(_held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            alone = 0
+            log.info("another run is at work on this machine: its shared memory is left alone")
+    else:
+        _held = -1
+    if min(dist.all_gather_object(alone)):  # the cleaner waits for all processes: all call it, or none
+        clean_stale_shared_memory()
+    if dist.get_local_rank() == 0:
+        fcntl.flock(_held, fcntl.LOCK_SH)

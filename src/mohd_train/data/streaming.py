@@ -1,0 +1,172 @@
+"""From a prepared folder to the batches of a run: checks first, then the mix, then the loaders.
+
+A batch is `{"input_ids": int64 [B,T], "labels": int64 [B,T], "domain": int64 [B]}`; `labels` equals `input_ids` (the shift is
+the loss's), `domain` indexes `MixPlan.domains`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from composer.utils import dist
+from torch.utils.data import DataLoader
+
+from mohd_train.config.schema import DataConfig
+from mohd_train.data.manifest import HASH, MANIFEST, Manifest, load_manifest
+from mohd_train.data.mix import MixPlan, epoch_samples, mixture, plan_mix
+from mohd_train.data.remote import fetch_manifest
+from mohd_train.data.shared_memory import claim_shared_memory
+from mohd_train.data.streams import ShardStream, TokenStreams, ValidationSet
+from mohd_train.data.verify import verify
+from mohd_train.errors import UserError
+
+__all__ = ["MixPlan", "build_eval_loaders", "build_train_loader", "check_data", "collate", "plan_mix"]
+
+VOCAB_PADDING = 127  # a model's vocabulary may be the tokenizer's rounded up to a multiple of at most 128
+DEFAULT_BLOCK = 1 << 18  # samples shuffled together
+
+
+def check_data(data: DataConfig, *, vocab_size: int, seq_len: int, tokenizer_sha256: str | None = None) -> Manifest:
+    """Whether this data can train this model; to be called before the first step, by every process.
+
+    Sizes of all shards are always compared with the manifest; hashes too when `data.verify` is set (once a machine; about a
+    second a GB). With `data.remote`, shards are not here yet: their hashes are checked as they arrive.
+
+    Args:
+        vocab_size, seq_len: the model's.
+        tokenizer_sha256: of the tokenizer the model was trained with so far, where there is one.
+    Raises:
+        UserError: no such folder, a domain of the config that the data lacks, another tokenizer, vocabulary or sequence
+            length, a domain without samples, a bad shard, a folder in which shards can't be unpacked.
+    """
+    if data.remote:
+        fetch_manifest(data.remote, Path(data.local), data.download_retry, data.download_timeout)
+    folder = Path(data.local)
+    manifest = load_manifest(folder)
+    if manifest.seq_len != seq_len:
+        raise UserError(
+            f"{folder} has samples of {manifest.seq_len} tokens, the model takes max_seq_len={seq_len}; "
+            f"set max_seq_len={manifest.seq_len}, or prepare the data with --seq-len {seq_len}"
+        )
+    tokenizer = manifest.tokenizer
+    if tokenizer_sha256 is not None and tokenizer.sha256 != tokenizer_sha256:
+        raise UserError(
+            f"{folder} was made with another tokenizer ({tokenizer.name}, sha256 {tokenizer.sha256[:12]}) than the model's "
+            f"({tokenizer_sha256[:12]}); prepare the data with the model's tokenizer"
+        )
+    if not 0 <= vocab_size - tokenizer.vocab_size <= VOCAB_PADDING:
+        raise UserError(
+            f"{folder} was made with a tokenizer of {tokenizer.vocab_size} tokens ({tokenizer.name}), the model has "
+            f"vocab_size={vocab_size}; set model.vocab_size={tokenizer.vocab_size}, or prepare the data with the model's"
+        )
+    domains, _ = mixture(data, manifest)
+    if not data.remote:
+        _check_shards(folder, manifest, domains, data.verify)
+    return manifest
+
+
+def build_train_loader(
+    data: DataConfig, manifest: Manifest, *, global_batch_size: int, device_batch_size: int, seed: int
+) -> DataLoader[Any]:
+    """The endless mix as a loader whose epochs are windows of it (:func:`epoch_samples` long, in whole global batches).
+
+    The order depends on data, mix and seed alone. The position travels in Composer's checkpoints, through the dataset's
+    `state_dict`, so a run goes on exactly, on any number of processes and workers that divides the global batch.
+
+    With several processes, to be called after the process group is up.
+
+    Args:
+        global_batch_size: samples a step over all processes.
+        device_batch_size: samples a step in this process.
+        seed: of the order, where `data.shuffle_seed` is not set.
+    Raises:
+        UserError: batch sizes don't fit the number of processes; a domain has no samples.
+    """
+    if device_batch_size * dist.get_world_size() != global_batch_size:
+        raise UserError(
+            f"global_train_batch_size={global_batch_size} is not {dist.get_world_size()} process(es) x {device_batch_size} "
+            "samples; choose a multiple of the number of processes"
+        )
+    claim_shared_memory()
+    domains, shares = mixture(data, manifest)
+    dataset = TokenStreams(
+        {domain: _stream(data, domain, "train") for domain in domains},
+        shares,
+        epoch_size=epoch_samples(data, manifest, global_batch_size),
+        batch_size=device_batch_size,
+        shuffle=data.shuffle,
+        seed=seed if data.shuffle_seed is None else data.shuffle_seed,
+        block_size=data.shuffle_block_size or DEFAULT_BLOCK,
+        identity=manifest.sha256(),
+        num_canonical_nodes=data.num_canonical_nodes or 1,
+        predownload=data.predownload,
+    )
+    return _loader(dataset, data, device_batch_size)
+
+
+def build_eval_loaders(data: DataConfig, manifest: Manifest, *, device_batch_size: int) -> dict[str, DataLoader[Any]]:
+    """A loader of each domain's validation samples, in order, each once; domains without any are left out.
+
+    Over several processes the sampler pads the last batch with repeats, which Composer's evaluation takes out again.
+    """
+    domains, _ = mixture(data, manifest)
+    loaders = {}
+    for index, domain in enumerate(domains):
+        if manifest.samples(domain, "val"):
+            dataset = ValidationSet(_stream(data, domain, "val"), index)
+            sampler = dist.get_sampler(dataset, drop_last=False, shuffle=False)
+            loaders[domain] = _loader(dataset, data, device_batch_size, sampler)
+    return loaders
+
+
+def collate(samples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    """B samples of {"tokens" [T], "domain"} as one batch."""
+    tokens = torch.from_numpy(np.stack([sample["tokens"] for sample in samples]).astype(np.int64))
+    domain = torch.tensor([sample["domain"] for sample in samples], dtype=torch.int64)
+    return {"input_ids": tokens, "labels": tokens.clone(), "domain": domain}
+
+
+def _loader(dataset: Any, data: DataConfig, batch_size: int, sampler: Any = None) -> DataLoader[Any]:
+    return DataLoader(
+        dataset,
+        batch_size=batch_size,
+        sampler=sampler,
+        num_workers=data.num_workers,
+        collate_fn=collate,
+        drop_last=False,
+        pin_memory=torch.cuda.is_available(),
+    )
+
+
+def _stream(data: DataConfig, domain: str, split: str) -> ShardStream:
+    return ShardStream(
+        remote=f"{data.remote.rstrip('/')}/{domain}/{split}" if data.remote else None,
+        local=str(Path(data.local) / domain / split),
+        download_retry=data.download_retry,
+        download_timeout=data.download_timeout,
+        validate_hash=HASH if data.verify else None,
+        keep_zip=False,
+    )
+
+
+def _check_shards(folder: Path, manifest: Manifest, domains: Iterable[str], hashes: bool) -> None:
+    """Raises UserError for a bad shard, or one that is packed in a folder that can't be written to."""
+    if dist.get_local_rank() == 0:
+        problems = verify(folder, domains, hashes=hashes)
+        if problems:
+            more = f" (and {len(problems) - 1} more: data_prep/verify.py lists them)" if problems[1:] else ""
+            raise UserError(f"{problems[0]}{more}; copy the shard again, or prepare the data again")
+    for domain in domains:
+        for name, split in manifest.domains[domain].items():
+            place = folder / domain / name
+            packed = [shard for shard in split.shards if not (place / shard.raw_file).exists()]
+            if packed and not os.access(place, os.W_OK):
+                raise UserError(
+                    f"{place} can't be written to, and shards are unpacked where they are; set data.remote={folder} and "
+                    f"data.local to a folder of your own (cached {MANIFEST} and shards go there)"
+                )

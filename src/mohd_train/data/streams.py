@@ -1,0 +1,165 @@
+"""Datasets over prepared shards: the endless training mix, and one domain's validation samples."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from filelock import FileLock
+from numpy.typing import NDArray
+from streaming import Stream, StreamingDataset
+from streaming.base.compression import decompress
+from streaming.base.format.base.reader import FileInfo
+from streaming.base.hashing import get_hash
+from streaming.base.spanner import Spanner
+from streaming.base.world import World
+from torch.utils.data import Dataset
+
+from mohd_train.data.order import Int64s, interleave, walk
+from mohd_train.errors import UserError
+
+
+class ShardStream(Stream):
+    """A Stream that several runs may unpack in the same folder at once, and whose bad shards are named to the user."""
+
+    def _decompress_shard_part(
+        self, zip_info: FileInfo, zip_filename: str, raw_filename: str, compression: str | None
+    ) -> None:
+        """Unpacks one shard under a name of this process's own; streaming's is shared by all and can be pulled away."""
+        packed = Path(zip_filename).read_bytes()
+        if self.validate_hash and get_hash(self.validate_hash, packed) != zip_info.hashes[self.validate_hash]:
+            raise UserError(f"{zip_filename}: its content differs from its hash (corrupt); copy the shard again")
+        temporary = f"{raw_filename}.{os.getpid()}.tmp"
+        with open(temporary, "wb") as file:
+            file.write(decompress(compression, packed) if compression else packed)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, raw_filename)
+        if not self.safe_keep_zip:
+            os.remove(zip_filename)
+
+
+class TokenStreams(StreamingDataset):
+    """The training mix. Sample ids of an epoch come from :mod:`mohd_train.data.order`; the rest is StreamingDataset's.
+
+    Why not StreamingDataset's own sampling: it draws each epoch anew, so a second epoch repeats samples while others of the
+    domain were never seen, and its order within an epoch depends on the number of nodes.
+    """
+
+    def __init__(
+        self,
+        streams: dict[str, Stream],
+        shares: NDArray[np.float64],
+        *,
+        epoch_size: int,
+        batch_size: int,
+        shuffle: bool,
+        seed: int,
+        block_size: int,
+        identity: str,
+        num_canonical_nodes: int = 1,
+        predownload: int | None = None,
+    ) -> None:
+        """Args:
+        streams, shares: domains in order, and their shares [D] summing to 1.
+        epoch_size: samples of an epoch, a multiple of the global batch.
+        batch_size: samples a step in this process.
+        block_size: samples of a domain shuffled together.
+        identity: of the prepared data; a checkpoint of other data, mix or seed is refused.
+        """
+        self.domain_names = list(streams)
+        self._shares = shares
+        self._shuffled = shuffle
+        self._block = block_size
+        for stream, share in zip(streams.values(), shares, strict=True):
+            stream.proportion = float(share)  # what StreamingDataset calls a relatively weighted stream
+        super().__init__(
+            streams=list(streams.values()),
+            epoch_size=epoch_size,
+            batch_size=batch_size,
+            shuffle=False,  # done in resample_streams
+            shuffle_seed=seed,
+            num_canonical_nodes=num_canonical_nodes,
+            predownload=predownload,
+        )
+        key = [identity, self.domain_names, shares.tolist(), epoch_size, shuffle, seed, block_size, num_canonical_nodes]
+        self._order = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
+
+    def resample_streams(self, epoch: int, stream_id: int | None = None) -> tuple[Int64s, Int64s]:
+        """Sample ids of an epoch in the order they are seen [epoch_size]; the shuffle units beside them are not used."""
+        first = epoch * self.epoch_size
+        domain, ordinal = interleave(self._shares, first, first + self.epoch_size)
+        ids = np.empty(self.epoch_size, np.int64)
+        for index, name in enumerate(self.domain_names):
+            mine = np.flatnonzero(domain == index)
+            if not len(mine):
+                continue
+            begin = self.shard_offset_per_stream[index]
+            shards = self.samples_per_shard[begin : begin + self.shards_per_stream[index]]
+            start, stop = int(ordinal[mine[0]]), int(ordinal[mine[-1]]) + 1
+            within = walk(
+                shards, start, stop, name=name, seed=self.shuffle_seed, block_size=self._block, shuffle=self._shuffled
+            )
+            ids[mine] = self.sample_offset_per_stream[index] + within
+        return np.ones(1, np.int64), ids
+
+    def get_item(self, sample_id: int, retry: int = 7) -> dict[str, Any]:
+        """{"tokens" [T], "domain"}."""
+        sample = super().get_item(sample_id, retry)
+        shard, _ = self.spanner[sample_id]
+        return {"tokens": sample["tokens"], "domain": int(self.stream_per_shard[shard])}
+
+    def state_dict(self, num_samples: int, from_beginning: bool) -> dict[str, Any]:
+        """The position, for a checkpoint: epoch and samples seen in it over all processes.
+
+        Composer asks at the end of an epoch with 0 samples, meaning the next one; StreamingDataset would say the one just
+        ended, and a resumed run would see it again.
+        """
+        state = super().state_dict(num_samples, from_beginning)
+        if from_beginning and num_samples == 0:
+            state["epoch"], _ = self._resume(self._parallel_rank_world, self.next_epoch)
+        return state | {"order": self._order}
+
+    def load_state_dict(self, obj: dict[str, Any]) -> None:
+        """Goes on at a checkpoint's position.
+
+        Raises UserError when the position is one in another order of samples.
+        """
+        if obj.get("order") != self._order:
+            raise UserError(
+                "the checkpoint was trained on other data, or in another mix, order or global batch size, so its position in "
+                "the data means nothing here; restore data.* , seed and global_train_batch_size, or set load_weights_only=true"
+            )
+        super().load_state_dict(obj)
+
+
+class ValidationSet(Dataset[dict[str, Any]]):
+    """One domain's validation samples, by index, in the order they are stored. No shared memory, no state."""
+
+    def __init__(self, stream: ShardStream, domain: int) -> None:
+        """Args: domain: index that the samples carry."""
+        stream.apply_default(
+            {"split": None, "download_retry": 2, "download_timeout": 120, "validate_hash": None, "keep_zip": False}
+        )
+        self._stream = stream
+        self._domain = domain
+        self._folder = Path(stream.local)
+        self._shards = stream.get_shards(World.detect(), allow_unsafe_types=False)
+        self._spanner = Spanner(np.array([shard.samples for shard in self._shards], np.int64))
+
+    def __len__(self) -> int:
+        return sum(shard.samples for shard in self._shards)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """{"tokens" [T], "domain"}."""
+        shard, within = self._spanner[index]
+        reader = self._shards[shard]
+        raw, _ = reader.file_pairs[0]
+        if not (self._folder / raw.basename).exists():
+            with FileLock(self._folder / ".lock"):  # processes of this machine would fetch it all at once
+                self._stream.prepare_shard(reader)
+        return {"tokens": reader[within]["tokens"], "domain": self._domain}
