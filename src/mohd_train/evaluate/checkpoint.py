@@ -8,18 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
-from packaging.version import Version
-from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from mohd_train.config.plan import ModelPlan
 from mohd_train.errors import UserError
+from mohd_train.hf.convert import load_model
 from mohd_train.model.count import count
 
 _BLOCKS, _BLOCK = 64, 1 << 16  # of a fingerprint: blocks a file, bytes a block
-_DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_DTYPE_KEY = "dtype" if Version(transformers.__version__) >= Version("4.56") else "torch_dtype"
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -53,19 +50,14 @@ def locate(path: Path) -> Location:
         UserError: nothing is there, or it is neither a Composer checkpoint nor a Hugging Face folder.
     """
     if not path.exists():
-        raise UserError(
-            f"no checkpoint at {path}; give a Composer checkpoint (.pt file or sharded folder) or a Hugging Face folder"
-        )
+        raise UserError(f"no checkpoint at {path}; give a Composer checkpoint (.pt) or a Hugging Face folder")
     path = path.resolve()  # `latest-rank0.pt` is a link: the result names what it stood for
     if path.is_dir():
-        if (path / "config.json").is_file():
-            kind, files = "hf", _hf_files(path)
-        elif (path / ".metadata").is_file():
-            kind, files = "native", sorted(file for file in path.iterdir() if file.is_file())
-        else:
+        if not (path / "config.json").is_file():
             raise UserError(
-                f"{path} is no checkpoint: it has neither config.json (Hugging Face) nor .metadata (sharded Composer)"
+                f"{path} is a folder without config.json; give a Hugging Face folder or a checkpoint file (.pt)"
             )
+        kind, files = "hf", _hf_files(path)
     elif path.suffix == ".pt":
         kind, files = "native", [path]
     else:
@@ -131,14 +123,14 @@ def load(
         UserError: the weights or the tokenizer cannot be read, or do not belong together.
     """
     where = pick_device(device)
-    model = _load_native(location.path) if location.kind == "native" else _load_hf(location.path, dtype)
+    model = load_model(location.path)
     plan = model.config.to_plan() if hasattr(model.config, "to_plan") else None  # a MoHDConfig carries its plan
     if dtype != "auto":
-        model = model.to(_DTYPES[dtype])  # type: ignore[arg-type]
+        model = model.to(_DTYPES[dtype])
     model = model.to(where).eval()  # type: ignore[arg-type]
     default = location.run_folder / "tokenizer" if location.kind == "native" else location.path
     loaded_tokenizer = _load_tokenizer(tokenizer or default)
-    vocabulary = model.get_input_embeddings().weight.shape[0]  # type: ignore[union-attr]
+    vocabulary = model.get_input_embeddings().weight.shape[0]
     if len(loaded_tokenizer) > vocabulary:
         raise UserError(
             f"the tokenizer at {tokenizer or default} has {len(loaded_tokenizer)} pieces, the model {vocabulary}; "
@@ -160,23 +152,6 @@ def load(
     return LoadedModel(model, loaded_tokenizer, info, ours=plan is not None)
 
 
-def _load_native(path: Path) -> PreTrainedModel:
-    from mohd_train.hf import convert
-
-    return convert.load_model(path)
-
-
-def _load_hf(path: Path, dtype: str) -> PreTrainedModel:
-    import mohd_train.hf  # noqa: F401  (registers MoHD with the Auto classes)
-
-    try:
-        return AutoModelForCausalLM.from_pretrained(path, local_files_only=True, **{_DTYPE_KEY: _DTYPES[dtype]})
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise UserError(
-            f"{path} cannot be read as a causal language model: {' '.join(str(error).split())[:300]}"
-        ) from error
-
-
 def _load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     if not path.is_dir():
         raise UserError(f"no tokenizer at {path}; give the folder with --tokenizer")
@@ -195,9 +170,8 @@ def _count(model: PreTrainedModel, plan: ModelPlan | None) -> tuple[int, int]:
         counts = count(plan)
         return counts.activated, counts.total
     total = sum(parameter.numel() for parameter in model.parameters() if parameter.ndim > 1)
-    ends = {
-        id(end.weight): end.weight
-        for end in (model.get_input_embeddings(), model.get_output_embeddings())
-        if end is not None
-    }
-    return total - sum(weight.numel() for weight in ends.values()), total  # type: ignore[union-attr]
+    ends: dict[int, torch.Tensor] = {}
+    for end in (model.get_input_embeddings(), model.get_output_embeddings()):
+        if isinstance(end, torch.nn.Module) and isinstance(end.weight, torch.Tensor):
+            ends[id(end.weight)] = end.weight
+    return total - sum(weight.numel() for weight in ends.values()), total

@@ -60,7 +60,7 @@ class HarnessLM(HFLM):
         self.truncation = Truncation()
         self.progress: Progress | None = None
 
-    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:  # type: ignore[override]
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
         """As lm-eval does it; where the tokenizer adds no BOS and the model needs it, it is put in front."""
         tokens = super().tok_encode(string, add_special_tokens=add_special_tokens, **kwargs)
         if self.bos == "prepended" and add_special_tokens is not False and tokens[:1] != [self.tokenizer.bos_token_id]:
@@ -111,12 +111,12 @@ class _ProgressHook(CacheHook):
 def _quiet() -> Iterator[None]:
     """lm-eval's own bars and prints off: one bar for a task is enough."""
     original = tqdm.__init__
-    tqdm.__init__ = functools.partialmethod(original, disable=True)  # type: ignore[assignment,method-assign]
+    tqdm.__init__ = functools.partialmethod(original, disable=True)
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             yield
     finally:
-        tqdm.__init__ = original  # type: ignore[method-assign]
+        tqdm.__init__ = original
 
 
 def score(
@@ -147,7 +147,7 @@ def score(
             task_dict=loaded,
             limit=limit,
             bootstrap_iters=BOOTSTRAP_ITERS,
-            log_samples=False,  # type: ignore[arg-type]
+            log_samples=False,
         )
     assert results is not None, "one process: this is the first rank"
     return dict(results)

@@ -153,7 +153,7 @@ def _average(cells: Sequence[Cell]) -> Cell:
 
 def _paper_row(suite: Suite, row: PaperRow) -> Row:
     cells = tuple(Cell(row.scores.get(spec.paper_key)) for spec in suite.tasks.values())
-    noted = ((f"{row.model}, {row.setting}: {row.note}", ""),) if row.note else ()
+    noted = ((row.note, row.label),) if row.note else ()
     return Row(f"{row.label}, paper", "paper", row.name, row.activated, row.params, cells, Cell(row.average, noted))
 
 
