@@ -1,0 +1,146 @@
+"""The model under study: a checkpoint of ours, a Hugging Face folder, or a name on the hub; with its tokenizer and identity."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import platform
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+import mohd_train
+from mohd_train.data.tokenize import tokenizer_sha256
+from mohd_train.errors import UserError
+from mohd_train.hf.convert import load_model, read_checkpoint
+from mohd_train.hf.modeling import MoHDForCausalLM
+from mohd_train.model.transformer import Transformer
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_PROBED = 256  # numbers of each parameter that the fingerprint reads
+
+
+@dataclass
+class Subject:
+    """A model on its device, in evaluation mode.
+
+    Attributes:
+        tokenizer: None where none was found; a prepared data folder needs only its hash.
+        tokenizer_sha256: None where nothing says which tokenizer the model was trained with.
+        info: for the record: name, source, kind, fingerprint, architecture, dtype, plan (of our models).
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase | None
+    tokenizer_sha256: str | None
+    info: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        """For titles and file names."""
+        return str(self.info["name"])
+
+    @property
+    def transformer(self) -> Transformer | None:
+        """Our transformer, or None for another architecture."""
+        return self.model.transformer if isinstance(self.model, MoHDForCausalLM) else None
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return self.model.device
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the token embedding."""
+        return self.model.get_input_embeddings().weight.shape[0]
+
+    @property
+    def max_positions(self) -> int | None:
+        """Longest sequence the model was made for, where its configuration says so."""
+        config = self.model.config
+        return getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+
+
+def load_subject(
+    source: str,
+    *,
+    tokenizer: Path | None = None,
+    device: torch.device | None = None,
+    dtype: str = "auto",
+) -> Subject:
+    """Reads a model.
+
+    Args:
+        source: checkpoint file, Hugging Face folder, or a name on the hub.
+        tokenizer: a folder; default: the run's beside a checkpoint, else the model's own.
+        dtype: of the weights: ``auto`` (as stored), or one of :data:`DTYPES`. Statistics are in float32 or wider anyway.
+    Raises:
+        UserError: the model can't be had, or the tokenizer that was asked for.
+    """
+    path = Path(source)
+    native = path.is_file() or path.suffix == ".pt"
+    model = load_model(path) if native or path.exists() else _from_hub(source)
+    if dtype != "auto":
+        model = model.to(DTYPES[dtype])
+    model = model.to(device or torch.device("cpu")).eval()  # type: ignore[arg-type]
+    plan = model.config.to_plan() if isinstance(model, MoHDForCausalLM) else None
+    info: dict[str, Any] = {
+        "name": plan.name if plan is not None else path.name,
+        "source": source,
+        "kind": "native" if native else "hf",
+        "architecture": type(model).__name__,
+        "fingerprint": fingerprint(model),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "plan": plan.to_dict() if plan is not None else None,
+    }
+    sha256 = None
+    if native:
+        _, _, metadata = read_checkpoint(path)
+        info["run"] = metadata.get("run_name")
+        sha256 = metadata.get("tokenizer_sha256")
+    found = _tokenizer(tokenizer, path.resolve().parent.parent / "tokenizer" if native else source)
+    if found is not None and sha256 is None:
+        sha256 = tokenizer_sha256(found)
+    info["tokenizer_sha256"] = sha256
+    return Subject(model, found, sha256, info)
+
+
+def fingerprint(model: PreTrainedModel) -> str:
+    """16 hex digits over names, shapes and a few hundred evenly spaced numbers of every parameter."""
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        flat = parameter.detach().flatten()
+        some = flat[torch.linspace(0, flat.numel() - 1, min(_PROBED, flat.numel()), device=flat.device).long()]
+        digest.update(f"{name}:{tuple(parameter.shape)}".encode() + some.double().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def versions() -> dict[str, str]:
+    """Of this project, Python, and what computes the numbers."""
+    found = {package: importlib.metadata.version(package) for package in ("torch", "transformers", "tokenizers", "numpy")}
+    return {"mohd_train": mohd_train.__version__, "python": platform.python_version(), **found}
+
+
+def _from_hub(name: str) -> PreTrainedModel:
+    if name.count("/") > 1 or name.startswith((".", "/", "~")):
+        raise UserError(f"no model at {name}; give a checkpoint file, a Hugging Face folder, or a name on the hub")
+    try:
+        return AutoModelForCausalLM.from_pretrained(name, torch_dtype="auto")
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise UserError(
+            f"{name} is neither a file nor a folder here, and can't be had from the hub: {str(error).splitlines()[0]}"
+        ) from None
+
+
+def _tokenizer(asked: Path | None, default: Path | str) -> PreTrainedTokenizerBase | None:
+    try:
+        return AutoTokenizer.from_pretrained(asked or default)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        if asked is None:
+            return None  # whoever needs it says so: see corpus.py
+        raise UserError(f"no tokenizer can be read from {asked}: {' '.join(str(error).split())[:200]}") from None
