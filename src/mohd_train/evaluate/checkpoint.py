@@ -126,7 +126,7 @@ def load(
     model = load_model(location.path)
     plan = model.config.to_plan() if hasattr(model.config, "to_plan") else None  # a MoHDConfig carries its plan
     if dtype != "auto":
-        model = model.to(_DTYPES[dtype])
+        model = model.to(_DTYPES[dtype])  # type: ignore[arg-type]
     model = model.to(where).eval()  # type: ignore[arg-type]
     default = location.run_folder / "tokenizer" if location.kind == "native" else location.path
     loaded_tokenizer = _load_tokenizer(tokenizer or default)

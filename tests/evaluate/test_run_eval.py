@@ -1,0 +1,223 @@
+"""The runner: what it stores, reuses and refuses; checkpoints of either kind; the command line."""
+
+from __future__ import annotations
+
+import json
+import os
+import runpy
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from support.native import save_native
+from support.plans import small_plan
+from transformers import AutoModelForCausalLM
+
+from mohd_train.errors import UserError
+from mohd_train.evaluate import checkpoint as checkpoints
+from mohd_train.evaluate import results
+from mohd_train.evaluate.run import EvalOptions, run_eval
+from mohd_train.evaluate.suite import Suite
+from mohd_train.model.count import count
+from mohd_train.model.transformer import Transformer
+
+
+@pytest.fixture
+def options(llama: Path, demo_questions: Path, tmp_path: Path) -> EvalOptions:
+    return EvalOptions(llama, tmp_path / "out", ["sciq", "boolq"], demo_questions, device="cpu", limit=4)
+
+
+def stored(options: EvalOptions, task: str = "sciq", name: str = "tiny-llama") -> Path:
+    return options.output / name / f"{task}.json"
+
+
+def test_stores_one_file_a_task_with_its_origin(options: EvalOptions, llama: Path, suite: Suite) -> None:
+    assert run_eval(options, suite) == 0
+    assert sorted(p.name for p in (options.output / "tiny-llama").iterdir()) == ["boolq.json", "sciq.json"]
+    data = json.loads(stored(options).read_text(encoding="utf-8"))
+    ours = data["mohd_train"]
+    assert data["n-shot"]["sciq"] == 0  # lm-eval's own JSON, with one more key
+    assert ours["model"]["checkpoint"] == str(llama.resolve())
+    assert ours["model"]["max_length"] == 512
+    assert ours["settings"]["limit"] == 4
+    assert ours["settings"]["demo"] is True
+    assert ours["versions"]["lm_eval"] == suite.lm_eval
+    assert set(ours["files"]) == {"test"}
+    assert ours["files"]["test"]["rows"] == 8
+    assert (ours["questions"], ours["questions_available"]) == (4, 8)
+    result = results.read(stored(options))
+    assert set(result.scores) >= {"acc", "acc_stderr", "acc_norm", "acc_norm_stderr"}
+    assert results.find([options.output]) == [results.read(stored(options, "boolq")), result]
+
+
+def test_reuses_what_is_stored(options: EvalOptions, suite: Suite, capsys: pytest.CaptureFixture[str]) -> None:
+    run_eval(options, suite)
+    before = stored(options).stat().st_mtime_ns
+    options.tasks = ["sciq", "arc_easy"]
+    capsys.readouterr()
+    run_eval(options, suite)
+    shown = capsys.readouterr().out
+    assert "sciq: acc" in shown
+    assert shown.count("reused") == 1
+    assert stored(options).stat().st_mtime_ns == before
+    assert stored(options, "arc_easy").exists()
+
+
+def test_refuses_to_replace_another_result(
+    options: EvalOptions, suite: Suite, make_llama: Callable[..., Path], tmp_path: Path
+) -> None:
+    run_eval(options, suite)
+    options.limit = None
+    with pytest.raises(UserError, match=r"made with other settings.*limit: 4 there, None now"):
+        run_eval(options, suite)
+    options.limit, options.checkpoint = 4, make_llama(seed=1)
+    with pytest.raises(UserError, match="holds the result of another checkpoint"):
+        run_eval(options, suite)
+    assert results.read(stored(options)).settings.limit == 4
+    options.overwrite = True
+    assert run_eval(options, suite) == 0
+    assert results.read(stored(options)).model["checkpoint"] == str(options.checkpoint.resolve())
+
+
+def test_changed_rows_are_another_measurement(options: EvalOptions, suite: Suite, tmp_path: Path) -> None:
+    run_eval(options, suite)
+    options.data_dir = Path(shutil.copytree(str(options.data_dir), tmp_path / "rows"))
+    path = options.data_dir / "sciq" / "test.jsonl"
+    path.write_text(path.read_text(encoding="utf-8").replace("roots", "roots,"), encoding="utf-8")
+    with pytest.raises(UserError, match="rows: "):
+        run_eval(options, suite)
+
+
+def test_a_broken_result_is_named(options: EvalOptions, suite: Suite) -> None:
+    stored(options).parent.mkdir(parents=True)
+    stored(options).write_text('{"mohd_train": ', encoding="utf-8")
+    with pytest.raises(UserError, match=r"sciq\.json is no valid JSON"):
+        run_eval(options, suite)
+    with pytest.raises(UserError, match=r"sciq\.json is no valid JSON"):
+        results.find([options.output])
+
+
+def test_no_place_to_write(options: EvalOptions, suite: Suite, monkeypatch: pytest.MonkeyPatch) -> None:
+    options.output.write_text("a file", encoding="utf-8")
+    with pytest.raises(UserError, match="cannot write results to"):
+        run_eval(options, suite)
+    options.output.unlink()
+    access = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode, **k: mode != os.W_OK and access(path, mode, **k))
+    with pytest.raises(UserError, match="no permission to write results to"):
+        run_eval(options, suite)
+
+
+def test_other_harness_version_is_refused(options: EvalOptions, suite: Suite) -> None:
+    other = type(suite)(suite.tasks, lm_eval="0.4.2", seed=suite.seed)
+    with pytest.raises(UserError, match=r"eval/tasks\.yaml is written for 0\.4\.2"):
+        run_eval(options, other)
+
+
+@pytest.mark.parametrize("setting", ["dense", "x2"])
+def test_native_checkpoint(setting: str, suite: Suite, demo_questions: Path, tmp_path: Path) -> None:
+    plan = small_plan(setting, max_seq_len=96)
+    torch.manual_seed(0)
+    path = save_native(tmp_path / "run", plan, Transformer(plan))
+    link = path.with_name("latest-rank0.pt")
+    link.symlink_to(path.name)
+    options = EvalOptions(link, tmp_path / "out", ["sciq", "boolq"], demo_questions, device="cpu")
+    assert run_eval(options, suite) == 0
+    result = results.read(stored(options, "boolq", plan.name))
+    assert result.model["checkpoint"] == str(path.resolve())
+    assert (result.model["activated"], result.model["total"]) == (count(plan).activated, count(plan).total)
+    assert (result.model["bos"], result.model["max_length"], result.model["run"]) == ("prepended", 96, "run")
+    assert result.truncated["requests"] == 16
+
+
+def test_checkpoints_that_cannot_be_read(llama: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no checkpoint at"):
+        checkpoints.locate(tmp_path / "absent.pt")
+    with pytest.raises(UserError, match=r"without config\.json"):
+        checkpoints.locate(tmp_path)
+    (tmp_path / "weights.npz").write_bytes(b"x")
+    with pytest.raises(UserError, match="of no known kind"):
+        checkpoints.locate(tmp_path / "weights.npz")
+    bare = tmp_path / "bare"
+    shutil.copytree(llama, bare)
+    (bare / "model.safetensors").unlink()
+    with pytest.raises(UserError, match="no weights"):
+        checkpoints.locate(bare)
+    (bare / "model.safetensors").write_bytes(b"broken")
+    with pytest.raises(UserError, match="bare"):
+        checkpoints.load(checkpoints.locate(bare))
+
+
+def test_tokenizer_must_be_there_and_fit(llama: Path, tmp_path: Path) -> None:
+    location = checkpoints.locate(llama)
+    with pytest.raises(UserError, match="no tokenizer at"):
+        checkpoints.load(location, tokenizer=tmp_path / "absent")
+    plan = small_plan()  # 97 pieces
+    path = save_native(tmp_path / "run", plan, Transformer(plan))
+    with pytest.raises(UserError, match=r"has 600 pieces, the model 97"):
+        checkpoints.load(checkpoints.locate(path), tokenizer=llama)
+
+
+def test_fingerprint_tells_weights_apart_and_not_places(
+    llama: Path, make_llama: Callable[..., Path], tmp_path: Path
+) -> None:
+    moved = tmp_path / "moved"
+    shutil.copytree(llama, moved)
+    assert checkpoints.locate(moved).fingerprint == checkpoints.locate(llama).fingerprint
+    assert checkpoints.locate(make_llama(seed=1)).fingerprint != checkpoints.locate(llama).fingerprint
+    large = tmp_path / "large.pt"
+    large.write_bytes(bytes(6_000_000))  # more than 64 blocks: not every byte is read
+    before = checkpoints.fingerprint([large])
+    with large.open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        file.write(b"x")
+    assert checkpoints.fingerprint([large]) != before
+
+
+def test_llama_counts_as_the_paper_counts(llama: Path) -> None:
+    info = checkpoints.load(checkpoints.locate(llama), device="cpu").info
+    model = AutoModelForCausalLM.from_pretrained(llama)
+    d, f, v = 32, 48, model.config.vocab_size
+    assert info["activated"] == 4 * d * d + 3 * d * f
+    assert info["total"] == info["activated"] + 2 * v * d
+
+
+def test_unknown_device() -> None:
+    with pytest.raises(UserError, match="unknown device 'gpu9'"):
+        checkpoints.pick_device("gpu9")
+    with pytest.raises(UserError, match="is not there"):
+        checkpoints.pick_device(f"cuda:{torch.cuda.device_count()}")
+
+
+def call(script: Path, *arguments: object, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Runs a script as the command line does, in this process; its exit code."""
+    monkeypatch.setattr(sys, "argv", [str(script), *map(str, arguments)])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(script), run_name="__main__")
+    return int(ended.value.code or 0)  # type: ignore[arg-type]
+
+
+def test_command_line(
+    root: Path,
+    llama: Path,
+    demo_questions: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    run, tables = root / "eval" / "run_eval.py", root / "eval" / "make_tables.py"
+    base = ["--checkpoint", llama, "--data-dir", demo_questions, "--output", tmp_path, "--device", "cpu"]
+    assert call(run, *base, "--tasks", "sciq,piqa", "arc_easy", monkeypatch=monkeypatch) == 0
+    assert {p.stem for p in (tmp_path / "tiny-llama").iterdir()} == {"sciq", "piqa", "arc_easy"}
+    assert call(run, *base, "--tasks", "scic", monkeypatch=monkeypatch) == 1
+    assert capsys.readouterr().err.startswith("error: unknown task 'scic' (did you mean 'sciq'?)")
+    assert call(run, *base, "--limit", "1", monkeypatch=monkeypatch) == 1
+    assert call(run, *base, "--batch-size", "0", monkeypatch=monkeypatch) == 2
+    assert call(run, "--tasks", "sciq", monkeypatch=monkeypatch) == 2
+    assert call(tables, tmp_path, "--output", tmp_path / "t.md", monkeypatch=monkeypatch) == 0
+    assert "**tiny-llama**" in (tmp_path / "t.md").read_text(encoding="utf-8")
+    assert call(tables, tmp_path / "absent", monkeypatch=monkeypatch) == 1
+    assert call(tables, monkeypatch=monkeypatch) == 2

@@ -1,0 +1,191 @@
+"""Table 2: the paper's row beside ours, differences, marks on what cannot be compared, dashes for what is missing."""
+
+from __future__ import annotations
+
+import csv
+import io
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from mohd_train.errors import UserError
+from mohd_train.evaluate import formats, results
+from mohd_train.evaluate.paper import load_paper
+from mohd_train.evaluate.suite import Suite, load_suite
+from mohd_train.evaluate.tables import build_table, count
+
+PAPER = load_paper()
+
+
+def result(suite: Suite, task: str, value: float | None, model: str = "355m-x2", **changes: Any) -> results.Result:
+    """A whole, comparable result, with changes to its settings or to itself."""
+    spec = suite.tasks[task]
+    settings = results.Settings(task, spec.shots, "acc", suite.seed, None, suite.lm_eval, "auto", "float32", "hub")
+    known = {key: changes.pop(key) for key in list(changes) if hasattr(settings, key)}
+    made = results.Result(
+        path=Path(f"{model}/{task}.json"),
+        settings=replace(settings, **known),
+        model={
+            "name": model,
+            "fingerprint": "0123456789abcdef",
+            "activated": 289406976,
+            "total": 709885952,
+            "checkpoint": "c",
+        },
+        scores={"acc": value, "acc_stderr": 0.01},
+        questions=spec.questions,
+        truncated={"requests": 0, "of": 2 * spec.questions, "tokens": 0, "longest": 99},
+        subjects=spec.subjects,
+        lm_eval_results={},
+    )
+    return replace(made, **changes)
+
+
+@pytest.fixture
+def whole(suite: Suite) -> list[results.Result]:
+    return [result(suite, task, 0.3 + 0.02 * i) for i, task in enumerate(suite.tasks)]
+
+
+def rows(text: str) -> dict[str, dict[str, str]]:
+    return {
+        row["row"] + (":" + row["label"] if row["row"] == "ours" else ""): row
+        for row in csv.DictReader(io.StringIO(text))
+    }
+
+
+def test_paper_row_and_difference_beside_ours(suite: Suite, whole: list[results.Result]) -> None:
+    found = rows(formats.to_csv(build_table(suite, PAPER, whole)))
+    ours, theirs, difference = found["ours:355m-x2"], found["paper"], found["difference"]
+    assert theirs["label"] == "MoHD-710M (355M x2), paper"
+    assert (ours["activated"], ours["total"]) == (theirs["activated"], theirs["total"]) == ("289M", "710M")
+    assert (ours["sciq"], theirs["sciq"], difference["sciq"]) == ("30.0", "76.6", "-46.6")
+    assert (ours["lambada_openai"], theirs["lambada_openai"], difference["lambada_openai"]) == ("46.0", "43.3", "+2.7")
+    assert (ours["average"], theirs["average"], difference["average"]) == ("39.0", "44.9", "-5.9")
+    assert ours["notes"] == ""
+
+
+def test_missing_is_a_dash_and_never_zero(suite: Suite, whole: list[results.Result]) -> None:
+    part = [r for r in whole if r.settings.task != "piqa"]
+    for text in (form(build_table(suite, PAPER, part)) for form in formats.FORMATS.values()):
+        assert "0.0" not in text.replace("30.0", "").replace("40.0", "").replace("50.0", "").replace("60.0", "")
+    found = rows(formats.to_csv(build_table(suite, PAPER, part)))
+    assert found["ours:355m-x2"]["piqa"] == found["ours:355m-x2"]["average"] == "–"
+    assert found["difference"]["piqa"] == found["difference"]["average"] == "–"
+    zero = build_table(suite, PAPER, [result(suite, "sciq", 0.0)])
+    assert rows(formats.to_csv(zero))["ours:355m-x2"]["sciq"] == "0.0"  # a true zero stays one
+
+
+@pytest.mark.parametrize(
+    ("changes", "note"),
+    [
+        ({"limit": 8, "questions": 8}, "run with --limit: boolq 8 of 3270 questions"),
+        ({"questions": 120}, "not all of the task's questions: boolq 120 of 3270"),
+        ({"shots": 0}, "other shots: boolq 0, not 32"),
+        ({"lm_eval": "0.4.2"}, "another harness version than lm-eval 0.4.13: 0.4.2"),
+        ({"seed": 7}, "other shots drawn: seed 7, not 1234"),
+        ({"scores": {"acc_norm": 0.5}}, "the result has no acc: boolq"),
+        ({"demo": True, "questions": 8}, "demo questions, not the task's own: the number means nothing"),
+        (
+            {"truncated": {"requests": 12, "of": 6540, "tokens": 9, "longest": 5000}},
+            "requests longer than the model's context, their first shots cut: 355m-x2 boolq 12 of 6540",
+        ),
+    ],
+)
+def test_what_cannot_be_compared_is_marked(
+    suite: Suite, whole: list[results.Result], changes: dict[str, Any], note: str
+) -> None:
+    whole = [result(suite, "boolq", 0.5, **changes) if r.settings.task == "boolq" else r for r in whole]
+    table = build_table(suite, PAPER, whole)
+    assert note in rows(formats.to_csv(table))["ours:355m-x2"]["notes"]
+    markdown = formats.to_markdown(table)
+    assert f"<sup>a</sup> {note}" in markdown
+    ours = next(line for line in markdown.splitlines() if line.startswith("| **355m-x2**"))
+    assert ours.count("<sup>a</sup>") == (1 if "scores" in changes else 2)  # the cell, and the average over it
+    assert "{a}" in formats.to_latex(table)
+
+
+def test_mmlu_of_some_subjects_is_marked(suite: Suite) -> None:
+    table = build_table(suite, PAPER, [result(suite, "mmlu", 0.25, subjects=3)])
+    assert "not all subjects: mmlu 3 of 57" in rows(formats.to_csv(table))["ours:355m-x2"]["notes"]
+
+
+def test_order_and_models_that_the_paper_lacks(suite: Suite) -> None:
+    models = ["tiny-x2", "1.13b-75", "355m-dense"]
+    table = build_table(suite, PAPER, [result(suite, "sciq", 0.5, model=name) for name in models])
+    assert [(row.model, row.kind) for row in table.rows] == [
+        *[("355m-dense", kind) for kind in ("ours", "paper", "difference")],
+        *[("1.13b-75", kind) for kind in ("ours", "paper", "difference")],
+        ("tiny-x2", "ours"),
+    ]
+
+
+def test_two_checkpoints_of_one_name_keep_their_own_rows(suite: Suite) -> None:
+    one = result(suite, "sciq", 0.5, model="tiny-x2")
+    other = replace(one, model={**one.model, "fingerprint": "fedcba9876543210"}, path=Path("other.json"))
+    table = build_table(suite, PAPER, [one, other])
+    assert [row.label for row in table.rows] == ["tiny-x2 [012345]", "tiny-x2 [fedcba]"]
+
+
+def test_two_results_for_one_cell_are_refused(suite: Suite) -> None:
+    one = result(suite, "sciq", 0.5)
+    with pytest.raises(UserError, match=r"two results for sciq of 355m-x2: 355m-x2/sciq\.json and b\.json"):
+        build_table(suite, PAPER, [one, replace(one, path=Path("b.json"))])
+
+
+def test_the_papers_own_table(suite: Suite) -> None:
+    table = build_table(suite, PAPER, [], paper_only=True)
+    assert len(table.rows) == 19
+    for row in table.rows:  # the paper's averages are those of its ten scores (one is cut off, not rounded: 47.26)
+        mean = sum(cell.value for cell in row.cells) / 10  # type: ignore[misc]
+        assert row.average.value == pytest.approx(mean, abs=0.061)
+    assert "carry the same ten scores" in formats.to_markdown(table)
+
+
+def test_formats_are_well_formed(suite: Suite, whole: list[results.Result]) -> None:
+    table = build_table(suite, PAPER, whole)
+    lines = [line for line in formats.to_markdown(table).splitlines() if line.startswith("|")]
+    assert {line.count("|") for line in lines} == {15}
+    latex = formats.to_latex(table)
+    body = [line for line in latex.splitlines() if line.endswith(r"\\") and "&" in line and "multicolumn" not in line]
+    assert {line.replace(r"\&", "").count("&") for line in body} == {13}
+    assert "–" not in latex
+
+
+@pytest.mark.parametrize(
+    ("parameters", "shown"),
+    [(289406976, "289M"), (1064828928, "1.06B"), (4_190_000, "4.2M"), (123_456, "123K"), (12, "12")],
+)
+def test_counts_are_printed_as_the_paper_prints_them(parameters: int, shown: str) -> None:
+    assert count(parameters) == shown
+
+
+def test_the_papers_shots_and_metric(suite: Suite) -> None:
+    shots = {name: spec.shots for name, spec in suite.tasks.items()}
+    assert shots == {
+        **dict.fromkeys(("sciq", "piqa", "winogrande", "arc_easy", "logiqa", "lambada_openai"), 0),
+        **{"arc_challenge": 25, "hellaswag": 10, "boolq": 32, "mmlu": 5},
+    }
+    assert {spec.metric for spec in suite.tasks.values()} == {"acc"}
+    assert set(PAPER["355m-dense"].scores) == {spec.paper_key for spec in suite.tasks.values()}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"shotz": 1}, r"unknown key 'shotz' in task 'sciq' \(did you mean 'shots'\?\)"),
+        ({"shots": "five"}, "shots of task 'sciq' is 'five'; it must be of type int"),
+        ({"shots": -1}, "must be 0 or more"),
+        ({"folder": None}, "task 'sciq' lacks folder"),
+    ],
+)
+def test_bad_task_file(root: Path, tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    data = yaml.safe_load((root / "eval" / "tasks.yaml").read_text(encoding="utf-8"))
+    for key, value in change.items():
+        data["tasks"]["sciq"].pop(key) if value is None else data["tasks"]["sciq"].__setitem__(key, value)
+    path = tmp_path / "tasks.yaml"
+    path.write_text(yaml.safe_dump(data), encoding="utf-8")
+    with pytest.raises(UserError, match=message):
+        load_suite(path)
