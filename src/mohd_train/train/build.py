@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +25,9 @@ from mohd_train.model.count import Counts, count
 from mohd_train.model.transformer import Transformer
 from mohd_train.train import parallel, registry
 from mohd_train.train.callbacks import DomainMix, MetricsFile, Progress, RoutingStatistics, RunRecorder, ValidationTotal
-from mohd_train.train.checkpoint import LATEST, RunMetadata, check_checkpoint, latest_checkpoint
+from mohd_train.train.checkpoint import LATEST, RunMetadata, check_checkpoint, newest_whole, point_latest, whole_run
 from mohd_train.train.composer_model import MoHDComposerModel
-from mohd_train.train.data import TrainData, build_data, check_on_nodes, raise_first
+from mohd_train.train.data import TrainData, build_data, check_on_nodes, on_rank_zero
 from mohd_train.train.logs import log_to_folder
 from mohd_train.train.optimizer import build_optimizer, build_scheduler
 from mohd_train.train.record import RunRecord, check_folder, code_version, hardware, now, versions
@@ -43,6 +43,8 @@ class Run:
         config, plan, counts, manifest: what it is.
         device: ``cpu`` or ``gpu``.
         earlier: the record of this run's earlier sessions, or None for a new run.
+        resumes: the checkpoint of an earlier session that this one goes on from.
+        skipped: newer checkpoints that are broken, each with the reason.
     """
 
     config: Config
@@ -50,7 +52,9 @@ class Run:
     counts: Counts
     manifest: Manifest
     device: str
-    earlier: RunRecord | None
+    earlier: RunRecord | None = None
+    resumes: Path | None = None
+    skipped: list[str] = field(default_factory=list)
 
     @property
     def folder(self) -> Path:
@@ -61,12 +65,6 @@ class Run:
     def finished(self) -> bool:
         """Whether an earlier session has trained it to its end."""
         return self.earlier is not None and self.earlier.data["status"] == "finished"
-
-    @property
-    def start_from(self) -> str | None:
-        """The checkpoint to load: this run's latest under autoresume, else ``load_path``."""
-        latest = latest_checkpoint(self.config.save_folder) if self.config.autoresume else None
-        return str(latest) if latest else self.config.load_path
 
 
 def prepare(config: Config) -> Run:
@@ -86,21 +84,28 @@ def prepare(config: Config) -> Run:
         dist.initialize_dist(get_device(device), config.dist_timeout)
     plan = make_plan(config.model, config.mohd, config.max_seq_len)
     manifest = check_on_nodes(config)
-    run = Run(config, plan, count(plan, config.max_seq_len), manifest, device, None)
-    error = None
-    if dist.get_global_rank() == 0:
-        try:
-            run.earlier = check_folder(config, manifest.sha256())
-            if run.start_from is not None:
-                shapes = parameter_shapes(plan)
-                check_checkpoint(run.start_from, plan, shapes, manifest.tokenizer.sha256)
-        except UserError as found:
-            error = str(found)
-    raise_first(error)
-    box = [run.earlier]
+    run = Run(config, plan, count(plan, config.max_seq_len), manifest, device)
+    on_rank_zero(lambda: _check_folder_and_checkpoint(run))
+    box = [(run.earlier, run.resumes)]
     dist.broadcast_object_list(box)
-    run.earlier = box[0]
+    run.earlier, run.resumes = box[0]
     return run
+
+
+def _check_folder_and_checkpoint(run: Run) -> None:
+    """Whose the run folder is, what to go on from, and whether that is of this model."""
+    config, sha256 = run.config, run.manifest.tokenizer.sha256
+    run.earlier = check_folder(config, run.manifest.sha256())
+    if run.earlier is not None and not is_remote(config.save_folder):
+        run.resumes, run.skipped = newest_whole(Path(config.save_folder))
+    source = str(run.resumes) if run.resumes else config.load_path
+    if source is not None:
+        check_checkpoint(source, run.plan, parameter_shapes(run.plan), sha256)
+
+
+def is_remote(path: str) -> bool:
+    """Whether Composer would upload to ``path``."""
+    return bool(parse_uri(path)[0])
 
 
 def parameter_shapes(plan: ModelPlan) -> dict[str, torch.Size]:
@@ -116,7 +121,7 @@ def open_folder(run: Run) -> RunRecord:
         UserError: the folder can't be written.
     """
     config, folder = run.config, run.folder
-    local_save = not parse_uri(config.save_folder)[0]
+    local_save = not is_remote(config.save_folder)
     try:
         for path in (folder, Path(config.save_folder)) if local_save else (folder,):
             path.mkdir(parents=True, exist_ok=True)
@@ -125,6 +130,8 @@ def open_folder(run: Run) -> RunRecord:
             probe.unlink()
         if config.save_overwrite and run.earlier is None and local_save:
             _remove_checkpoints(Path(config.save_folder))
+        if run.resumes is not None:
+            point_latest(run.resumes)
         beside = Path(config.save_folder).parent if local_save else folder
         shutil.copytree(Path(config.data.local) / TOKENIZER_FOLDER, beside / TOKENIZER_FOLDER, dirs_exist_ok=True)
     except OSError as error:
@@ -133,7 +140,11 @@ def open_folder(run: Run) -> RunRecord:
         ) from error
     write_atomic(folder / "config.yaml", to_yaml(config).encode())
     record = run.earlier or RunRecord(folder, {"run_name": config.run_name, "started": now(), "sessions": []})
-    session = {"started": now(), "hardware": hardware(run.device, dist.get_world_size()), "from": run.start_from}
+    session = {
+        "started": now(),
+        "hardware": hardware(run.device, dist.get_world_size()),
+        "from": str(run.resumes or config.load_path or "") or None,
+    }
     record.update(
         status="running",
         error=None,
@@ -199,6 +210,8 @@ def build_trainer(run: Run, data: TrainData, record: RunRecord | None, run_id: s
     """Composer's Trainer, with the checkpoint loaded where there is one to go on from."""
     config, device = run.config, run.device
     log_to_folder(run.folder, config.python_log_level)
+    # Deterministic mode would also fill what torch.empty returns, at a cost; nothing here reads memory it hasn't written.
+    torch.utils.deterministic.fill_uninitialized_memory = False
     model = build_model(run)
     metrics = MetricsFile(run.folder / "metrics.jsonl")
     clipping = config.gradient_clipping
@@ -237,8 +250,12 @@ def build_trainer(run: Run, data: TrainData, record: RunRecord | None, run_id: s
         python_log_level=config.python_log_level,
         compile_config={} if config.compile else None,
     )
-    assert trainer._checkpoint_saver is not None
-    recorder = RunRecorder(record, trainer._checkpoint_saver, metrics)
+    trainer.logger.log_hyperparameters({"config": dataclasses.asdict(config), "plan": run.plan.to_dict()})
+    saver = trainer._checkpoint_saver
+    assert saver is not None
+    if record is not None and run.resumes is not None:  # Composer forgets them, and would keep K more for each session
+        saver.saved_checkpoints[:0] = whole_run(run.resumes)
+    recorder = RunRecorder(record, saver, metrics)
     trainer.state.callbacks.append(recorder)
     return trainer, recorder
 
@@ -255,15 +272,8 @@ def build(config: Config) -> Trainer:
 
 
 def start(run: Run) -> RunRecord | None:
-    """:func:`open_folder` on rank 0; every process raises what it finds."""
-    record, error = None, None
-    if dist.get_global_rank() == 0:
-        try:
-            record = open_folder(run)
-        except UserError as found:
-            error = str(found)
-    raise_first(error)
-    return record
+    """:func:`open_folder` on rank 0; None elsewhere."""
+    return on_rank_zero(lambda: open_folder(run))
 
 
 def share_run_id(record: RunRecord | None) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from mohd_train.errors import UserError
 from mohd_train.model.checkpoint import read_checkpoint
 
 LATEST = "latest-rank0.pt"
+NAME = re.compile(r"ep\d+-ba(\d+)-rank0\.pt")
 
 
 class RunMetadata(Callback):
@@ -36,10 +39,45 @@ class RunMetadata(Callback):
         """Nothing is taken over: :func:`check_checkpoint` compares the two before the load."""
 
 
-def latest_checkpoint(folder: str) -> Path | None:
-    """The checkpoint that autoresume takes: what the ``latest`` link of ``folder`` points to."""
-    link = Path(folder) / LATEST
-    return link.resolve() if link.exists() else None
+def _by_batch(folder: Path) -> dict[int, Path]:
+    """Checkpoints of a folder, oldest first."""
+    found = {int(match[1]): path for path in folder.glob("*.pt") if (match := NAME.fullmatch(path.name))}
+    return dict(sorted(found.items()))
+
+
+def whole_run(checkpoint: Path) -> list[str]:
+    """``checkpoint`` and those before it in its folder, oldest first: what keep-last-K counts."""
+    until = next(batch for batch, path in _by_batch(checkpoint.parent).items() if path == checkpoint)
+    return [str(path) for batch, path in _by_batch(checkpoint.parent).items() if batch <= until]
+
+
+def newest_whole(folder: Path) -> tuple[Path | None, list[str]]:
+    """The checkpoint to go on from, and a line for each newer one that is broken, such as one that a kill cut short.
+
+    Composer's ``latest`` link alone would not do: for a moment between two saves there is none, and a run killed then would
+    start over in silence.
+
+    Raises:
+        UserError: there are checkpoints, and none is whole.
+    """
+    skipped: list[str] = []
+    for path in reversed(_by_batch(folder).values()):
+        try:
+            read_checkpoint(path)
+        except UserError as error:
+            skipped.append(str(error))
+            continue
+        return path, skipped
+    if skipped:
+        raise UserError(f"no checkpoint in {folder} is whole; {skipped[0]} (or save_overwrite=true to start over)")
+    return None, []
+
+
+def point_latest(checkpoint: Path) -> None:
+    """Lets Composer's autoresume find ``checkpoint``."""
+    temporary = checkpoint.with_name(f".{LATEST}.{os.getpid()}")
+    temporary.symlink_to(checkpoint.name)
+    os.replace(temporary, checkpoint.with_name(LATEST))
 
 
 def check_checkpoint(path: str, plan: ModelPlan, shapes: dict[str, torch.Size], tokenizer_sha256: str) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 from composer.core import DataSpec, Evaluator, Time, TimeUnit
 from composer.utils import dist
@@ -14,6 +16,7 @@ from mohd_train.data.streaming import MixPlan, build_eval_loaders, build_train_l
 from mohd_train.errors import UserError
 from mohd_train.train.parallel import device_batch_size
 
+T = TypeVar("T")
 RESERVED = ("train", "eval")  # Composer's label for training, ours for the total over domains
 
 
@@ -43,6 +46,18 @@ def raise_first(error: str | None) -> None:
     found = next((text for text in dist.all_gather_object(error) if text is not None), None)
     if found is not None:
         raise UserError(found)
+
+
+def on_rank_zero(work: Callable[[], T]) -> T | None:
+    """The result of ``work`` on rank 0 and None elsewhere; a UserError of it is raised everywhere."""
+    result, error = None, None
+    if dist.get_global_rank() == 0:
+        try:
+            result = work()
+        except UserError as found:
+            error = str(found)
+    raise_first(error)
+    return result
 
 
 @dataclass

@@ -91,6 +91,8 @@ def parallelism_config(config: Config, device: str) -> dict[str, Any] | None:
         raise UserError(
             "fsdp_config.activation_checkpointing_reentrant must be false: it would drop the balance loss's gradient"
         )
+    if merged["state_dict_type"] != "full":
+        raise UserError("fsdp_config.state_dict_type must be full: export and evaluation read a checkpoint as one file")
     return {"fsdp": merged}
 
 

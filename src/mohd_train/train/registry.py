@@ -123,8 +123,11 @@ def build_loggers(wanted: Mapping[str, Any], run_folder: Path, run_id: str) -> l
     destinations: list[LoggerDestination] = []
     for name, kwargs in check_loggers(wanted).items():
         if name == "wandb":
-            ours = {"id": run_id, "resume": "allow", "dir": str(run_folder)}
-            mode = {"mode": "offline"} if wandb_is_offline() else {}
+            offline = wandb_is_offline()
+            # The terminal is for progress: online, the run's address alone; offline, nothing.
+            quiet = {"silent": True} if offline else {"quiet": True}
+            ours = {"id": run_id, "resume": "allow", "dir": str(run_folder), "settings": quiet}
+            mode = {"mode": "offline"} if offline else {}
             kwargs["init_kwargs"] = ours | mode | dict(kwargs.get("init_kwargs") or {})
         elif name == "tensorboard":
             kwargs.setdefault("log_dir", str(run_folder / "tensorboard"))

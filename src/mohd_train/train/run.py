@@ -73,12 +73,10 @@ def train(config: Config) -> None:
             record.update(status="failed", error=f"{type(error).__name__}: {error}")
         raise
     resumed = trainer.state.timestamp.batch.value
-    if run.start_from is not None:
-        say(
-            f"goes on from {run.start_from}, batch {resumed}"
-            if resumed
-            else f"starts with the weights of {run.start_from}"
-        )
+    for line in run.skipped:
+        say(f"skipped a broken checkpoint: {line}")
+    if run.resumes or config.load_path:
+        say(f"goes on from {run.resumes or config.load_path}, batch {resumed}")
     try:
         if config.eval_first and resumed == 0 and data.evaluators:
             trainer.eval()

@@ -74,6 +74,8 @@ class Progress(Callback):
         """Starts at the batch from which this session goes on."""
         self.peak = get_gpu_flops_available(state) or 0.0
         self._history.append((state.timestamp.total_wct.total_seconds(), state.timestamp.token.value))
+        if self.enabled and self.peak and (self.bar or self.interval):
+            self.console.print(f"MFU is of {short(self.peak)}FLOP/s per device ({state.precision.value})")
         if self.enabled and self.bar:
             columns = (TextColumn("{task.description}"), BarColumn(bar_width=24), TextColumn("{task.fields[line]}"))
             self._progress = RichProgress(*columns, console=self.console, transient=False)
