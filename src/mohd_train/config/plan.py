@@ -12,6 +12,7 @@ from mohd_train.errors import UserError
 SCALINGS = ("sum_preserving", "subdims", "none")
 FUSIONS = ("grouped", "monarch", "none")
 BALANCE_REDUCTIONS = ("sum", "component_mean")
+ROUTINGS = ("learned", "random")
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,7 @@ class ModelPlan:
     gate_input: bool = False
     balance_loss_weight: float = 0.01
     balance_reduction: str = "sum"
+    routing: str = "learned"
 
     @property
     def query_width(self) -> int:
@@ -168,6 +170,7 @@ def make_plan(model: ModelConfig, mohd: MoHDSettings, max_seq_len: int) -> Model
     _one_of("mohd.scaling", mohd.scaling, SCALINGS)
     _one_of("mohd.fusion", mohd.fusion, FUSIONS)
     _one_of("mohd.balance_reduction", mohd.balance_reduction, BALANCE_REDUCTIONS)
+    _one_of("mohd.routing", mohd.routing, ROUTINGS)
     if mohd.balance_loss_weight < 0:
         raise UserError(f"mohd.balance_loss_weight is {mohd.balance_loss_weight}; it must be 0 (off) or positive")
     hidden_size = mohd.expansion * model.hidden_size
@@ -192,4 +195,5 @@ def make_plan(model: ModelConfig, mohd: MoHDSettings, max_seq_len: int) -> Model
         gate_input=mohd.gate_input,
         balance_loss_weight=mohd.balance_loss_weight,
         balance_reduction=mohd.balance_reduction,
+        routing=mohd.routing,
     )

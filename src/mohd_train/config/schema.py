@@ -49,6 +49,7 @@ class MoHDSettings:
     expansion: int = 1  # hidden size d = expansion x d0
     attention: Optional[SubDimensionConfig] = None
     ffn: Optional[SubDimensionConfig] = None
+    routing: str = "learned"  # who chooses the specialized sub-dimensions: learned | random (a control)
     scaling: str = "sum_preserving"  # activation scaling: sum_preserving | subdims | none
     fusion: str = "grouped"  # group fusion (eq. 9): grouped | monarch | none
     gate_input: bool = False  # multiply the component's active inputs by the routing weights too

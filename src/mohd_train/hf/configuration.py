@@ -25,7 +25,8 @@ class MoHDConfig(PretrainedConfig):
         base_hidden_size: hidden size d0 of the base model; ``hidden_size`` is this model's d.
         mohd_attention: ``{"sub_dims": N, "top_k": K, "shared": S, "width": d / N}``, or None for dense attention.
         mohd_ffn: the same for the FFN.
-        scaling, fusion, gate_input, balance_loss_weight, balance_reduction: see :class:`mohd_train.config.schema.MoHDSettings`.
+        scaling, fusion, gate_input, balance_loss_weight, balance_reduction, routing: see
+            :class:`mohd_train.config.schema.MoHDSettings`.
         kernels: ``auto``, ``reference``, ``grouped`` or ``triton``.
     """
 
@@ -54,6 +55,7 @@ class MoHDConfig(PretrainedConfig):
         gate_input: bool = False,
         balance_loss_weight: float = 0.01,
         balance_reduction: str = "sum",
+        routing: str = "learned",
         kernels: str = "auto",
         use_cache: bool = True,
         **kwargs: Any,

@@ -47,7 +47,7 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(d, kv, bias=False)
         self.v_proj = nn.Linear(d, kv, bias=False)
         self.o_proj = nn.Linear(a, d, bias=False)
-        self.sub_dimensions = SubDimensions(plan.attention, plan, kernels) if plan.attention else None
+        self.sub_dimensions = SubDimensions(plan.attention, plan, kernels, 2 * layer) if plan.attention else None
 
     def forward(
         self,
@@ -57,6 +57,7 @@ class Attention(nn.Module):
         mask: Tensor | None = None,
         token_mask_T: Tensor | None = None,
         cache: Any = None,
+        token_keys_T: Tensor | None = None,
     ) -> tuple[Tensor, Routing | None]:
         """Returns the new residual stream [B, T, D] and the routing (None for a dense layer)."""
         if self.sub_dimensions is None:
@@ -64,7 +65,7 @@ class Attention(nn.Module):
             return residual_BTD + self.o_proj(self._attend(q, k, v, rope, mask, cache)), None
         x_TD = x_BTD.flatten(0, 1)
         sub = self.sub_dimensions
-        routing, selection = sub.route(x_TD, token_mask_T)
+        routing, selection = sub.route(x_TD, token_mask_T, token_keys_T)
         backend = sub.backend(x_TD)
         weights = (self.q_proj.weight, self.k_proj.weight, self.v_proj.weight)
         qkv = ops.up_projection(

@@ -14,23 +14,27 @@ from mohd_train.model.sub_dimension import SubDimensions
 class FeedForward(nn.Module):
     """``x' = h + MoHD_ffn(norm(h))`` without the norm: takes the normalized x and the residual, returns the sum."""
 
-    def __init__(self, plan: ModelPlan, kernels: str = "auto") -> None:
+    def __init__(self, plan: ModelPlan, layer: int, kernels: str = "auto") -> None:
         super().__init__()
         d, f = plan.hidden_size, plan.intermediate_size
         self.gate_proj = nn.Linear(d, f, bias=False)
         self.up_proj = nn.Linear(d, f, bias=False)
         self.down_proj = nn.Linear(f, d, bias=False)
-        self.sub_dimensions = SubDimensions(plan.ffn, plan, kernels) if plan.ffn else None
+        self.sub_dimensions = SubDimensions(plan.ffn, plan, kernels, 2 * layer + 1) if plan.ffn else None
 
     def forward(
-        self, x_BTD: Tensor, residual_BTD: Tensor, token_mask_T: Tensor | None = None
+        self,
+        x_BTD: Tensor,
+        residual_BTD: Tensor,
+        token_mask_T: Tensor | None = None,
+        token_keys_T: Tensor | None = None,
     ) -> tuple[Tensor, Routing | None]:
         """Returns the new residual stream [B, T, D] and the routing (None for a dense layer)."""
         if self.sub_dimensions is None:
             return residual_BTD + self.down_proj(F.silu(self.gate_proj(x_BTD)) * self.up_proj(x_BTD)), None
         x_TD = x_BTD.flatten(0, 1)
         sub = self.sub_dimensions
-        routing, selection = sub.route(x_TD, token_mask_T)
+        routing, selection = sub.route(x_TD, token_mask_T, token_keys_T)
         z = ops.swiglu_ffn(
             x_TD,
             self.gate_proj.weight,

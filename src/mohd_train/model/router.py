@@ -65,10 +65,16 @@ class Router(nn.Module):
         self.plan = plan
         self.centroids = nn.Parameter(torch.empty(plan.sub_dims, hidden_size))
 
-    def forward(self, x_TD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Logits ``E x`` and scores ``s`` [T, N] in float32 or wider, and the active indices [T, K]."""
+    def forward(self, x_TD: Tensor, ranks_TN: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Logits ``E x`` and scores ``s`` [T, N] in float32 or wider, and the active indices [T, K].
+
+        Args:
+            x_TD: [T, d] normalized tokens.
+            ranks_TN: [T, N] what the choice goes by in place of the logits (random routing); the scores still weigh it.
+        """
         dtype = torch.promote_types(x_TD.dtype, torch.float32)
         with torch.autocast(device_type=x_TD.device.type, enabled=False):
             logits_TN = x_TD.to(dtype) @ self.centroids.to(dtype).T
             scores_TN = logits_TN.softmax(dim=-1)
-        return logits_TN, scores_TN, select(logits_TN, self.plan.top_k, self.plan.shared)
+        ranks_TN = logits_TN if ranks_TN is None else ranks_TN
+        return logits_TN, scores_TN, select(ranks_TN, self.plan.top_k, self.plan.shared)

@@ -9,25 +9,42 @@ from mohd_train.kernels import ops
 from mohd_train.model.activation_scaling import activation_weights
 from mohd_train.model.balance_loss import balance_loss
 from mohd_train.model.group_fusion import GroupFusion
+from mohd_train.model.random_routing import random_ranks
 from mohd_train.model.router import Router, Routing
 
 
 class SubDimensions(nn.Module):
-    """Router, activation scaling and group fusion of one component ("synchronized sparsification")."""
+    """Router, activation scaling and group fusion of one component ("synchronized sparsification").
 
-    def __init__(self, plan: SubDimPlan, model: ModelPlan, kernels: str = "auto") -> None:
+    Args:
+        plan: the component's N, K, S.
+        model: the whole model's plan.
+        kernels: as for the transformer.
+        component: the component's number in the model: 2 * layer, and one more for the FFN.
+    """
+
+    def __init__(self, plan: SubDimPlan, model: ModelPlan, kernels: str = "auto", component: int = 0) -> None:
         super().__init__()
         self.plan = plan
         self.kernels = kernels
         self.scaling = model.scaling
         self.gate_input = model.gate_input
-        self.balance_loss_weight = model.balance_loss_weight
+        self.random = model.routing == "random"
+        self.component = component
+        # A random choice is not the router's: nothing for the balance loss to teach it
+        self.balance_loss_weight = 0.0 if self.random else model.balance_loss_weight
         self.router = Router(plan, model.hidden_size)
         self.fusion = GroupFusion(plan, model.fusion)
 
-    def route(self, x_TD: Tensor, token_mask_T: Tensor | None) -> tuple[Routing, ops.Selection]:
-        """Routes T normalized tokens; the router reads the full x."""
-        logits, scores, indices = self.router(x_TD)
+    def route(
+        self, x_TD: Tensor, token_mask_T: Tensor | None, token_keys_T: Tensor | None = None
+    ) -> tuple[Routing, ops.Selection]:
+        """Routes T normalized tokens; the router reads the full x. ``token_keys_T`` is what random routing goes by."""
+        ranks = None
+        if self.random:
+            assert token_keys_T is not None, "random routing needs the tokens' keys"
+            ranks = random_ranks(token_keys_T, self.plan.sub_dims, self.component)
+        logits, scores, indices = self.router(x_TD, ranks)
         weights = activation_weights(scores, indices, self.scaling)
         balance = balance_loss(logits, indices, self.plan, self.balance_loss_weight, token_mask_T)
         selection = ops.make_selection(

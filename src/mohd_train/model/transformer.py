@@ -18,6 +18,7 @@ from mohd_train.config.plan import ModelPlan
 from mohd_train.model.attention import Attention, attention_mask
 from mohd_train.model.feed_forward import FeedForward
 from mohd_train.model.init import initialize
+from mohd_train.model.random_routing import token_keys
 from mohd_train.model.rope import rotary_table
 from mohd_train.model.router import Routing
 
@@ -72,7 +73,7 @@ class Block(nn.Module):
         self.attention_norm = RMSNorm(plan.hidden_size, plan.rms_norm_eps)
         self.attention = Attention(plan, layer, kernels)
         self.ffn_norm = RMSNorm(plan.hidden_size, plan.rms_norm_eps)
-        self.ffn = FeedForward(plan, kernels)
+        self.ffn = FeedForward(plan, layer, kernels)
 
     def forward(
         self,
@@ -81,10 +82,13 @@ class Block(nn.Module):
         mask: Tensor | None = None,
         token_mask_T: Tensor | None = None,
         cache: Any = None,
+        token_keys_T: Tensor | None = None,
     ) -> tuple[Tensor, LayerRouting]:
         """Returns the residual stream [B, T, D] after the block, and the block's routing."""
-        h, attention_routing = self.attention(self.attention_norm(x_BTD), x_BTD, rope, mask, token_mask_T, cache)
-        x, ffn_routing = self.ffn(self.ffn_norm(h), h, token_mask_T)
+        h, attention_routing = self.attention(
+            self.attention_norm(x_BTD), x_BTD, rope, mask, token_mask_T, cache, token_keys_T
+        )
+        x, ffn_routing = self.ffn(self.ffn_norm(h), h, token_mask_T, token_keys_T)
         return x, LayerRouting(attention_routing, ffn_routing)
 
 
@@ -132,11 +136,12 @@ class Transformer(nn.Module):
             position_ids = torch.arange(past, past + queries, device=input_ids_BT.device)[None]
         mask = attention_mask(attention_mask_BS, queries, past + queries, input_ids_BT.device)
         token_mask = None if attention_mask_BS is None else attention_mask_BS[:, -queries:].flatten() != 0
+        keys = token_keys(input_ids_BT, position_ids) if self.plan.routing == "random" else None
         x = self.embedding(input_ids_BT)
         rope = rotary_table(position_ids, self.plan.head_dim, self.plan.rope_theta, x.dtype)
         routing: list[LayerRouting] = []
         for block in self.blocks:
-            x, layer_routing = block(x, rope, mask, token_mask, cache)
+            x, layer_routing = block(x, rope, mask, token_mask, cache, keys)
             routing.append(layer_routing)
         x = self.norm(x)
         out = TransformerOutput(hidden=x, balance_loss=self._balance_loss(routing, x), routing=routing)
