@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from mohd_train.data.manifest import TOKENIZER_FOLDER
 from mohd_train.errors import UserError
 
 # Table 1 of LLaMA-1 (arXiv:2302.13971), as Sheared-LLaMA and the paper use it.
@@ -101,6 +102,8 @@ def find_sources(raw: str | Path, domains: Iterable[str] | None = None) -> RawDa
             split = "val" if _stem(path.name).endswith(".val") else "train"
             source = Source(path, path.relative_to(raw).as_posix(), domain, split, path.stat().st_size)
             found.setdefault(domain, []).append(source)
+    if TOKENIZER_FOLDER in found:
+        raise UserError(f"{raw}: a domain can't be called {TOKENIZER_FOLDER!r}, which the output needs; rename it")
     if not found:
         raise UserError(
             f"{raw} holds no rows ({', '.join('*' + s for s in SUFFIXES)}); --raw names the domains' folder"

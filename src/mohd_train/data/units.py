@@ -92,6 +92,7 @@ def text_digest(text: str) -> int:
 
 
 def load_unit(path: Path) -> Unit:
+    """Everything that :func:`tokenize_unit` wrote but the counts."""
     with np.load(path, allow_pickle=False) as file:
         return Unit(file["tokens"], file["lengths"], file["digests"])
 
@@ -103,6 +104,7 @@ def load_lengths(path: Path) -> tuple[NDArray[np.int64], NDArray[np.uint64]]:
 
 
 def load_info(path: Path) -> UnitInfo:
+    """Only the counts and bad rows."""
     with np.load(path, allow_pickle=False) as file:
         obj = json.loads(file["info"].tobytes())
     return UnitInfo(obj["lines"], obj["documents"], obj["tokens"], [(line, problem) for line, problem in obj["bad"]])

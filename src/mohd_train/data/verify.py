@@ -43,13 +43,13 @@ def verify(
                 if raw.exists():  # unpacked by an earlier run: it will be read as it is
                     work.append((raw, shard.raw_bytes, shard.raw_hash))
     with ThreadPoolExecutor(threads or min(16, os.cpu_count() or 1)) as pool:  # xxhash releases the GIL
-        problems += [problem for problem in pool.map(lambda item: _file_problem(*item, hashes), work) if problem]
+        problems += [problem for problem in pool.map(lambda item: _file_problem(*item, hashes=hashes), work) if problem]
     if domains is None:
         problems += _tokenizer_problems(folder / TOKENIZER_FOLDER, manifest.tokenizer.files)
     return problems
 
 
-def _file_problem(path: Path, size: int, expected: str, hashes: bool) -> str | None:
+def _file_problem(path: Path, size: int, expected: str, *, hashes: bool) -> str | None:
     try:
         found = path.stat().st_size
     except FileNotFoundError:
