@@ -39,7 +39,8 @@ class _Fuse(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         run = _backward_traced if torch.compiler.is_compiling() else _backward_blocks
-        grad_z, grad_mixing = run(grad, *ctx.saved_tensors, ctx.shared)
+        z, mixing, indices, pairs, ends = ctx.saved_tensors
+        grad_z, grad_mixing = run(grad, z, mixing, indices, pairs, ends, ctx.shared)
         return grad_z, grad_mixing, grad, None, None, None, None
 
 

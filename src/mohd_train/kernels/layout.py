@@ -1,7 +1,7 @@
 """Between the full width [T, D] and the compact layout [T, K*C], without autograd's scatter.
 
-Gathering and scattering are each other's transpose. Under torch.compile both are written as pointwise reads, which fuse into the norm
-or the residual beside them (an index_put would not); in eager mode as copies of whole rows of C.
+Gathering and scattering are each other's transpose. Under torch.compile both are written as pointwise reads, which fuse
+into the norm or the residual beside them (an index_put would not); in eager mode as copies of whole rows of C.
 """
 
 from __future__ import annotations

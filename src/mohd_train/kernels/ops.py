@@ -30,8 +30,6 @@ def resolve_backend(name: str, device: torch.device, dtype: torch.dtype, *, widt
 
 def make_selection(indices_TK: Tensor, *, sub_dims: int, shared: int, backend: str) -> Selection:
     """Wraps a router's choice [T, K] for `backend`: once per component, used by all of its ops."""
-    if backend == "reference":
-        return Selection(indices_TK, sub_dims, shared)
     return select(indices_TK, sub_dims, shared)
 
 

@@ -20,10 +20,10 @@ class Selection(NamedTuple):
     indices_TK: Tensor  # int64; columns 0..S-1 hold 0..S-1, the rest the specialized ids, ascending
     sub_dims: int  # N
     shared: int  # S
-    rows: Tensor | None = None  # int64 [T*K]: token * N + sub-dimension, rows of a full-width tensor seen as [T*N, C]
-    slots_TN: Tensor | None = None  # int64: the slot that holds a sub-dimension, -1 when it is inactive
-    pairs: Tensor | None = None  # int64 [T*P]: specialized pairs (token * K + slot), by sub-dimension, then by token
-    ends: Tensor | None = None  # int64 [N-S]: where each specialized sub-dimension's run of `pairs` ends
+    rows: Tensor  # int64 [T*K]: token * N + sub-dimension, rows of a full-width tensor seen as [T*N, C]
+    slots_TN: Tensor  # int64: the slot that holds a sub-dimension, -1 when it is inactive
+    pairs: Tensor  # int64 [T*P]: specialized pairs (token * K + slot), by sub-dimension, then by token
+    ends: Tensor  # int64 [N-S]: where each specialized sub-dimension's run of `pairs` ends
 
 
 def select(indices_TK: Tensor, sub_dims: int, shared: int) -> Selection:
