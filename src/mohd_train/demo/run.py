@@ -26,15 +26,18 @@ def _clock(seconds: float) -> str:
 
 
 @contextlib.contextmanager
-def _claimed(options: Options) -> Iterator[None]:
-    """The output folder, for one demo at a time."""
+def _claimed(options: Options) -> Iterator[int]:
+    """The output folder, for one demo at a time. Yields the lock: a step that outlives a killed demo goes on holding it."""
     claim(options)
     with open(options.folder / ".lock", "w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UserError(f"another demo is running in {options.out}; wait for it, or choose another OUT") from None
-        yield
+            raise UserError(
+                f"another demo, or a step of one that was killed, is running in {options.out}; "
+                "wait for it, end it, or choose another OUT"
+            ) from None
+        yield lock.fileno()
 
 
 def run_demo(options: Options) -> None:
@@ -44,7 +47,7 @@ def run_demo(options: Options) -> None:
         UserError: the folder holds another demo, or a step fails; the message names it, its command and its log.
     """
     began = time.monotonic()
-    with _claimed(options):
+    with _claimed(options) as lock:
         todo = steps(options)
         print(f"Demo in {options.out}: {len(todo)} steps. Each is a command of its own, printed after `$`.", flush=True)
         if not options.raw:
@@ -62,18 +65,18 @@ def run_demo(options: Options) -> None:
                 continue
             under_way = step.under_way()
             print(f"\n{heading}" + (f", going on {under_way}" if under_way else "") + f"\n$ {step.line}", flush=True)
-            _run(step, options.folder / "logs" / f"{step.name}.log", f"{number}/{len(todo)}")
+            _run(step, options.folder / "logs" / f"{step.name}.log", f"{number}/{len(todo)}", lock)
     print(f"\nDone in {_clock(time.monotonic() - began)}" + (f", {reused} steps reused" if reused else "") + ".")
     print(f"table   {options.out}/table.md\nfigure  {options.out}/curves.png", flush=True)
 
 
-def _run(step: Step, log: Path, number: str) -> None:
+def _run(step: Step, log: Path, number: str, lock: int) -> None:
     log.parent.mkdir(parents=True, exist_ok=True)
     programs = {name: str(Path(sys.executable).parent / name) for name in ("python", "composer")}
     command = [programs.get(step.command[0], step.command[0]), *step.command[1:]]
     with log.open("ab") as file:
         file.write(f"$ {step.line}\n".encode())
-        code = _tee(command, file)
+        code = _tee(command, file, lock)
     if code != 0:
         raise UserError(
             f"step {number} ({step.title}) failed with exit code {code}: `{step.line}`; its output is in {log}; "
@@ -85,8 +88,11 @@ def _run(step: Step, log: Path, number: str) -> None:
         )
 
 
-def _tee(command: list[str], log: IO[bytes]) -> int:
-    """Runs ``command`` with its output both on the terminal, progress bars and all, and in the log; returns its exit code."""
+def _tee(command: list[str], log: IO[bytes], *kept: int) -> int:
+    """Runs ``command`` with its output both on the terminal, progress bars and all, and in the log; returns its exit code.
+
+    The command inherits the file descriptors ``kept``.
+    """
     terminal = sys.stdout.isatty()
     reading, writing = os.openpty() if terminal else os.pipe()
     if terminal:  # bars as wide as the real terminal; no \r\n in the log
@@ -94,7 +100,7 @@ def _tee(command: list[str], log: IO[bytes]) -> int:
         attributes = termios.tcgetattr(writing)
         attributes[1] &= ~termios.ONLCR
         termios.tcsetattr(writing, termios.TCSANOW, attributes)
-    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=writing, stderr=writing)
+    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=writing, stderr=writing, pass_fds=kept)
     os.close(writing)
     reader = threading.Thread(target=_copy, args=(reading, log), daemon=True)
     reader.start()
