@@ -16,17 +16,11 @@ from typing import Any
 import torch
 
 import mohd_train
+from mohd_train.config.compare import config_differences
 from mohd_train.config.schema import Config
 from mohd_train.errors import UserError
 
 PACKAGES = ("torch", "mosaicml", "mosaicml-streaming", "transformers", "numpy", "triton", "omegaconf")
-# Keys that may change between the sessions of one run: they decide where and how it runs, not what it computes.
-FREE_KEYS = (
-    "autoresume", "save_overwrite", "save_interval", "save_num_checkpoints_to_keep", "save_folder", "run_folder", "progress_bar",
-    "console_log_interval", "python_log_level", "routing_log_interval", "dist_timeout", "loggers", "callbacks", "fsdp_config",
-    "eval_interval", "eval_first", "eval_subset_num_batches", "device_eval_batch_size", "data.local", "data.remote",
-    "data.num_workers", "data.predownload", "data.download_retry", "data.download_timeout", "data.verify", "data.optional_domains",
-)  # fmt: skip
 
 
 def now() -> str:
@@ -87,26 +81,14 @@ def hardware(device: str, processes: int) -> dict[str, Any]:
     }
 
 
-def _flatten(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, child in value.items():
-        name = f"{prefix}{key}"
-        if isinstance(child, dict) and name not in FREE_KEYS:
-            flat |= _flatten(child, f"{name}.")
-        elif name not in FREE_KEYS:
-            flat[name] = child
-    return flat
-
-
-def config_differences(there: dict[str, Any], here: dict[str, Any]) -> list[str]:
-    """``["optimizer.lr: 0.001 there, 0.0003 here", ...]`` over the keys that decide what a run computes."""
-    # Through JSON, so that a tuple and a list, or an int and a float of one value, are the same.
-    a, b = _flatten(json.loads(json.dumps(there))), _flatten(json.loads(json.dumps(here)))
-    return [
-        f"{key}: {a.get(key)} there, {b.get(key)} here"
-        for key in sorted(a.keys() | b.keys())
-        if a.get(key) != b.get(key)
-    ]
+def check_writable(folder: Path) -> None:
+    """Raises UserError where ``folder`` can't be made or written to; writes nothing."""
+    place = folder.absolute()
+    while not place.exists() and not place.is_symlink():
+        place = place.parent
+    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
+        reason = "no permission" if place.is_dir() else "not a folder"
+        raise UserError(f"can't write to {folder} ({place}: {reason}); choose another run_folder")
 
 
 class RunRecord:
@@ -142,7 +124,7 @@ def read_record(folder: Path) -> RunRecord | None:
     path = folder / "run.json"
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: broken ({error}); remove the folder, or set another run_name") from None

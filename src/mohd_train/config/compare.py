@@ -1,0 +1,36 @@
+"""Whether two configs are of the same run: what it computes must agree; where and how it runs may change."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+# Keys that may change between the sessions of one run: they decide where and how it runs, not what it computes.
+FREE_KEYS = (
+    "autoresume", "save_overwrite", "save_interval", "save_num_checkpoints_to_keep", "save_folder", "run_folder", "progress_bar",
+    "console_log_interval", "python_log_level", "routing_log_interval", "dist_timeout", "loggers", "callbacks", "fsdp_config",
+    "eval_interval", "eval_first", "eval_subset_num_batches", "device_eval_batch_size", "data.local", "data.remote",
+    "data.num_workers", "data.predownload", "data.download_retry", "data.download_timeout", "data.verify", "data.optional_domains",
+)  # fmt: skip
+
+
+def _flatten(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, child in value.items():
+        name = f"{prefix}{key}"
+        if isinstance(child, dict) and name not in FREE_KEYS:
+            flat |= _flatten(child, f"{name}.")
+        elif name not in FREE_KEYS:
+            flat[name] = child
+    return flat
+
+
+def config_differences(there: dict[str, Any], here: dict[str, Any]) -> list[str]:
+    """``["optimizer.lr: 0.001 there, 0.0003 here", ...]`` over the keys that decide what a run computes."""
+    # Through JSON, so that a tuple and a list, or an int and a float of one value, are the same.
+    a, b = _flatten(json.loads(json.dumps(there))), _flatten(json.loads(json.dumps(here)))
+    return [
+        f"{key}: {a.get(key)} there, {b.get(key)} here"
+        for key in sorted(a.keys() | b.keys())
+        if a.get(key) != b.get(key)
+    ]
