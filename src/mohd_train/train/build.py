@@ -30,7 +30,7 @@ from mohd_train.train.composer_model import MoHDComposerModel
 from mohd_train.train.data import TrainData, build_data, check_on_nodes, on_rank_zero
 from mohd_train.train.logs import log_to_folder
 from mohd_train.train.optimizer import build_optimizer, build_scheduler
-from mohd_train.train.record import RunRecord, check_folder, code_version, hardware, now, versions
+from mohd_train.train.record import RunRecord, check_folder, check_writable, code_version, hardware, now, versions
 
 CHECKPOINT_NAME = "ep{epoch}-ba{batch}-rank{rank}.pt"
 
@@ -82,6 +82,9 @@ def prepare(config: Config) -> Run:
     registry.check_callbacks(config.callbacks)
     if parallel.world_size() > 1:
         dist.initialize_dist(get_device(device), config.dist_timeout)
+    check_writable(Path(config.run_folder))
+    if not is_remote(config.save_folder):
+        check_writable(Path(config.save_folder))
     plan = make_plan(config.model, config.mohd, config.max_seq_len)
     manifest = check_on_nodes(config)
     run = Run(config, plan, count(plan, config.max_seq_len), manifest, device)

@@ -1,0 +1,55 @@
+"""Device, precision, batch sizes, sharding: refusals with a remedy."""
+
+from __future__ import annotations
+
+import pytest
+
+from mohd_train.config.schema import Config
+from mohd_train.errors import UserError
+from mohd_train.train import parallel
+
+
+def config(**values: object) -> Config:
+    made = Config(global_train_batch_size=12)
+    for key, value in values.items():
+        setattr(made, key, value)
+    return made
+
+
+def test_device_and_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert parallel.resolve_device("auto") == "cpu"
+    with pytest.raises(UserError, match="device=cpu"):
+        parallel.resolve_device("gpu")
+    with pytest.raises(UserError, match="precision=fp32"):
+        parallel.check_precision("amp_bf16", "cpu")
+    parallel.check_precision("fp32", "cpu")
+
+
+def test_batch_must_divide(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "5")
+    with pytest.raises(UserError, match=r"12, which does not divide over 5 processes; .*10, 15"):
+        parallel.device_batch_size(config())
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert parallel.device_batch_size(config()) == 3
+
+
+def test_microbatch() -> None:
+    assert parallel.microbatch_size(config(), "cpu") == 12
+    assert parallel.microbatch_size(config(), "gpu") == "auto"
+    assert parallel.microbatch_size(config(device_train_microbatch_size=5), "cpu") == 5
+    assert parallel.microbatch_size(config(device_train_microbatch_size=100), "gpu") == 12
+
+
+def test_fsdp() -> None:
+    assert parallel.parallelism_config(config(), "gpu") is None
+    with pytest.raises(UserError, match="fsdp_config=null"):
+        parallel.parallelism_config(config(fsdp_config={}), "cpu")
+    with pytest.raises(UserError, match=r"unknown key 'sharding_strateg' \(did you mean 'sharding_strategy'\?\)"):
+        parallel.parallelism_config(config(fsdp_config={"sharding_strateg": "FULL_SHARD"}), "gpu")
+    with pytest.raises(UserError, match="balance loss"):
+        parallel.parallelism_config(config(fsdp_config={"activation_checkpointing_reentrant": True}), "gpu")
+    found = parallel.parallelism_config(config(fsdp_config={"sharding_strategy": "SHARD_GRAD_OP"}), "gpu")
+    assert found is not None
+    assert found["fsdp"]["state_dict_type"] == "full"
+    assert found["fsdp"]["mixed_precision"] == "FULL"

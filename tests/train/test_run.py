@@ -1,0 +1,301 @@
+"""Whole runs in this process: what they write, that they repeat bit for bit, go on exactly, and refuse what is wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from composer.core import Callback, State
+from composer.loggers import Logger
+from train.train_support import SEQ_LEN, make_config, make_data, write_config
+
+from mohd_train.config.load import load_config
+from mohd_train.errors import UserError
+from mohd_train.model.checkpoint import read_checkpoint
+from mohd_train.train import build
+from mohd_train.train.callbacks.metrics_file import read_metrics
+from mohd_train.train.run import dry_run, train
+
+TIMED = ("time/", "throughput/")
+
+
+@pytest.fixture(autouse=True)
+def _restored() -> Iterator[None]:
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_data(tmp_path_factory.mktemp("prepared") / "data")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Path:
+    """A folder in which the run ``a`` has been trained to its end."""
+    folder = tmp_path_factory.mktemp("finished")
+    train(make_config(folder, data, "run_name=a"))
+    return folder
+
+
+class Stop(Callback):
+    """Ends a run in the middle of a batch, as a crash would."""
+
+    def __init__(self, batch: int) -> None:
+        self.batch = batch
+
+    def after_backward(self, state: State, logger: Logger) -> None:
+        if state.timestamp.batch.value == self.batch:
+            raise RuntimeError("crash of the test")
+
+
+def crash(config: Any, batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs ``config`` until it crashes in the batch after ``batch``."""
+    whole = build.build_callbacks
+    with monkeypatch.context() as patch:
+        patch.setattr(build, "build_callbacks", lambda *args: [*whole(*args), Stop(batch)])
+        with pytest.raises(RuntimeError, match="crash of the test"):
+            train(config)
+
+
+def timeless(path: Path) -> list[dict[str, Any]]:
+    return [{k: v for k, v in record.items() if not k.startswith(TIMED)} for record in read_metrics(path)]
+
+
+def assert_same_run(one: Path, two: Path, last: str = "ep0-ba6-rank0.pt") -> None:
+    """Losses, learning rates, mix, routing and validation of every batch, and the final weights, bit for bit."""
+    assert timeless(one / "metrics.jsonl") == timeless(two / "metrics.jsonl")
+    weights = [read_checkpoint(folder / "checkpoints" / last)[1] for folder in (one, two)]
+    assert weights[0].keys() == weights[1].keys()
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+def test_what_a_run_writes(finished: Path) -> None:
+    folder = finished / "runs" / "a"
+    record = json.loads((folder / "run.json").read_text())
+    assert record["status"] == "finished"
+    assert (record["batch"], record["tokens"]) == (6, 6 * 8 * SEQ_LEN)
+    assert record["plan"]["attention"] == {"sub_dims": 8, "top_k": 4, "shared": 3, "width": 4}
+    assert record["data"]["sha256"]
+    assert record["versions"]["mosaicml"]
+    assert record["checkpoint"].endswith("ep0-ba6-rank0.pt")
+    assert record["metrics"]["metrics/eval/LanguageCrossEntropy"] > 0
+    metadata, weights = read_checkpoint(folder / "checkpoints" / "latest-rank0.pt")
+    assert metadata["plan"] == record["plan"]
+    assert metadata["tokenizer_sha256"] == "ab" * 32
+    assert "embedding.weight" in weights
+    assert (folder / "tokenizer" / "tokenizer.json").is_file()
+    again = load_config([str(folder / "config.yaml")])
+    assert again.run_name == "a"
+    assert sorted(path.name for path in (folder / "checkpoints").glob("ep*")) == [
+        "ep0-ba2-rank0.pt",
+        "ep0-ba4-rank0.pt",
+        "ep0-ba6-rank0.pt",
+    ]
+
+
+def test_what_a_run_logs(finished: Path) -> None:
+    lines = read_metrics(finished / "runs" / "a" / "metrics.jsonl")
+    assert [line["batch"] for line in lines] == [1, 2, 3, 4, 5, 6]
+    for line in lines:
+        total = line["loss/train/cross_entropy"] + line["loss/train/balance"]
+        assert line["loss/train/total"] == pytest.approx(total, rel=1e-5)
+        assert ("metrics/cc/LanguagePerplexity" in line) == (line["batch"] % 3 == 0)
+        assert ("routing/layer0/attention/entropy" in line) == (line["batch"] % 2 == 0)
+    assert lines[-1]["tokens/cc"] == 3 * lines[-1]["tokens/wiki"]
+    # 8 cc and 6 wiki samples are validated: every one counts once, though batches of 4 leave a short one
+    last = lines[-1]
+    cc, wiki = (last[f"metrics/{name}/LanguageCrossEntropy"] for name in ("cc", "wiki"))
+    assert last["metrics/eval/LanguageCrossEntropy"] == pytest.approx((8 * cc + 6 * wiki) / 14, rel=1e-5)
+    assert last["lr-DecoupledAdamW/group0"] > 0
+
+
+def test_model_learns(tmp_path: Path, data: Path) -> None:
+    train(make_config(tmp_path, data, "run_name=a", "max_duration=40ba", "eval_interval=40ba", "optimizer.lr=0.01"))
+    lines = read_metrics(tmp_path / "runs" / "a" / "metrics.jsonl")
+    assert lines[-1]["loss/train/cross_entropy"] < lines[0]["loss/train/cross_entropy"] - 1
+    assert lines[-1]["metrics/eval/LanguageCrossEntropy"] < 3.2
+
+
+def test_same_seed_same_run(finished: Path, data: Path) -> None:
+    train(make_config(finished, data, "run_name=b"))
+    assert_same_run(finished / "runs" / "a", finished / "runs" / "b")
+    train(make_config(finished, data, "run_name=other-seed", "seed=18"))
+    lines = [timeless(finished / "runs" / name / "metrics.jsonl") for name in ("a", "other-seed")]
+    assert lines[0] != lines[1]
+
+
+@pytest.mark.parametrize("mohd", ["x2", "dense"])
+def test_crash_and_resume_twice_equals_uninterrupted(
+    mohd: str, tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """15 batches an epoch: the second crash lies past an epoch's end."""
+    long = ("max_duration=22ba", "save_interval=4ba", "eval_interval=7ba", "autoresume=true", "eval_first=true")
+    train(make_config(tmp_path, data, "run_name=whole", *long, mohd=mohd))
+    crashed = make_config(tmp_path, data, "run_name=crashed", *long, mohd=mohd)
+    crash(crashed, 7, monkeypatch)
+    record = json.loads((tmp_path / "runs" / "crashed" / "run.json").read_text())
+    assert record["status"] == "failed"
+    assert "crash of the test" in record["error"]
+    assert len(read_metrics(tmp_path / "runs" / "crashed" / "metrics.jsonl")) == 8  # with the one before training
+    crash(crashed, 18, monkeypatch)
+    train(crashed)
+    assert_same_run(tmp_path / "runs" / "whole", tmp_path / "runs" / "crashed", "ep1-ba22-rank0.pt")
+    record = json.loads((tmp_path / "runs" / "crashed" / "run.json").read_text())
+    assert [bool(session["from"]) for session in record["sessions"]] == [False, True, True]
+    assert record["status"] == "finished"
+
+
+def test_half_written_checkpoint_is_skipped_by_name(
+    tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], finished: Path
+) -> None:
+    config = make_config(tmp_path, data, "run_name=a", "autoresume=true", "save_num_checkpoints_to_keep=2")
+    crash(config, 5, monkeypatch)
+    folder = tmp_path / "runs" / "a" / "checkpoints"
+    newest = folder / "ep0-ba4-rank0.pt"
+    newest.write_bytes(newest.read_bytes()[:-5000])
+    os.unlink(folder / "latest-rank0.pt")  # and the link was being replaced
+    train(config)
+    out = capsys.readouterr().out
+    assert f"skipped a broken checkpoint: {newest} is broken or half-written" in out
+    assert "goes on from" in out
+    assert "ep0-ba2-rank0.pt, batch 2" in out
+    assert_same_run(finished / "runs" / "a", tmp_path / "runs" / "a")
+    assert sorted(path.name for path in folder.glob("ep*")) == ["ep0-ba4-rank0.pt", "ep0-ba6-rank0.pt"]
+
+
+def test_finished_run_is_left_alone(finished: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = (finished / "runs" / "a" / "run.json").read_text()
+    train(make_config(finished, data, "run_name=a", "autoresume=true"))
+    assert "already finished" in capsys.readouterr().out
+    assert (finished / "runs" / "a" / "run.json").read_text() == before
+
+
+def test_save_overwrite_starts_over(finished: Path, data: Path) -> None:
+    train(make_config(finished, data, "run_name=over", "max_duration=4ba"))
+    train(make_config(finished, data, "run_name=over", "max_duration=3ba", "save_overwrite=true"))
+    assert len(read_metrics(finished / "runs" / "over" / "metrics.jsonl")) == 3
+    assert not (finished / "runs" / "over" / "checkpoints" / "ep0-ba4-rank0.pt").exists()
+
+
+def test_weights_of_another_run_are_loaded(finished: Path, data: Path) -> None:
+    source = finished / "runs" / "a" / "checkpoints" / "ep0-ba6-rank0.pt"
+    config = make_config(
+        finished, data, "run_name=from-a", f"load_path={source}", "load_weights_only=true", "optimizer.lr=1.0e-30"
+    )
+    train(config)
+    theirs, ours = (read_checkpoint(path)[1] for path in (source, Path(config.save_folder) / "latest-rank0.pt"))
+    assert all(torch.equal(theirs[name], ours[name]) for name in theirs)
+
+
+def test_microbatches_do_not_change_the_loss(finished: Path, data: Path) -> None:
+    """Of a dense model; the balance loss is a mean over a microbatch by definition."""
+    for size in (2, 8):
+        name = f"micro-{size}"
+        train(make_config(finished, data, f"run_name={name}", f"device_train_microbatch_size={size}", mohd="dense"))
+    one, two = (read_metrics(finished / "runs" / f"micro-{size}" / "metrics.jsonl") for size in (2, 8))
+    for left, right in zip(one, two, strict=True):
+        assert left["loss/train/total"] == pytest.approx(right["loss/train/total"], rel=1e-5)
+
+
+@pytest.mark.parametrize("duration", ["2ep", "240sp", "3840tok", "30ba"])
+def test_length_in_any_unit(duration: str, tmp_path: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    dry_run(make_config(tmp_path, data, f"max_duration={duration}", "scheduler.t_warmup=0.1dur"))
+    out = capsys.readouterr().out
+    assert "30 batches × 8 samples × 16 tokens = 3.84k tokens" in out
+    assert "nothing was written" in out
+    assert not (tmp_path / "runs").exists()
+
+
+def refused(match: str, *args: Any, **kwargs: Any) -> None:
+    with pytest.raises(UserError, match=match) as caught:
+        train(make_config(*args, **kwargs))
+    assert "\n" not in str(caught.value)
+
+
+def test_bad_data_is_refused_before_anything_is_written(tmp_path: Path, data: Path) -> None:
+    refused("no data folder", tmp_path, tmp_path / "none")
+    (tmp_path / "empty").mkdir()
+    refused("manifest.json", tmp_path, tmp_path / "empty")
+    refused("'arxiv'", tmp_path, data, "data.domains={arxiv: 1.0}")
+    refused("max_seq_len=8", tmp_path, data, "max_seq_len=8")
+    refused("samples of 16 tokens.*max_seq_len=32", tmp_path, data, "max_seq_len=32")
+    refused("vocab_size=1000", tmp_path, data, "model.vocab_size=1000")
+    refused("reserved name", tmp_path, data, "data.domains={eval: 1.0}")
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "missing"])
+def test_bad_shard_is_named(damage: str, tmp_path: Path) -> None:
+    folder = make_data(tmp_path / "data")
+    shard = sorted((folder / "wiki" / "train").glob("shard.*"))[1]
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    if damage == "missing":
+        shard.unlink()
+    else:
+        shard.write_bytes(content if damage == "flipped" else content[:-3])
+    refused(f"wiki/train/{shard.name}", tmp_path, folder)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_checkpoint_of_another_architecture_is_refused(finished: Path, data: Path, tmp_path: Path) -> None:
+    source = finished / "runs" / "a" / "checkpoints" / "latest-rank0.pt"
+    refused("another architecture .*hidden_size: 16 here, 32 there", tmp_path, data, f"load_path={source}", mohd="50")
+    refused("attention: None here", tmp_path, data, f"load_path={source}", "mohd.expansion=2", mohd="dense")
+    refused("no such checkpoint", tmp_path, data, "load_path=nowhere.pt")
+    refused("is a folder", tmp_path, data, f"load_path={source.parent}")
+
+
+def test_checkpoint_that_holds_other_parameters_is_refused(finished: Path, data: Path, tmp_path: Path) -> None:
+    """The plan agrees and the weights do not: nothing may be loaded, let alone nothing at all."""
+    source = finished / "runs" / "a" / "checkpoints" / "ep0-ba6-rank0.pt"
+    content = torch.load(source, weights_only=False)
+    weights = content["state"]["model"]
+    content["state"]["model"] = {f"module.{name}": weight for name, weight in weights.items()}
+    torch.save(content, tmp_path / "renamed.pt")
+    refused(r"0 of \d+ match", tmp_path, data, f"load_path={tmp_path / 'renamed.pt'}")
+    content["state"]["model"] = weights | {"model.norm.weight": torch.zeros(5)}
+    torch.save(content, tmp_path / "shape.pt")
+    refused(r"norm.weight is \[5\] there, \[32\] here", tmp_path, data, f"load_path={tmp_path / 'shape.pt'}")
+    content["state"]["model"] = weights
+    content["state"]["callbacks"]["RunMetadata"]["tokenizer_sha256"] = "cd" * 32
+    torch.save(content, tmp_path / "tokenizer.pt")
+    refused("another tokenizer", tmp_path, data, f"load_path={tmp_path / 'tokenizer.pt'}")
+
+
+def test_checkpoint_with_code_is_refused(tmp_path: Path, data: Path) -> None:
+    class Payload:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return (os.mkdir, (str(tmp_path / "was-run"),))
+
+    torch.save({"state": {"model": {}, "callbacks": {"RunMetadata": Payload()}}}, tmp_path / "evil.pt")
+    refused("is refused", tmp_path, data, f"load_path={tmp_path / 'evil.pt'}")
+    assert not (tmp_path / "was-run").exists()
+
+
+def test_folder_that_cannot_be_written_is_named(tmp_path: Path, data: Path) -> None:
+    (tmp_path / "file").touch()
+    refused("can't write to .*file/x .*file: not a folder", tmp_path, data, f"run_folder={tmp_path}/file/x")
+    refused("can't write to /proc", tmp_path, data, "run_folder=/proc/no-such-folder")
+    if os.geteuid():  # root may write anywhere
+        (tmp_path / "closed").mkdir(mode=0o500)
+        refused("closed: no permission", tmp_path, data, f"run_folder={tmp_path}/closed/x")
+
+
+def test_unknown_parts_are_refused_before_the_data_is_read(tmp_path: Path) -> None:
+    refused("did you mean 'wandb'", tmp_path, tmp_path / "none", "loggers.wand={}")
+    refused("did you mean 'window_size'", tmp_path, tmp_path / "none", "callbacks.speed_monitor.window=1")
+    refused("precision=fp32", tmp_path, tmp_path / "none", "precision=amp_bf16")
+    refused("share of the run", tmp_path, tmp_path / "none", "scheduler.t_warmup=5tok")
+
+
+def test_config_file_alone_lacks_nothing(tmp_path: Path, data: Path) -> None:
+    assert load_config([str(write_config(tmp_path, data))]).mohd.name == "dense"
+    shutil.rmtree(tmp_path / "runs", ignore_errors=True)
