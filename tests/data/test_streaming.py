@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import multiprocessing
 import os
 import shutil
-import subprocess
-import sys
+import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,13 @@ from data.conftest import SEQ_LEN
 from data.data_support import stored_samples
 
 from mohd_train.config.schema import DataConfig
+from mohd_train.data import shared_memory
 from mohd_train.data.manifest import Manifest, save_manifest
 from mohd_train.data.streaming import build_eval_loaders, build_train_loader, check_data, plan_mix
 from mohd_train.errors import UserError
 
 MIX = {"cc": 6.0, "notes": 1.0, "wiki": 3.0}
 BATCH = 8
-ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
@@ -159,47 +160,36 @@ def test_validation_has_every_sample_once_in_order(data: DataConfig, prepared: t
                 assert {int(d) for batch in batches for d in batch["domain"]} == {index}
 
 
-RANK = """
-import json, sys
-import torch
-from mohd_train.config.schema import DataConfig
-from mohd_train.data.manifest import load_manifest
-from mohd_train.data.streaming import build_eval_loaders, build_train_loader, check_data
-from composer.utils import dist
-dist.initialize_dist("cpu", timeout=60)
-asked = json.loads(sys.argv[1])
-data = DataConfig(**asked["data"])
-manifest = check_data(data, vocab_size=360, seq_len=asked["seq_len"])
-loader = build_train_loader(data, manifest, global_batch_size=8, device_batch_size=4, seed=5)
-if asked["state"]:
-    loader.dataset.load_state_dict(asked["state"])
-batches = [batch for _ in range(2) for batch in loader]
-val = {name: torch.cat([b["input_ids"] for b in one]) for name, one in
-       build_eval_loaders(data, manifest, device_batch_size=3).items()}
-torch.save({"train": batches, "val": val}, asked["out"] + f"/{dist.get_global_rank()}.pt")
-"""
+def run_rank(rank: int, data: DataConfig, state: dict[str, Any], out: Path) -> None:
+    """One of two gloo processes: saves what it is given in two epochs, and the validation samples."""
+    os.environ |= {
+        "WORLD_SIZE": "2",
+        "LOCAL_WORLD_SIZE": "2",
+        "NODE_RANK": "0",
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+    }
+    torch.distributed.init_process_group("gloo", init_method=f"file://{out}/store", rank=rank, world_size=2)
+    shared_memory._held = None  # as in a process of its own
+    manifest = check_data(data, vocab_size=360, seq_len=SEQ_LEN)
+    train = loader(data, manifest, device_batch_size=BATCH // 2)
+    train.dataset.load_state_dict(state)
+    evals = build_eval_loaders(data, manifest, device_batch_size=3)
+    val = {name: torch.cat([batch["input_ids"] for batch in one]) for name, one in evals.items()}
+    torch.save({"train": epochs(train, 2), "val": val}, out / f"{rank}.pt")
+    os._exit(0)
 
 
-def two_processes(tmp_path: Path, data: DataConfig, state: dict[str, Any] | None) -> list[dict[str, Any]]:
-    """What each of two gloo processes is given: two epochs, and the validation samples."""
+def two_processes(tmp_path: Path, data: DataConfig, state: dict[str, Any]) -> list[dict[str, Any]]:
     out = tmp_path / "ranks"
     out.mkdir()
-    asked = {"data": dataclasses.asdict(data), "seq_len": SEQ_LEN, "state": state, "out": str(out)}
-    script = tmp_path / "rank.py"
-    script.write_text(RANK)
-    shared = os.environ | {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "NODE_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
-    shared |= {
-        "MASTER_PORT": str(20_000 + os.getpid() % 20_000),
-        "PYTHONPATH": str(ROOT / "src"),
-        "OMP_NUM_THREADS": "1",
-    }
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, str(script), json.dumps(asked)], env=shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-        )
-        for rank in range(2)
-    ]
-    assert [rank.wait(timeout=120) for rank in ranks] == [0, 0]
+    context = multiprocessing.get_context("fork")
+    ranks = [context.Process(target=run_rank, args=(rank, data, state, out)) for rank in range(2)]
+    for rank in ranks:
+        rank.start()
+    for rank in ranks:
+        rank.join(timeout=100)
+    assert [rank.exitcode for rank in ranks] == [0, 0]
     return [torch.load(out / f"{rank}.pt") for rank in range(2)]
 
 
@@ -330,37 +320,46 @@ def test_a_corrupt_remote_shard_is_named(data: DataConfig, prepared: tuple[Path,
         list(build_eval_loaders(cached, manifest, device_batch_size=4)["cc"])
 
 
-KILLED = """
-import os, signal, sys
-from mohd_train.config.schema import DataConfig
-from mohd_train.data.manifest import load_manifest
-from mohd_train.data.streaming import build_train_loader
-data = DataConfig(local=sys.argv[1], domains={"cc": 1.0}, num_workers=0)
-loader = build_train_loader(data, load_manifest(data.local), global_batch_size=8, device_batch_size=8, seed=5)
-loader.dataset.load_state_dict(loader.dataset.state_dict(8, True))
-next(iter(loader))
-print("running", flush=True)
-sys.stdin.readline()
-os.kill(os.getpid(), signal.SIGKILL)
-"""
+def run_until_killed(data: DataConfig, manifest: Manifest, running: Any) -> None:
+    shared_memory._held = None  # as in a process of its own
+    train = loader(data, manifest)
+    train.dataset.load_state_dict(train.dataset.state_dict(BATCH, True))
+    next(iter(train))
+    running.send(True)
+    time.sleep(100)
 
 
-def test_a_living_run_keeps_its_shared_memory_and_a_killed_one_blocks_nobody(
-    data: DataConfig, prepared: tuple[Path, Manifest], tmp_path: Path
-) -> None:
-    command = [sys.executable, "-c", KILLED, data.local]
-    environment = os.environ | {"PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1", "TMPDIR": str(tmp_path)}
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "env": environment}
-    first = subprocess.Popen(command, **pipes)
-    assert first.stdout is not None
-    assert first.stdout.readline() == "running\n"
-    second = subprocess.Popen(command, **pipes)  # beside the first, on the same data
-    assert second.stdout is not None
-    assert second.stdout.readline() == "running\n"
-    for process in (first, second):
-        process.communicate("\n", timeout=60)
-        assert process.returncode == -9
-    third = subprocess.run(
-        command, input="\n", capture_output=True, text=True, env=environment, timeout=60, check=False
-    )
-    assert third.stdout == "running\n"
+def test_runs_beside_each_other_and_after_killed_ones(data: DataConfig, prepared: tuple[Path, Manifest]) -> None:
+    context = multiprocessing.get_context("fork")
+    runs = []
+    for _ in range(3):  # on the same data, at once
+        here, there = context.Pipe()
+        runs.append(context.Process(target=run_until_killed, args=(data, prepared[1], there)))
+        runs[-1].start()
+        assert here.poll(60), "a run did not start beside another"
+    for run in runs:
+        os.kill(run.pid or 0, signal.SIGKILL)
+        run.join()
+    assert len(list(loader(data, prepared[1]))) > 0
+
+
+def test_shared_memory_is_cleaned_only_by_who_is_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cleaned: list[int] = []
+    monkeypatch.setattr(shared_memory, "clean_stale_shared_memory", lambda: cleaned.append(1))
+    monkeypatch.setattr(shared_memory, "lock_path", lambda: tmp_path / "lock")
+    monkeypatch.setattr(shared_memory, "_held", None)
+    shared_memory.claim_shared_memory()
+    shared_memory.claim_shared_memory()
+    assert cleaned == [1]
+    first = shared_memory._held
+    monkeypatch.setattr(shared_memory, "_held", None)
+    shared_memory.claim_shared_memory()  # while the first is alive
+    assert cleaned == [1]
+    assert first is not None
+    assert shared_memory._held is not None
+    os.close(first)
+    os.close(shared_memory._held)
+    monkeypatch.setattr(shared_memory, "_held", None)
+    shared_memory.claim_shared_memory()
+    assert cleaned == [1, 1]
+    os.close(shared_memory._held)

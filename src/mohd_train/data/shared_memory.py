@@ -15,6 +15,12 @@ log = logging.getLogger(__name__)
 _held: int | None = None
 
 
+def lock_path() -> Path:
+    """Beside the shared memory itself, where there is such a folder: what sees the one sees the other, in containers too."""
+    shared = Path("/dev/shm")
+    return (shared if shared.is_dir() else Path(tempfile.gettempdir())) / f"mohd_train.{os.getuid()}.lock"
+
+
 def claim_shared_memory() -> None:
     """Clears what killed runs left in shared memory, once a process, unless another run is at work on this machine.
 
@@ -26,8 +32,7 @@ def claim_shared_memory() -> None:
         return
     alone = 1
     if dist.get_local_rank() == 0:
-        path = Path(tempfile.gettempdir()) / f"mohd_train_streaming.{os.getuid()}.lock"
-        _held = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+        _held = os.open(lock_path(), os.O_RDWR | os.O_CREAT, 0o600)
         try:
             fcntl.flock(_held, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
