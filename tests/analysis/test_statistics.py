@@ -82,7 +82,12 @@ def test_common_activity_of_a_constructed_pattern() -> None:
     found = statistics.summary()[0]
     assert found["active_per_token"] == 2
     # Windows of 2: seven, of which one (tokens 3, 4) has one dim in common and six have two.
-    assert found["common"] == {"1": 2.0, "2": pytest.approx(13 / 7), "3": pytest.approx(10 / 6), "4": pytest.approx(7 / 5)}
+    assert found["common"] == {
+        "1": 2.0,
+        "2": pytest.approx(13 / 7),
+        "3": pytest.approx(10 / 6),
+        "4": pytest.approx(7 / 5),
+    }
     assert found["independent"]["2"] == pytest.approx(0.5)
     # Windows of 5: four (they begin at 0 .. 3), dim 0 in all five; dims 1 and 2 in 4+1, 3+2, 2+3, 1+4 of them.
     assert found["active_in"] == pytest.approx([5.0, 0.5, 0.5, 0.5, 0.5, 1.0])

@@ -169,7 +169,9 @@ def _block_exit(taps: Taps, layer: int, receive: Receive) -> Callable[..., None]
         receive(layer, "block_out", x)
         for kind in COMPONENTS:
             if f"{kind}_out" not in parts:
-                raise UserError(f"block {layer} ({_class(module)}) never called its {kind}; name it with --{kind}-module")
+                raise UserError(
+                    f"block {layer} ({_class(module)}) never called its {kind}; name it with --{kind}-module"
+                )
         error = (x - parts["block_in"] - parts["attention_out"] - parts["ffn_out"]).abs().mean() / x.abs().mean().clamp(
             min=torch.finfo(torch.float32).tiny
         )

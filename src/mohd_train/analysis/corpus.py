@@ -50,7 +50,7 @@ class Corpus:
     info: dict[str, Any]
 
     def batches(self, tokens: int, batch_size: int) -> Iterator[Batch]:
-        """About ``tokens`` tokens (in whole sequences, at least one a domain), an equal part of every domain, as far as it has them.
+        """About ``tokens`` tokens, an equal part of every domain as far as it has them; at least one sequence a domain.
 
         Raises:
             UserError: a domain with less text than one sequence.
@@ -136,7 +136,9 @@ def _prepared(path: Path, subject: Subject, seq_len: int | None) -> Corpus:
 
 def _raw(path: Path, subject: Subject, seq_len: int) -> Corpus:
     if subject.tokenizer is None:
-        raise UserError(f"{subject.info['source']} comes with no tokenizer, which raw text needs; give it with --tokenizer")
+        raise UserError(
+            f"{subject.info['source']} comes with no tokenizer, which raw text needs; give it with --tokenizer"
+        )
     files = _files(path)
     if not files:
         raise UserError(f"{path} holds no text (.txt, {', '.join(SUFFIXES)}), and no {MANIFEST} of prepared data")
@@ -165,7 +167,11 @@ def _files(path: Path) -> dict[str, list[Path]]:
     found: dict[str, list[Path]] = {}
     for file in sorted(path.rglob("*")):
         inside = file.relative_to(path)
-        if file.is_file() and file.name.endswith((".txt", *SUFFIXES)) and not any(p.startswith(".") for p in inside.parts):
+        if (
+            file.is_file()
+            and file.name.endswith((".txt", *SUFFIXES))
+            and not any(p.startswith(".") for p in inside.parts)
+        ):
             top = inside.parts[0] if len(inside.parts) > 1 else domain_of_file(file.name.removesuffix(".txt"))
             found.setdefault(top, []).append(file)
     return {
@@ -180,7 +186,7 @@ def _tokens(file: Path, subject: Subject) -> Iterator[NDArray[np.int64]]:
     eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     bos = [] if tokenizer.bos_token_id in (None, tokenizer.eos_token_id) else [tokenizer.bos_token_id]
     for first, last, text in _documents(file):
-        ids = tokenizer(text, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+        ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
         if ids and max(ids) >= subject.vocab_size:
             raise UserError(
                 f"the tokenizer gives id {max(ids)}, the model has {subject.vocab_size}; give the model's own with --tokenizer"

@@ -122,7 +122,9 @@ def fingerprint(model: PreTrainedModel) -> str:
 
 def versions() -> dict[str, str]:
     """Of this project, Python, and what computes the numbers."""
-    found = {package: importlib.metadata.version(package) for package in ("torch", "transformers", "tokenizers", "numpy")}
+    found = {
+        package: importlib.metadata.version(package) for package in ("torch", "transformers", "tokenizers", "numpy")
+    }
     return {"mohd_train": mohd_train.__version__, "python": platform.python_version(), **found}
 
 

@@ -1,0 +1,161 @@
+"""The study on models whose activations are known, and on the architectures it must understand."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from support.analysis import gpt2, hf_folder, llama, native, subject_of, text_folder
+from torch import Tensor, nn
+from transformers import MambaConfig, MambaForCausalLM, OPTConfig, OPTForCausalLM
+
+from mohd_train.analysis.architecture import POINTS, find_blocks, tapped
+from mohd_train.analysis.corpus import open_corpus
+from mohd_train.analysis.study import StudyOptions, observe
+from mohd_train.errors import UserError
+
+
+class Scale(nn.Module):
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.factor = nn.Parameter(torch.tensor(factor))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, None]:
+        return self.factor * x, None
+
+
+class ResidualScale(nn.Module):
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.factor = nn.Parameter(torch.tensor(factor))
+
+    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
+        return residual + self.factor * x
+
+
+class ScaleBlock(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.self_attn, self.mlp = Scale(0.5), ResidualScale(2.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = x + self.self_attn(x)[0]
+        return self.mlp(h, residual=h)
+
+
+class ScaleModel(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([ScaleBlock(), ScaleBlock()])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.layers:
+            x = block(x)
+        return x
+
+
+def test_taps_see_what_components_contribute_and_nothing_else() -> None:
+    model, x = ScaleModel(), torch.randn(2, 3, 4)
+    seen: dict[tuple[int, str], Tensor] = {}
+    with tapped(find_blocks(model), lambda layer, point, y: seen.update({(layer, point): y})) as taps:
+        model(x)
+    assert set(seen) == {(layer, point) for layer in (0, 1) for point in POINTS}
+    for layer, grown in enumerate((1.0, 4.5)):  # x -> 1.5 x -> 1.5 x + 2 * 1.5 x
+        factors = (1, 1, 0.5, 1.5, 1.5, 3, 4.5)
+        for point, factor in zip(POINTS, factors, strict=True):
+            assert torch.allclose(seen[layer, point], grown * factor * x, atol=1e-5), point
+    assert max(taps.residual_error) < 1e-6
+    seen.clear()
+    model(x)
+    assert not seen  # the taps are gone
+
+
+@pytest.mark.parametrize("make", [llama, gpt2])
+def test_hugging_face_models_are_understood(make, tmp_path: Path) -> None:
+    subject = subject_of(hf_folder(make(), tmp_path / "model"))
+    corpus = open_corpus(text_folder(tmp_path / "text"), subject, 32)
+    record = observe(subject, corpus, StudyOptions(tokens=256, shares=(0.25,)))
+    assert record["tokens"] == {"code": 128, "wiki": 128}
+    assert (record["hidden_size"], record["layer"], record["top_dims"]) == (32, 1, 8)
+    assert max(record["residual_error"]) < 1e-5
+    for layer in record["layers"]:
+        assert layer["flow_percent_of_block_input"]["block_in"] == pytest.approx(100)
+        assert all(0 <= layer["points"][point]["sparsity"] <= 1 for point in POINTS)
+    closely = record["closely"]["attention_in"]
+    assert closely["curve"][-1] == pytest.approx(1, abs=1e-6)
+    assert closely["curve"] == sorted(closely["curve"])
+    assert closely["common_activity"][0]["common"]["1"] == pytest.approx(8)
+    assert len(record["map_tokens"]) == 5
+    assert record["map_tokens"][0].startswith(("w", "<", "</"))
+    json.dumps(record, allow_nan=False)
+
+
+def test_norm_input_of_llama_is_what_the_hook_reports(tmp_path: Path) -> None:
+    model = llama()
+    ids = torch.randint(4, 97, (2, 16))
+    seen: dict[tuple[int, str], Tensor] = {}
+    with torch.no_grad(), tapped(find_blocks(model), lambda layer, point, y: seen.update({(layer, point): y})):
+        states = model(ids, output_hidden_states=True).hidden_states
+    assert torch.equal(seen[1, "block_in"], states[1])
+    assert torch.allclose(seen[1, "attention_in"], model.model.layers[1].input_layernorm(states[1]))
+
+
+@pytest.mark.parametrize("setting", ["dense", "x2"])
+def test_our_checkpoints_are_understood(setting: str, tmp_path: Path) -> None:
+    subject = subject_of(native(tmp_path / "run", setting))
+    corpus = open_corpus(text_folder(tmp_path / "text"), subject, 32)
+    record = observe(subject, corpus, StudyOptions(tokens=128))
+    assert record["hidden_size"] == subject.transformer.plan.hidden_size
+    assert max(record["residual_error"]) < 1e-5
+    assert subject.info["plan"]["name"] == f"small-{setting}"
+
+
+def test_the_map_clusters_dims_by_the_tokens_they_are_active_in(tmp_path: Path) -> None:
+    from mohd_train.analysis.study import _map
+
+    x = torch.full((3, 10), 0.01)
+    x[:, 4] = torch.tensor([1.0, -2.0, 3.0])  # in all
+    x[0, 7] = x[1, 2] = x[2, 2] = 0.5  # 7 in the first only, 2 in the others
+    found = _map(x, 0.2)
+    assert found["dims"] == [4, 2, 7]
+    assert found["active"] == [[1, 0, 1], [1, 1, 0], [1, 1, 0]]
+    assert (found["active_in_all"], found["active_in_one_only"]) == (1, 1)
+    assert found["active_in_one_only_by_token"] == [1, 0, 0]
+    assert found["relative"][0][2] == pytest.approx(0.5)
+
+
+def test_architectures_that_are_not_understood_are_named() -> None:
+    opt = OPTForCausalLM(
+        OPTConfig(
+            vocab_size=97,
+            hidden_size=32,
+            ffn_dim=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            word_embed_proj_dim=32,
+        )
+    )
+    with pytest.raises(
+        UserError, match=r"OPTForCausalLM isn't understood: none of the parts of its block 0 .* is its ffn"
+    ):
+        find_blocks(opt)
+    mamba = MambaForCausalLM(MambaConfig(vocab_size=97, hidden_size=32, num_hidden_layers=2, state_size=4))
+    with pytest.raises(UserError, match=r"is its attention; name the part with --attention-module"):
+        find_blocks(mamba)
+    assert find_blocks(llama(), "self_attn", "mlp")[0].ffn is not None
+    with pytest.raises(UserError, match="none of the parts"):
+        find_blocks(llama(), ffn="mlp2")
+
+
+def test_bad_options_are_named(tmp_path: Path) -> None:
+    subject = subject_of(hf_folder(llama(), tmp_path / "model"))
+    corpus = open_corpus(text_folder(tmp_path / "text"), subject, 32)
+    for options, message in (
+        (StudyOptions(layer=3), "layers 0 .. 2"),
+        (StudyOptions(top_dims=33), "the model has 32 dims"),
+        (StudyOptions(shares=(20.0,)), "between 0 and 1"),
+    ):
+        with pytest.raises(UserError, match=message):
+            observe(subject, corpus, options)
