@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mohd_train.config.plan import ModelPlan
+from mohd_train.kernels.loss import linear_cross_entropy
 from mohd_train.model.attention import Attention, attention_mask
 from mohd_train.model.feed_forward import FeedForward
 from mohd_train.model.init import initialize
@@ -153,9 +154,12 @@ class Transformer(nn.Module):
 
     def _cross_entropy(self, hidden_BTD: Tensor, labels_BT: Tensor) -> Tensor:
         """Mean next-token loss; position t of the labels is predicted from position t - 1."""
-        logits = self.head(hidden_BTD[:, :-1]).flatten(0, 1)
-        dtype = torch.promote_types(logits.dtype, torch.float32)
-        return F.cross_entropy(logits.to(dtype), labels_BT[:, 1:].flatten(), ignore_index=IGNORE_INDEX)
+        targets = F.pad(
+            labels_BT[:, 1:], (0, 1), value=IGNORE_INDEX
+        )  # shifting these spares a copy of the hidden states
+        return linear_cross_entropy(
+            hidden_BTD.flatten(0, 1), self.head.weight, targets.flatten(), ignore_index=IGNORE_INDEX
+        )
 
     def _balance_loss(self, routing: list[LayerRouting], like: Tensor) -> Tensor:
         """Eq. 18: the sum over layers and both components, or the mean over the routed components."""
