@@ -49,9 +49,9 @@ def make_llama(tmp_path_factory: pytest.TempPathFactory, demo_questions: Path) -
     """``make_llama(context=..., adds_bos=...)`` -> a Hugging Face folder; the weights are spread so that answers differ."""
     text = [file.read_text(encoding="utf-8") for file in sorted(demo_questions.rglob("*.jsonl"))]
 
-    def make(context: int = 512, adds_bos: bool = True, seed: int = 0) -> Path:
+    def make(context: int = 512, adds_bos: bool = True, seed: int = 0, vocab_size: int = 600) -> Path:
         folder = tmp_path_factory.mktemp("llama") / "tiny-llama"
-        tokenizer = byte_tokenizer(text, 600, adds_bos)
+        tokenizer = byte_tokenizer(text, vocab_size, adds_bos)
         torch.manual_seed(seed)
         config = LlamaConfig(
             vocab_size=len(tokenizer),

@@ -19,7 +19,8 @@ from transformers import AutoModelForCausalLM
 from mohd_train.errors import UserError
 from mohd_train.evaluate import checkpoint as checkpoints
 from mohd_train.evaluate import results
-from mohd_train.evaluate.run import EvalOptions, run_eval
+from mohd_train.evaluate.options import EvalOptions
+from mohd_train.evaluate.run import run_eval
 from mohd_train.evaluate.suite import Suite
 from mohd_train.model.count import count
 from mohd_train.model.transformer import Transformer

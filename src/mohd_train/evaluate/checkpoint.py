@@ -40,6 +40,7 @@ class LoadedModel:
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     info: dict[str, Any]  # goes into every result: name, checkpoint, kind, fingerprint, activated, total, ...
+    vocab_size: int
     ours: bool  # trained by this framework: a document begins with BOS
 
 
@@ -130,7 +131,7 @@ def load(
     model = model.to(where).eval()  # type: ignore[arg-type]
     default = location.run_folder / "tokenizer" if location.kind == "native" else location.path
     loaded_tokenizer = _load_tokenizer(tokenizer or default)
-    vocabulary = model.get_input_embeddings().weight.shape[0]
+    vocabulary = int(model.get_input_embeddings().weight.shape[0])
     if len(loaded_tokenizer) > vocabulary:
         raise UserError(
             f"the tokenizer at {tokenizer or default} has {len(loaded_tokenizer)} pieces, the model {vocabulary}; "
@@ -149,7 +150,7 @@ def load(
         "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
         "tokenizer": str(tokenizer or default),
     }
-    return LoadedModel(model, loaded_tokenizer, info, ours=plan is not None)
+    return LoadedModel(model, loaded_tokenizer, info, vocabulary, ours=plan is not None)
 
 
 def _load_tokenizer(path: Path) -> PreTrainedTokenizerBase:

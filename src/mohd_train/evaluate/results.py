@@ -105,6 +105,16 @@ def write_json(path: Path, data: dict[str, Any]) -> None:
     write_text(path, json.dumps(data, indent=1, ensure_ascii=False, default=handle_non_serializable) + "\n")
 
 
+def check_writable(folder: Path) -> None:
+    """Makes the folder and sees that results can be put there: before hours of work, not after. Raises :class:`UserError`."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write results to {folder} ({error.strerror}); choose another --output") from None
+    if not os.access(folder, os.W_OK):
+        raise UserError(f"no permission to write results to {folder}; choose another --output")
+
+
 def read(path: Path) -> Result:
     """One result file.
 

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
 import tempfile
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 
@@ -18,30 +17,12 @@ from mohd_train.errors import UserError
 from mohd_train.evaluate import checkpoint as checkpoints
 from mohd_train.evaluate import report, results
 from mohd_train.evaluate.harness import BOOTSTRAP_ITERS, HarnessLM, score
+from mohd_train.evaluate.options import EvalOptions
 from mohd_train.evaluate.rows import RowFile
 from mohd_train.evaluate.suite import Suite, TaskSpec, load_suite
 from mohd_train.evaluate.tasks import BuiltTask, build_task, stock_manager
 
 DEMO_MARK = "DEMO"  # a file of this name in a folder of rows says that they are not the tasks' own
-
-
-@dataclass
-class EvalOptions:
-    """What `eval/run_eval.py` is asked to do."""
-
-    checkpoint: Path
-    output: Path
-    tasks: list[str] = field(default_factory=list)  # empty: all ten
-    data_dir: Path | None = None  # None: the hub
-    limit: int | None = None  # questions a task (a subject); None: all
-    batch_size: int | str = 8
-    device: str = "auto"
-    dtype: str = "auto"
-    bos: str = "auto"  # auto | yes | no
-    seed: int | None = None  # of the shots; default: the suite's
-    name: str | None = None  # default: the model plan's
-    tokenizer: Path | None = None
-    overwrite: bool = False
 
 
 def run_eval(options: EvalOptions, suite: Suite | None = None, console: Console | None = None) -> int:
@@ -71,7 +52,7 @@ def run_eval(options: EvalOptions, suite: Suite | None = None, console: Console 
             )
             for task, settings in jobs
         }
-        _check_writable(folder)
+        results.check_writable(folder)
         done = _run(jobs, kept, lm, info, folder, options, console)
     title = f"{info['name']}: {info['checkpoint']}"
     console.print(report.results_table(suite, done, failed, title))
@@ -131,16 +112,6 @@ def _rows_hash(files: dict[str, RowFile]) -> str:
     for split, file in sorted(files.items()):
         digest.update(f"{split}:{file.sha256}\n".encode())
     return digest.hexdigest()[:16]
-
-
-def _check_writable(folder: Path) -> None:
-    """Before hours of work, not after. Raises :class:`UserError`."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot write results to {folder} ({error.strerror}); choose another --output") from None
-    if not os.access(folder, os.W_OK):
-        raise UserError(f"no permission to write results to {folder}; choose another --output")
 
 
 def _run(

@@ -1,0 +1,98 @@
+"""What an evaluation can be asked to do, and the command line that says it. Imports nothing heavy: `--help` answers at once."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+
+@dataclass
+class EvalOptions:
+    """What `eval/run_eval.py` is asked to do."""
+
+    checkpoint: Path
+    output: Path
+    tasks: list[str] = field(default_factory=list)  # empty: all ten
+    data_dir: Path | None = None  # None: the hub
+    limit: int | None = None  # questions a task (a subject); None: all
+    batch_size: int | str = 8
+    device: str = "auto"
+    dtype: str = "auto"
+    bos: str = "auto"  # auto | yes | no
+    seed: int | None = None  # of the shots; default: the suite's
+    name: str | None = None  # default: the model plan's
+    tokenizer: Path | None = None
+    overwrite: bool = False
+
+
+@dataclass
+class PerplexityOptions:
+    """What `eval/run_eval.py --perplexity` is asked to do."""
+
+    checkpoint: Path
+    data: Path  # a prepared folder
+    output: Path
+    domains: list[str] = field(default_factory=list)  # empty: all
+    limit: int | None = None  # batches a domain; None: all
+    batch_size: int = 8
+    device: str = "auto"
+    dtype: str = "auto"
+    name: str | None = None
+    tokenizer: Path | None = None
+    overwrite: bool = False
+
+
+def parse(description: str | None, arguments: Sequence[str] | None = None) -> EvalOptions | PerplexityOptions:
+    """The command line of `eval/run_eval.py`. Usage errors leave with status 2, as argparse does."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--checkpoint", type=Path, required=True, help="Composer checkpoint or Hugging Face folder")
+    parser.add_argument("--tasks", nargs="+", default=[], help="default: all ten (eval/tasks.yaml)")
+    parser.add_argument(
+        "--data-dir", type=Path, help="rows from DIR/<task>/<split>.jsonl (mmlu/<subject>/<split>.jsonl)"
+    )
+    parser.add_argument("--limit", type=int, help="questions a task, for trials; such results are marked")
+    parser.add_argument("--output", type=Path, default=Path("eval/results"), help="default: %(default)s")
+    parser.add_argument("--batch-size", default="8", help="requests a forward pass, or auto; default: %(default)s")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N; default: %(default)s")
+    parser.add_argument(
+        "--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"], help="auto: as stored"
+    )
+    parser.add_argument("--bos", default="auto", choices=["auto", "yes", "no"], help="begin each request with BOS")
+    parser.add_argument("--seed", type=int, help="draws the shots; default: lm-eval's own")
+    parser.add_argument("--name", help="of the model in tables; default: its plan's (355m-x2)")
+    parser.add_argument("--tokenizer", type=Path, help="default: beside the checkpoint")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace stored results of another checkpoint or setting"
+    )
+    parser.add_argument("--perplexity", action="store_true", help="validation perplexity per domain, on --data")
+    parser.add_argument("--data", type=Path, help="a folder that data_prep/prepare.py made, for --perplexity")
+    parser.add_argument("--domains", nargs="+", default=[], help="of --data; default: all")
+    args = parser.parse_args(arguments)
+    args.tasks = [name for item in args.tasks for name in re.split(r"[,\s]+", item) if name]
+    if not re.fullmatch(r"auto|[1-9]\d*", args.batch_size):
+        parser.error(f"argument --batch-size: {args.batch_size!r} is neither auto nor a positive number")
+    _refuse_mixed(parser, args)
+    if not args.perplexity:
+        return EvalOptions(
+            **{key: value for key, value in vars(args).items() if key in EvalOptions.__dataclass_fields__}
+        )
+    known = {key: value for key, value in vars(args).items() if key in PerplexityOptions.__dataclass_fields__}
+    return PerplexityOptions(**{**known, "batch_size": int(args.batch_size)})
+
+
+def _refuse_mixed(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Options of the tasks with --perplexity, or the other way round, would have no effect: an error, not silence."""
+    if args.perplexity:
+        for_tasks = [key for key in ("tasks", "data_dir", "seed") if getattr(args, key) not in (None, [])]
+        for_tasks += ["bos"] if args.bos != "auto" else []
+        if for_tasks:
+            parser.error(f"--{for_tasks[0].replace('_', '-')} has no effect with --perplexity")
+        if args.data is None or args.batch_size == "auto":
+            parser.error("--perplexity needs --data, and a number for --batch-size")
+    elif args.data or args.domains:
+        parser.error("--data and --domains are for --perplexity; rows of the tasks are given with --data-dir")

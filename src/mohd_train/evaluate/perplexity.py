@@ -1,0 +1,186 @@
+"""Validation perplexity of a checkpoint, per domain and in total, on prepared data.
+
+The perplexity of a domain is exp of the mean negative log-likelihood over its predicted tokens (T - 1 of a sample of T);
+that of the total weighs every token the same, so domains count by the size of their validation split.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich import box
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from torch import nn
+from torch.utils.data import DataLoader
+
+from mohd_train.config.schema import DataConfig
+from mohd_train.data.manifest import Manifest, load_manifest
+from mohd_train.data.streaming import build_eval_loaders, check_data
+from mohd_train.data.tokenize import tokenizer_sha256
+from mohd_train.errors import UserError
+from mohd_train.evaluate import checkpoint as checkpoints
+from mohd_train.evaluate.options import PerplexityOptions
+from mohd_train.evaluate.results import KEY, check_writable, hardware, versions, write_json
+
+FORMAT = "mohd_train.perplexity/1"
+TOTAL = "total"
+
+
+@dataclass(frozen=True)
+class Likelihood:
+    """What a model made of one domain."""
+
+    tokens: int  # predicted
+    nll: float  # summed, nats
+
+    @property
+    def loss(self) -> float:
+        """Mean negative log-likelihood of a token, nats."""
+        return self.nll / self.tokens
+
+    @property
+    def perplexity(self) -> float:
+        """exp of the loss; infinite where that does not fit a float."""
+        return math.exp(self.loss) if self.loss < 700 else math.inf
+
+
+@torch.inference_mode()
+def likelihood(model: nn.Module, batches: Any) -> Likelihood:
+    """Over batches of `{"input_ids": int64 [B,T]}`: each token after a sample's first is predicted from those before it."""
+    device = next(model.parameters()).device
+    tokens, nll = 0, torch.zeros((), dtype=torch.float64, device=device)
+    for batch in batches:
+        ids_BT = batch["input_ids"].to(device)
+        logits_BTV = model(input_ids=ids_BT).logits
+        for ids_T, logits_TV in zip(ids_BT, logits_BTV, strict=True):  # a sample at a time: float32 logits are large
+            nll += nn.functional.cross_entropy(logits_TV[:-1].float(), ids_T[1:], reduction="sum").double()
+        tokens += ids_BT[:, 1:].numel()
+    return Likelihood(tokens, float(nll))
+
+
+def total(parts: dict[str, Likelihood]) -> Likelihood:
+    """All domains as one, every token alike."""
+    return Likelihood(sum(part.tokens for part in parts.values()), sum(part.nll for part in parts.values()))
+
+
+def run_perplexity(options: PerplexityOptions, console: Console | None = None) -> int:
+    """Measures, shows and stores `OUT/<model>/perplexity.json`. What is stored already is not computed again.
+
+    Raises:
+        UserError: data that is not this model's (tokenizer, vocabulary, sequence length), a domain that it lacks, a
+            checkpoint that cannot be read, a result of another checkpoint or other data in the way.
+    """
+    console = console or Console()
+    if options.limit is not None and options.limit < 1:
+        raise UserError(f"--limit is {options.limit}; it must be 1 batch or more")
+    location = checkpoints.locate(options.checkpoint)
+    manifest = load_manifest(options.data)
+    loaded = checkpoints.load(
+        location, tokenizer=options.tokenizer, name=options.name, device=options.device, dtype=options.dtype
+    )
+    data = _data_config(options, manifest, loaded)
+    path = options.output / str(loaded.info["name"]) / "perplexity.json"
+    settings = {
+        "data": manifest.sha256(),
+        "domains": sorted(data.domains),
+        "limit": options.limit,
+        "dtype": loaded.info["dtype"],
+    }
+    parts = None if options.overwrite else _stored(path, settings, location.fingerprint)
+    if parts is None:
+        check_writable(path.parent)
+        loaders = build_eval_loaders(data, manifest, device_batch_size=options.batch_size)
+        parts = {name: _measure(name, loader, loaded.model, options.limit, console) for name, loader in loaders.items()}
+        _store(path, settings, loaded.info, parts, options.data)
+    else:
+        console.print(f"perplexity: reused from {path}", soft_wrap=True, highlight=False)
+    console.print(_table(parts, f"{loaded.info['name']}: {loaded.info['checkpoint']}"))
+    console.print(f"results: {path}", soft_wrap=True)
+    return 0
+
+
+def _data_config(options: PerplexityOptions, manifest: Manifest, loaded: checkpoints.LoadedModel) -> DataConfig:
+    for domain in options.domains:
+        if domain not in manifest.domains:
+            raise UserError(f"{options.data} has no domain {domain!r}; it has {', '.join(sorted(manifest.domains))}")
+    names = options.domains or sorted(manifest.domains)
+    held = [name for name in names if "val" in manifest.domains[name] and manifest.samples(name, "val")]
+    if not held:
+        raise UserError(f"{options.data} has no validation samples in {', '.join(names)}; prepare it with --val-tokens")
+    longest = getattr(loaded.model.config, "max_position_embeddings", None)
+    if longest is not None and manifest.seq_len > longest:
+        raise UserError(f"{options.data} has samples of {manifest.seq_len} tokens, longer than the model's {longest}")
+    data = DataConfig(local=str(options.data), domains=dict.fromkeys(held, 1.0), num_workers=0)
+    check_data(
+        data,
+        vocab_size=loaded.vocab_size,
+        seq_len=manifest.seq_len,
+        tokenizer_sha256=tokenizer_sha256(loaded.tokenizer),
+    )
+    return data
+
+
+def _measure(name: str, loader: DataLoader[Any], model: nn.Module, limit: int | None, console: Console) -> Likelihood:
+    batches = len(loader) if limit is None else min(limit, len(loader))
+    counted = (batch for _, batch in zip(range(batches), loader, strict=False))
+    shown = track(counted, name, total=batches, console=console, transient=True, disable=not console.is_terminal)
+    return likelihood(model, shown if console.is_terminal else counted)
+
+
+def _stored(path: Path, settings: dict[str, Any], fingerprint: str) -> dict[str, Likelihood] | None:
+    """The domains of the stored result if it is this very measurement, None if there is no result."""
+    if not path.exists():
+        return None
+    try:
+        ours = json.loads(path.read_text(encoding="utf-8"))[KEY]
+        before, before_model = ours["settings"], ours["model"]
+        parts = {name: Likelihood(entry["tokens"], entry["nll"]) for name, entry in ours["domains"].items()}
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is no perplexity result ({error}); remove it or say --overwrite") from None
+    if before_model["fingerprint"] != fingerprint:
+        raise UserError(
+            f"{path} holds the result of another checkpoint ({before_model['checkpoint']}); "
+            "choose another --output or --name, or say --overwrite"
+        )
+    differing = [key for key in settings if before.get(key) != settings[key]]
+    if differing:
+        raise UserError(
+            f"{path} was made with other {', '.join(differing)}; choose another --output or say --overwrite"
+        )
+    return parts
+
+
+def _store(
+    path: Path, settings: dict[str, Any], model: dict[str, Any], parts: dict[str, Likelihood], folder: Path
+) -> None:
+    every = {**parts, TOTAL: total(parts)}
+    numbers = {name: {**asdict(p), "loss": p.loss, "perplexity": p.perplexity} for name, p in every.items()}
+    record = {
+        "format": FORMAT,
+        "settings": settings,
+        "model": model,
+        "data": str(folder),
+        TOTAL: numbers.pop(TOTAL),
+        "domains": numbers,
+        "versions": versions(),
+        "hardware": hardware(),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
+    write_json(path, {KEY: record})
+
+
+def _table(parts: dict[str, Likelihood], title: str) -> Table:
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    for head in ("domain", "tokens", "loss", "perplexity"):
+        table.add_column(head, justify="left" if head == "domain" else "right", no_wrap=True)
+    for name, part in {**parts, TOTAL: total(parts)}.items():
+        table.add_row(name, f"{part.tokens:,}", f"{part.loss:.4f}", f"{part.perplexity:,.2f}")
+    return table
