@@ -64,7 +64,7 @@ def test_launcher_passes_the_error_on(config: Path) -> None:
 
 def test_two_processes_train_as_one(config: Path) -> None:
     """The same samples in every global batch, so the same losses but for the order of sums."""
-    overrides = ("run_name=two", "autoresume=true", "data.num_workers=1")
+    overrides = ("run_name=two", "autoresume=true")
     done = run(*LAUNCHER, SCRIPT, str(config), *overrides)
     assert done.returncode == 0, done.stderr
     assert "2 × cpu" in done.stdout
