@@ -1,0 +1,215 @@
+"""A sweep file: which models x settings x seeds to train with which recipe. It names files of `configs/`, it copies none.
+
+    name: table4
+    title: "Table 4: ..."
+    recipe: ablation_10b                   # configs/recipe/ablation_10b.yaml
+    seeds: [17]
+    runs:
+      - models: [355m]                     # configs/model/355m.yaml
+        settings:
+          - x2                             # configs/mohd/x2.yaml
+          - {name: x2-no-fusion, base: x2, label: without group fusion, set: {mohd.fusion: none}}
+
+A name that ends in `.yaml` is a path, relative to the sweep file.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from mohd_train.config.load import nearest
+from mohd_train.errors import UserError
+
+CHECKOUT = Path(__file__).resolve().parents[3]
+CONFIGS = CHECKOUT / "configs"
+NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+SUB_DIMENSION_KEYS = ("sub_dims", "top_k", "shared_sub_dims")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """MoHD settings of a run: a file of ``configs/mohd``, and what is said otherwise.
+
+    Attributes:
+        name: in run names and tables; also ``mohd.name``.
+        base: the file.
+        label: in words, for tables and figures; where the paper has such a row, its name there.
+        both: N, K, S of attention and FFN, those that differ from the base's.
+        attention, ffn: the same for one component; or the setting whose component it takes (Table 5).
+        overrides: dotted keys of the config.
+    """
+
+    name: str
+    base: Path
+    label: str
+    both: dict[str, int]
+    attention: dict[str, int] | Path
+    ffn: dict[str, int] | Path
+    overrides: dict[str, Any]
+
+    @property
+    def plain(self) -> bool:
+        """Whether it is the file and nothing else."""
+        return not (self.both or self.attention or self.ffn or self.overrides)
+
+
+@dataclass(frozen=True)
+class Block:
+    """Every model with every setting."""
+
+    models: tuple[Path, ...]
+    settings: tuple[Setting, ...]
+
+
+@dataclass(frozen=True)
+class SweepFile:
+    """A sweep as its file says it."""
+
+    path: Path
+    name: str
+    title: str
+    recipe: Path
+    seeds: tuple[int, ...]
+    blocks: tuple[Block, ...]
+
+
+class _Reader:
+    """Reads the parts of one file; every error names the file and the key."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def fail(self, key: str, problem: str) -> UserError:
+        return UserError(f"{self.path}: {key}{' ' if problem[:2] != ': ' else ''}{problem}")
+
+    def mapping(self, value: Any, key: str, known: tuple[str, ...], required: tuple[str, ...]) -> dict[str, Any]:
+        if not isinstance(value, dict):
+            raise self.fail(key or "the file", f"is {value!r}; it must be a mapping of keys ({', '.join(known)})")
+        for name in value:
+            if name not in known:
+                where = f"{key}." if key else ""
+                raise UserError(f"{self.path}: unknown key {where + str(name)!r}{nearest(str(name), list(known))}")
+        for name in required:
+            if value.get(name) is None:
+                raise self.fail(f"{key}.{name}" if key else name, "is missing")
+        return value
+
+    def sequence(self, value: Any, key: str) -> list[Any]:
+        if not isinstance(value, list) or not value:
+            raise self.fail(key, f"is {value!r}; it must be a list of at least one")
+        return value
+
+    def word(self, value: Any, key: str) -> str:
+        """A name of letters that a folder can have; YAML reads a bare 50 as a number."""
+        text = str(value) if isinstance(value, (str, int)) and not isinstance(value, bool) else ""
+        if not NAME.match(text):
+            raise self.fail(key, f"is {value!r}; it must be a name of letters, digits, '.', '_' and '-'")
+        return text
+
+    def config(self, kind: str, value: Any, key: str) -> Path:
+        """The file that a name stands for."""
+        if isinstance(value, str) and value.endswith((".yaml", ".yml")):
+            path = self.path.parent / value
+            if not path.is_file():
+                raise self.fail(key, f"names {value}, and there is no file {path}")
+            return path
+        name = self.word(value, key)
+        path = CONFIGS / kind / f"{name}.yaml"
+        if not path.is_file():
+            known = sorted(file.stem for file in (CONFIGS / kind).glob("*.yaml"))
+            hint = nearest(name, known) or f"; it has {', '.join(known)}"
+            raise self.fail(key, f"is {name!r}, which configs/{kind} does not have{hint}")
+        return path
+
+    def sub_dimensions(self, value: Any, key: str) -> dict[str, int]:
+        mapping = self.mapping(value, key, SUB_DIMENSION_KEYS, ())
+        for name, number in mapping.items():
+            if not isinstance(number, int) or isinstance(number, bool):
+                raise self.fail(f"{key}.{name}", f"is {number!r}; it must be a whole number")
+        return mapping
+
+    def component(self, value: Any, key: str) -> dict[str, int] | Path:
+        if value is None:
+            return {}
+        return self.sub_dimensions(value, key) if isinstance(value, dict) else self.config("mohd", value, key)
+
+    def setting(self, value: Any, key: str) -> Setting:
+        if not isinstance(value, dict):
+            base = self.config("mohd", value, key)
+            return Setting(base.stem, base, base.stem, {}, {}, {}, {})
+        known = ("name", "base", "label", "both", "attention", "ffn", "set")
+        mapping = self.mapping(value, key, known, ("name",))
+        name = self.word(mapping["name"], f"{key}.name")
+        key = f"{key} ({name})"
+        parts = {part: self.component(mapping.get(part), f"{key}.{part}") for part in ("attention", "ffn")}
+        both = self.sub_dimensions(mapping.get("both") or {}, f"{key}.both")
+        if both and (parts["attention"] or parts["ffn"]):
+            raise self.fail(f"{key}.both", "and attention or ffn exclude each other; give one of them")
+        overrides = mapping.get("set") or {}
+        if not isinstance(overrides, dict):
+            raise self.fail(f"{key}.set", f"is {overrides!r}; it must be a mapping of dotted config keys to values")
+        base = self.config("mohd", mapping.get("base", "dense"), f"{key}.base")
+        setting = Setting(name, base, str(mapping.get("label") or name), both, parts["attention"], parts["ffn"], overrides)
+        if setting.plain and name != base.stem:
+            raise self.fail(key, f"differs from {base.stem} in nothing; give set, both, attention or ffn")
+        return setting
+
+    def seeds(self, value: Any) -> tuple[int, ...]:
+        seeds = self.sequence(value, "seeds")
+        for seed in seeds:
+            if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
+                raise self.fail("seeds", f"holds {seed!r}; a seed is a whole number, 0 or more")
+        return tuple(dict.fromkeys(seeds))
+
+    def block(self, value: Any, key: str) -> Block:
+        mapping = self.mapping(value, key, ("models", "settings"), ("models", "settings"))
+        models = self.sequence(mapping["models"], f"{key}.models")
+        settings = self.sequence(mapping["settings"], f"{key}.settings")
+        return Block(
+            tuple(self.config("model", model, f"{key}.models") for model in models),
+            tuple(self.setting(setting, f"{key}.settings[{i}]") for i, setting in enumerate(settings)),
+        )
+
+
+def read_sweep(path: str | Path) -> SweepFile:
+    """Reads and checks a sweep file.
+
+    Raises:
+        UserError: no such file, broken YAML, an unknown key or name (with the nearest known one), a wrong type.
+    """
+    path = Path(path)
+    reader = _Reader(path)
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        known = ", ".join(sorted(file.stem for file in (CONFIGS / "sweep").glob("*.yaml")))
+        raise UserError(f"{path}: no such sweep file; configs/sweep has {known}") from None
+    except IsADirectoryError:
+        raise UserError(f"{path} is a folder without sweep.json: neither a sweep file nor a launched sweep") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" at line {mark.line + 1}" if mark else ""
+        raise UserError(f"{path}: broken YAML{where}: {getattr(error, 'problem', None) or error}") from None
+    known_keys = ("name", "title", "recipe", "seeds", "runs")
+    mapping = reader.mapping(content, "", known_keys, ("name", "recipe", "runs"))
+    blocks = [reader.block(value, f"runs[{i}]") for i, value in enumerate(reader.sequence(mapping["runs"], "runs"))]
+    return SweepFile(
+        path=path,
+        name=reader.word(mapping["name"], "name"),
+        title=str(mapping.get("title") or mapping["name"]),
+        recipe=reader.config("recipe", mapping["recipe"], "recipe"),
+        seeds=reader.seeds(mapping.get("seeds", [17])),
+        blocks=tuple(blocks),
+    )
+
+
+def all_sweeps() -> list[SweepFile]:
+    """Every sweep of ``configs/sweep``, by name."""
+    return [read_sweep(path) for path in sorted((CONFIGS / "sweep").glob("*.yaml"))]

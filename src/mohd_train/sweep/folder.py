@@ -1,0 +1,216 @@
+"""The folder of a launched sweep, and which of its runs may be started.
+
+    SWEEP/sweep.json          file, scale, data, overrides, every run (model, setting, label, seed, command line), launches
+          configs/RUN.yaml    the whole config that RUN trains with: later edits of configs/ don't reach it
+          logs/RUN.log        what it printed;  logs/RUN.exit  how its last start ended
+          locks/RUN           held for as long as RUN trains on a machine that sees this file system
+          RUN/                its run folder (run.json, metrics.jsonl, checkpoints/)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import fcntl
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from mohd_train.config.compare import config_differences
+from mohd_train.config.load import to_yaml
+from mohd_train.data.manifest import write_atomic
+from mohd_train.errors import UserError
+from mohd_train.sweep.data import DataSource
+from mohd_train.sweep.expand import Choice, SweepRun
+from mohd_train.sweep.file import SweepFile
+
+RECORD = "sweep.json"
+FORMAT = "mohd_train.sweep/1"
+
+
+class SweepFolder:
+    """A sweep's folder; ``record`` is the content of ``sweep.json``, empty before the first launch."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.record: dict[str, Any] = _read(path / RECORD) if (path / RECORD).exists() else {}
+
+    @property
+    def exists(self) -> bool:
+        """Whether a sweep was launched here."""
+        return bool(self.record)
+
+    @property
+    def runs(self) -> dict[str, dict[str, Any]]:
+        """Every run that was ever part of it, by name: ``model``, ``setting``, ``label``, ``seed``, ``command``."""
+        return {run["name"]: run for run in self.record.get("runs", [])}
+
+    @property
+    def source(self) -> DataSource:
+        """The data it was launched with."""
+        return DataSource(**self.record.get("data", {}))
+
+    def config_path(self, name: str) -> Path:
+        """The config that a run trains with."""
+        return self.path / "configs" / f"{name}.yaml"
+
+    def log_path(self, name: str) -> Path:
+        """What a run printed."""
+        return self.path / "logs" / f"{name}.log"
+
+    def exit_path(self, name: str) -> Path:
+        """Holds the exit code of a run's last start; not there while it trains, nor after a kill."""
+        return self.path / "logs" / f"{name}.exit"
+
+    def run_record(self, name: str) -> dict[str, Any] | None:
+        """The run's own ``run.json``; None where it has none. Raises UserError for a broken one."""
+        path = self.path / name / "run.json"
+        return _read(path) if path.exists() else None
+
+    def config(self, name: str) -> dict[str, Any]:
+        """The stored config. Raises UserError where it is not there."""
+        try:
+            return yaml.safe_load(self.config_path(name).read_text(encoding="utf-8"))
+        except (OSError, yaml.YAMLError):
+            raise UserError(f"{self.config_path(name)} is missing or broken; launch the sweep again") from None
+
+    def claim(self, sweep: SweepFile, choice: Choice, source: DataSource, runs: list[SweepRun]) -> None:
+        """Takes the folder for these runs: writes their configs and the record.
+
+        Raises:
+            UserError: it is of another sweep or scale; a run that has begun has another config there; it can't be written.
+        """
+        if self.exists:
+            self._refuse_other(sweep, choice, source)
+        self._refuse_edited(runs)
+        for folder in ("configs", "logs", "locks", "jobs"):
+            (self.path / folder).mkdir(parents=True, exist_ok=True)
+        for run in runs:
+            write_atomic(self.config_path(run.name), to_yaml(run.config).encode())
+        known = self.runs | {run.name: _entry(run) for run in runs}
+        self.record = {
+            "format": FORMAT,
+            "name": sweep.name,
+            "title": sweep.title,
+            "file": str(sweep.path),
+            "scale": choice.scale,
+            "data": dataclasses.asdict(source),
+            "overrides": list(choice.overrides),
+            "started": self.record.get("started", _now()),
+            "launches": self.record.get("launches", []),
+            "runs": list(known.values()),
+        }
+        self.save()
+
+    def save(self) -> None:
+        """Writes ``sweep.json``, whole or not at all."""
+        write_atomic(self.path / RECORD, (json.dumps(self.record, indent=1) + "\n").encode())
+
+    def add_launch(self, launcher: str, runs: list[str], **details: Any) -> dict[str, Any]:
+        """Records that runs were handed to a launcher; ``details`` tell its jobs."""
+        launch = {"launcher": launcher, "time": _now(), "runs": runs, **details}
+        self.record["launches"].append(launch)
+        self.save()
+        return launch
+
+    def launch_of(self, name: str) -> dict[str, Any] | None:
+        """The newest launch that a run was part of."""
+        return next((one for one in reversed(self.record.get("launches", [])) if name in one["runs"]), None)
+
+    def begun(self, name: str) -> bool:
+        """Whether a run has trained, so that its config is fixed."""
+        record = self.run_record(name)
+        metrics = self.path / name / "metrics.jsonl"
+        failed_at_once = record is not None and record["status"] == "failed" and not record.get("batch")
+        return record is not None and not (failed_at_once and not (metrics.exists() and metrics.stat().st_size))
+
+    def finished(self, name: str) -> bool:
+        """Whether a run has trained to its end."""
+        record = self.run_record(name)
+        return record is not None and record["status"] == "finished"
+
+    def _refuse_other(self, sweep: SweepFile, choice: Choice, source: DataSource) -> None:
+        there = self.record
+        if there["name"] != sweep.name:
+            raise UserError(f"{self.path} holds the sweep {there['name']}, not {sweep.name}; choose another --out")
+        if there["scale"] != choice.scale:
+            raise UserError(
+                f"{self.path} was launched with --scale {there['scale']}, not {choice.scale}; choose another --out"
+            )
+        if self.source != source and any(self.begun(name) for name in self.runs):
+            raise UserError(f"{self.path} was launched with other data ({_words(self.source)}); choose another --out")
+
+    def _refuse_edited(self, runs: list[SweepRun]) -> None:
+        for run in runs:
+            if not self.begun(run.name):
+                continue
+            differences = config_differences(self.config(run.name), dataclasses.asdict(run.config))
+            if differences:
+                more = f" and {len(differences) - 1} more" if len(differences) > 1 else ""
+                raise UserError(
+                    f"{self.path / run.name} was begun with another config ({differences[0]}{more}); undo the edit, choose "
+                    "another --out, or remove that folder"
+                )
+
+
+class Lock:
+    """A run's lock: held by the process that trains it, so that a kill, even -9, lets it go."""
+
+    def __init__(self, folder: SweepFolder, name: str) -> None:
+        self.path = folder.path / "locks" / name
+        self.descriptor: int | None = None
+
+    def take(self) -> bool:
+        """Whether it could be had."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(descriptor)
+            return False
+        self.descriptor = descriptor
+        return True
+
+    def release(self) -> None:
+        """Lets it go in this process; a child that inherited it still holds it."""
+        if self.descriptor is not None:
+            os.close(self.descriptor)
+            self.descriptor = None
+
+    def held(self) -> bool:
+        """Whether some process holds it."""
+        if not self.path.exists():
+            return False
+        if not self.take():
+            return True
+        self.release()
+        return False
+
+
+def _entry(run: SweepRun) -> dict[str, Any]:
+    command = ["scripts/train.py", *run.files, *run.overrides]
+    fields = ("name", "model", "setting", "label", "seed")
+    return {key: getattr(run, key) for key in fields} | {"plan": run.plan.to_dict(), "command": command}
+
+
+def _words(source: DataSource) -> str:
+    given = {"--data": source.folder, "--raw": source.raw, "--tokenizer": source.tokenizer}
+    return " ".join(f"{flag} {value}" for flag, value in given.items() if value)
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path}: broken ({error}); remove it, or restore it from a copy") from None
+    if not isinstance(data, dict) or (path.name == RECORD and data.get("format") != FORMAT):
+        raise UserError(f"{path}: not the record of a sweep that this program reads ({FORMAT})")
+    return data
