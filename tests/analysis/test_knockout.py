@@ -14,7 +14,8 @@ from support.plans import small_plan
 from mohd_train.analysis import knockout as study
 from mohd_train.analysis.corpus import open_corpus
 from mohd_train.analysis.interventions import applies, intervene, sub_dimensions
-from mohd_train.analysis.knockout import KnockoutOptions, count_steps, knockout
+from mohd_train.analysis.knockout import count_steps, knockout
+from mohd_train.analysis.options import KnockoutOptions
 from mohd_train.errors import UserError
 from mohd_train.model.transformer import Transformer
 
@@ -91,8 +92,9 @@ def test_what_means_nothing_is_left_out() -> None:
     assert not applies("banned", small_plan("shared-only").ffn, 6)
 
 
-def test_resuming_at_a_layer_equals_the_whole_model() -> None:
-    built = model()
+@pytest.mark.parametrize("routing", ["learned", "random"])
+def test_resuming_at_a_layer_equals_the_whole_model(routing: str) -> None:
+    built = model(routing=routing)
     with torch.inference_mode():
         baseline, entries, _ = study._unchanged(built, IDS)
         assert np.mean(baseline) == pytest.approx(built(IDS, labels_BT=IDS).cross_entropy.item(), rel=1e-5)

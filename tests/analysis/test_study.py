@@ -13,7 +13,8 @@ from transformers import MambaConfig, MambaForCausalLM, OPTConfig, OPTForCausalL
 
 from mohd_train.analysis.architecture import POINTS, find_blocks, tapped
 from mohd_train.analysis.corpus import open_corpus
-from mohd_train.analysis.study import StudyOptions, observe
+from mohd_train.analysis.options import StudyOptions
+from mohd_train.analysis.study import observe
 from mohd_train.errors import UserError
 
 

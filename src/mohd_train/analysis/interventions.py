@@ -19,12 +19,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mohd_train.analysis.options import INTERVENTIONS
 from mohd_train.config.plan import SubDimPlan
 from mohd_train.model.router import Routing, select
 from mohd_train.model.sub_dimension import SubDimensions
 from mohd_train.model.transformer import Transformer
 
-KINDS = ("removed", "banned", "forced")
+KINDS = INTERVENTIONS
 
 
 def applies(kind: str, plan: SubDimPlan, index: int) -> bool:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from mohd_train.analysis.corpus import Corpus
 from mohd_train.analysis.interventions import KINDS, applies, intervene, sub_dimensions
+from mohd_train.analysis.options import KnockoutOptions
 from mohd_train.analysis.routing import RoutingTally, component_plan, mohd_transformer, routed
 from mohd_train.analysis.study import Advance
 from mohd_train.analysis.subject import Subject
@@ -35,16 +36,6 @@ DEFINITIONS = {
     "delta_nll": "mean cross-entropy (nats a token) less the unchanged model's; stderr over sequences, paired",
     "correlation": "of share with delta_nll over specialized sub-dimensions; within_layer: mean over layers and components",
 }
-
-
-@dataclass(frozen=True)
-class KnockoutOptions:
-    """``layers`` empty: all of them."""
-
-    tokens: int = 8192
-    batch_size: int = 4
-    layers: tuple[int, ...] = ()
-    kinds: tuple[str, ...] = KINDS
 
 
 @dataclass
@@ -129,7 +120,7 @@ def _planned(transformer: Transformer, options: KnockoutOptions) -> Iterator[_Ef
                         yield _Effect(layer, component, index, kind)
 
 
-Entry = tuple[Any, ...]  # what a block is called with: x [B, T, D], the rotary table, masks
+Entry = tuple[tuple[Any, ...], dict[str, Any]]  # what a block is called with: x [B, T, D], the rotary table, masks
 
 
 def _unchanged(transformer: Transformer, ids_BT: Tensor) -> tuple[list[float], list[Entry], list[LayerRouting]]:
@@ -137,7 +128,9 @@ def _unchanged(transformer: Transformer, ids_BT: Tensor) -> tuple[list[float], l
     entries: list[Entry] = []
     with ExitStack() as stack:
         for block in transformer.blocks:
-            handle = block.register_forward_pre_hook(lambda _, args: entries.append(args))
+            handle = block.register_forward_pre_hook(
+                lambda _, args, kwargs: entries.append((args, kwargs)), with_kwargs=True
+            )
             stack.callback(handle.remove)
         out = transformer(ids_BT, logits=False)
     return _nll(transformer, out.hidden, ids_BT), entries, out.routing
@@ -145,9 +138,9 @@ def _unchanged(transformer: Transformer, ids_BT: Tensor) -> tuple[list[float], l
 
 def _from_layer(transformer: Transformer, layer: int, entry: Entry, ids_BT: Tensor) -> list[float]:
     """Cross-entropy of each sequence, computed from ``layer`` on: what lies before it is not changed by an intervention in it."""
-    x, *rest = entry
+    (x, *rest), named = entry
     for block in transformer.blocks[layer:]:
-        x, _ = block(x, *rest)
+        x, _ = block(x, *rest, **named)
     return _nll(transformer, transformer.norm(x), ids_BT)
 
 

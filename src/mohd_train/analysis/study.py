@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,6 +10,7 @@ from torch import Tensor
 
 from mohd_train.analysis.architecture import COMPONENT_POINTS, COMPONENTS, POINTS, find_blocks, tapped
 from mohd_train.analysis.corpus import Corpus
+from mohd_train.analysis.options import StudyOptions
 from mohd_train.analysis.statistics import HOLD, CommonActivity, MagnitudeStatistics, active_dims
 from mohd_train.analysis.subject import Subject
 from mohd_train.errors import UserError
@@ -35,32 +35,18 @@ DEFINITIONS = {
 }
 
 
-@dataclass(frozen=True)
-class StudyOptions:
-    """What to look at, and what counts as active. ``shares`` and ``highly_active`` are shares of a token's dims."""
-
-    tokens: int = 32768
-    batch_size: int = 4
-    layer: int | None = None  # looked at closely; default: the middle one
-    top_dims: int | None = None  # default: 1000 of 4096, scaled to D
-    shares: tuple[float, ...] = (0.2, 0.8)
-    highly_active: float = 0.2  # of the map (Fig. 5)
-    map_tokens: int = 5
-    attention_module: str | None = None
-    ffn_module: str | None = None
-
-    def check(self, layers: int, width: int) -> tuple[int, int]:
-        """(layer, top dims) to use. Raises :class:`UserError` for values that mean nothing."""
-        layer = layers // 2 if self.layer is None else self.layer
-        if not 0 <= layer < layers:
-            raise UserError(f"--layer {layer}: the model has layers 0 .. {layers - 1}")
-        top = max(1, round(PAPER_TOP * width)) if self.top_dims is None else self.top_dims
-        if not 1 <= top <= width:
-            raise UserError(f"--top-dims {top}: the model has {width} dims")
-        for share in (*self.shares, self.highly_active):
-            if not 0 < share < 1:
-                raise UserError(f"share of active dims {share:g}: give one between 0 and 1, such as 0.2")
-        return layer, top
+def checked(options: StudyOptions, layers: int, width: int) -> tuple[int, int]:
+    """(layer to look at closely, top dims). Raises :class:`UserError` for options that mean nothing for this model."""
+    layer = layers // 2 if options.layer is None else options.layer
+    if not 0 <= layer < layers:
+        raise UserError(f"--layer {layer}: the model has layers 0 .. {layers - 1}")
+    top = max(1, round(PAPER_TOP * width)) if options.top_dims is None else options.top_dims
+    if not 1 <= top <= width:
+        raise UserError(f"--top-dims {top}: the model has {width} dims")
+    for share in (*options.shares, options.highly_active):
+        if not 0 < share < 1:
+            raise UserError(f"share of active dims {share:g}: give one between 0 and 1, such as 0.2")
+    return layer, top
 
 
 class _Study:
@@ -102,7 +88,7 @@ def observe(subject: Subject, corpus: Corpus, options: StudyOptions, advance: Ad
     """
     parts = find_blocks(subject.model, options.attention_module, options.ffn_module)
     width = subject.model.get_input_embeddings().weight.shape[1]
-    layer, top = options.check(len(parts), width)
+    layer, top = checked(options, len(parts), width)
     study = _Study(options, layer, top, width, corpus, subject.device)
     tokens: dict[str, int] = {}
     example: list[int] = []

@@ -1,0 +1,63 @@
+"""The paper's observation study (Section 3, Figs. 3-5) on any causal LM, and interventions on the sub-dimensions of ours.
+
+    python eval/observe.py --model HF_FOLDER_OR_NAME --data TEXT_OR_PREPARED_FOLDER
+    python eval/observe.py --model runs/355m-x2/checkpoints/latest-rank0.pt --data DATA --layer 12 --knockout
+    python eval/observe.py --model CHECKPOINT --data DATA --knockout --knockout-layers 5 --tasks sciq --task-data DIR --limit 50
+
+Writes observation.json, router.json and knockout.json (MoHD checkpoints) and figures (PDF, PNG); see docs/observation.md.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from typing import TYPE_CHECKING
+
+from mohd_train.analysis.options import ObserveOptions, parse
+from mohd_train.errors import run_cli
+
+if TYPE_CHECKING:
+    from mohd_train.analysis.knockout import Score
+    from mohd_train.analysis.subject import Subject
+
+
+def main() -> int:
+    """Parses, observes, prints."""
+    options = parse(__doc__)
+    from mohd_train.analysis.run import run_observation  # after parsing: --help and usage errors answer at once
+    from mohd_train.evaluate.checkpoint import pick_device
+
+    with tempfile.TemporaryDirectory(prefix="mohd_observe_") as cache:
+        make_score = (lambda subject: _task_score(subject, options, cache)) if options.tasks else None
+        run_observation(options, pick_device(options.device), make_score)
+    return 0
+
+
+def _task_score(subject: Subject, options: ObserveOptions, cache: str) -> Score:
+    """A function that scores the model as it stands on the tasks that were asked for."""
+    from pathlib import Path
+
+    from mohd_train.evaluate.checkpoint import LoadedModel
+    from mohd_train.evaluate.harness import HarnessLM, score
+    from mohd_train.evaluate.results import scores_of
+    from mohd_train.evaluate.suite import load_suite
+    from mohd_train.evaluate.tasks import build_task, stock_manager
+
+    suite = load_suite()
+    specs = suite.select(options.tasks)
+    manager = stock_manager(specs)
+    built = [build_task(spec, manager, options.task_data, Path(cache)) for spec in specs]
+    info = {**subject.info, "tokenizer": str(options.tokenizer or options.model)}
+    lm = HarnessLM(LoadedModel(subject.model, subject.tokenizer, info, ours=subject.transformer is not None))
+
+    def scored() -> dict[str, float]:
+        found = {}
+        for task in built:
+            raw = score(lm, task, limit=options.limit, seed=suite.seed)
+            found[task.spec.name] = float(scores_of(raw, task.spec.name)[task.spec.metric])
+        return found
+
+    return scored
+
+
+if __name__ == "__main__":
+    run_cli(main)

@@ -1,0 +1,158 @@
+"""What `eval/observe.py` is asked to do. Imports nothing heavy, so that --help and usage errors answer at once."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+INTERVENTIONS = ("removed", "banned", "forced")  # told apart in mohd_train.analysis.interventions
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True)
+class StudyOptions:
+    """What to look at, and what counts as active. ``shares`` and ``highly_active`` are shares of a token's dims."""
+
+    tokens: int = 32768
+    batch_size: int = 4
+    layer: int | None = None  # looked at closely; default: the middle one
+    top_dims: int | None = None  # default: 1000 of 4096, scaled to D
+    shares: tuple[float, ...] = (0.2, 0.8)
+    highly_active: float = 0.2  # of the map (Fig. 5)
+    map_tokens: int = 5
+    attention_module: str | None = None
+    ffn_module: str | None = None
+
+
+@dataclass(frozen=True)
+class KnockoutOptions:
+    """Which interventions, where. ``layers`` empty: all of them."""
+
+    tokens: int = 8192
+    batch_size: int = 4
+    layers: tuple[int, ...] = ()
+    kinds: tuple[str, ...] = INTERVENTIONS
+
+
+@dataclass(frozen=True)
+class ObserveOptions:
+    """One run of `eval/observe.py`."""
+
+    model: str
+    data: Path
+    output: Path | None  # default: runs/observe/NAME
+    seq_len: int | None
+    tokenizer: Path | None
+    device: str
+    dtype: str
+    study: StudyOptions
+    knockout: KnockoutOptions | None
+    tasks: tuple[str, ...]
+    task_data: Path | None
+    limit: int | None
+
+
+def parse(description: str | None, arguments: list[str] | None = None) -> ObserveOptions:
+    """Reads the command line; leaves through argparse, with 2, for a usage error."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    study, knockout = StudyOptions(), KnockoutOptions()
+    add("--model", required=True, help="checkpoint (.pt), Hugging Face folder, or a name on the hub")
+    add(
+        "--data",
+        type=Path,
+        required=True,
+        help="prepared data folder, or text: .txt, .jsonl[.gz|.zst], or a folder of them",
+    )
+    add("--output", type=Path, help="default: runs/observe/NAME_OF_THE_MODEL")
+    add(
+        "--tokens",
+        type=_positive,
+        default=study.tokens,
+        help="to look at, an equal part a domain; default: %(default)s",
+    )
+    add("--seq-len", type=_positive, help="default: the prepared data's, else 1024 or the model's limit")
+    add("--batch-size", type=_positive, default=study.batch_size, help="sequences at once; default: %(default)s")
+    add("--layer", type=int, help="looked at closely, from 0; default: the middle one")
+    add("--top-dims", type=_positive, help="whose share of the magnitude is stated; default: 1000 of 4096, scaled to D")
+    add(
+        "--active",
+        type=_shares,
+        default=study.shares,
+        help="shares of a token's dims that count as active; default: 0.2,0.8",
+    )
+    add("--highly-active", type=float, default=study.highly_active, help="the same for the map; default: %(default)s")
+    add("--map-tokens", type=_positive, default=study.map_tokens, help="tokens of the map; default: %(default)s")
+    add("--attention-module", help="name of a block's attention, where it can't be told")
+    add("--ffn-module", help="name of a block's feed-forward part, where it can't be told")
+    add("--tokenizer", type=Path, help="folder; default: the model's own")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:N; default: %(default)s")
+    add("--dtype", default="auto", choices=DTYPES, help="auto: as stored")
+    add("--knockout", action="store_true", help="intervene on every sub-dimension of a MoHD checkpoint")
+    add("--interventions", type=_words, default=knockout.kinds, help=f"some of {','.join(INTERVENTIONS)}; default: all")
+    add(
+        "--knockout-tokens", type=_positive, default=knockout.tokens, help="perplexity over these; default: %(default)s"
+    )
+    add("--knockout-layers", type=_numbers, default=knockout.layers, help="such as 0,5,11; default: all")
+    add("--tasks", type=_words, default=(), help="score these tasks under every intervention too (slow)")
+    add("--task-data", type=Path, help="rows of the tasks, as run_eval.py --data-dir; default: the hub")
+    add("--limit", type=_positive, help="questions a task")
+    found = parser.parse_args(arguments)
+    for name in ("interventions", "knockout_layers", "tasks", "task_data", "limit"):
+        if not found.knockout and getattr(found, name) != parser.get_default(name):
+            parser.error(f"--{name.replace('_', '-')} needs --knockout")
+    if not found.tasks and (found.task_data or found.limit):
+        parser.error("--task-data and --limit need --tasks")
+    return ObserveOptions(
+        model=found.model,
+        data=found.data,
+        output=found.output,
+        seq_len=found.seq_len,
+        tokenizer=found.tokenizer,
+        device=found.device,
+        dtype=found.dtype,
+        study=StudyOptions(
+            found.tokens,
+            found.batch_size,
+            found.layer,
+            found.top_dims,
+            found.active,
+            found.highly_active,
+            found.map_tokens,
+            found.attention_module,
+            found.ffn_module,
+        ),
+        knockout=(
+            KnockoutOptions(found.knockout_tokens, found.batch_size, found.knockout_layers, found.interventions)
+            if found.knockout
+            else None
+        ),
+        tasks=found.tasks,
+        task_data=found.task_data,
+        limit=found.limit,
+    )
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise ValueError(text)
+    return value
+
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(word for word in re.split(r"[,\s]+", text) if word)
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    return tuple(int(word) for word in _words(text))
+
+
+def _shares(text: str) -> tuple[float, ...]:
+    return tuple(float(word) for word in _words(text))
+
+
+# argparse names a type by its __name__ in "invalid positive number value: '-3'".
+_positive.__name__, _words.__name__, _numbers.__name__, _shares.__name__ = "positive number", "list", "list", "list"

@@ -1,0 +1,63 @@
+"""How figures of the analysis look and are stored: vector (PDF) and PNG, readable in black and white and by the colour-blind."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")  # files, no screen
+
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+# Okabe and Ito's colours; dashes and marks tell lines apart where colour does not.
+STYLES = (
+    {"color": "#000000", "linestyle": "-", "marker": "o"},
+    {"color": "#0072B2", "linestyle": "--", "marker": "s"},
+    {"color": "#D55E00", "linestyle": "-.", "marker": "^"},
+    {"color": "#009E73", "linestyle": ":", "marker": "D"},
+    {"color": "#CC79A7", "linestyle": (0, (5, 1, 1, 1, 1, 1)), "marker": "v"},
+    {"color": "#E69F00", "linestyle": (0, (1, 3)), "marker": "P"},
+    {"color": "#56B4E9", "linestyle": (0, (8, 3)), "marker": "X"},
+)
+SHADES = "Greys"  # of maps: dark is much, on paper too
+PAPER = {"color": "#000000", "marker": "*", "markersize": 12, "markerfacecolor": "white", "linestyle": "none"}
+SUFFIXES = (".pdf", ".png")
+
+
+def style(number: int, every: int = 1) -> dict[str, object]:
+    """Keyword arguments of line ``number``; a mark at every ``every``-th point."""
+    return {**STYLES[number % len(STYLES)], "linewidth": 1.5, "markersize": 4.5, "markevery": every}
+
+
+def finish(axes: Axes, title: str, x: str, y: str) -> None:
+    """Title, names of the axes with their units, and a light grid."""
+    axes.set_title(title, loc="left", fontsize=10)
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
+    axes.grid(True, color="#dddddd", linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def panels(count: int, width: float = 5.0, height: float = 3.8) -> tuple[Figure, list[Axes]]:
+    """A figure with ``count`` panels side by side; sizes in inches, of one panel."""
+    figure, grid = plt.subplots(1, count, figsize=(width * count, height), layout="constrained", squeeze=False)
+    return figure, list(grid[0])
+
+
+def save(figure: Figure, folder: Path, name: str) -> list[Path]:
+    """Writes ``folder/name.pdf`` and ``.png``, each whole or not at all, and closes the figure."""
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for suffix in SUFFIXES:
+        path = folder / f"{name}{suffix}"
+        part = folder / f".{name}.{os.getpid()}.part{suffix}"
+        figure.savefig(part, dpi=150, metadata={"CreationDate": None} if suffix == ".pdf" else None)
+        os.replace(part, path)
+        paths.append(path)
+    plt.close(figure)
+    return paths

@@ -1,0 +1,141 @@
+"""One observation from start to end: model, text, study, the router's view, interventions; JSON, figures, tables."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from mohd_train.analysis.corpus import Corpus, open_corpus
+from mohd_train.analysis.figures import draw_observation
+from mohd_train.analysis.knockout import Score, count_steps, knockout
+from mohd_train.analysis.options import KnockoutOptions, ObserveOptions
+from mohd_train.analysis.report import show_knockout, show_observation
+from mohd_train.analysis.routing import routed, tally_routing
+from mohd_train.analysis.routing_figures import draw_knockout, draw_router_selection
+from mohd_train.analysis.study import observe
+from mohd_train.analysis.subject import Subject, load_subject, versions
+from mohd_train.data.manifest import write_atomic
+from mohd_train.errors import UserError
+
+FORMAT = "mohd_train.observation/1"
+RECORD, ROUTER, KNOCKOUT = "observation.json", "router.json", "knockout.json"
+
+MakeScore = Callable[[Subject], Score]
+
+
+def run_observation(
+    options: ObserveOptions,
+    device: torch.device,
+    make_score: MakeScore | None = None,
+    console: Console | None = None,
+) -> Path:
+    """Observes, writes `observation.json`, `router.json`, `knockout.json` and figures, shows tables; returns the folder.
+
+    Args:
+        make_score: gives the function that scores tasks under an intervention, where tasks are asked for.
+    Raises:
+        UserError: bad input, before anything is computed wherever that can be known.
+    """
+    console = console or Console()
+    subject = load_subject(options.model, tokenizer=options.tokenizer, device=device, dtype=options.dtype)
+    transformer = subject.transformer
+    mohd = transformer is not None and bool(transformer.plan.components)
+    if options.knockout is not None and not mohd:
+        raise UserError(f"--knockout: {options.model} has no sub-dimensions; give a MoHD checkpoint")
+    corpus = open_corpus(options.data, subject, options.seq_len)
+    folder = _folder(options.output or Path("runs/observe") / subject.name, subject)
+    score = make_score(subject) if make_score is not None else None
+    if options.knockout is not None and transformer is not None:
+        count_steps(transformer, options.knockout, 1, scored=False)  # names a wrong layer or intervention now
+
+    with _bar(console, "activations", corpus.count_batches(options.study.tokens, options.study.batch_size)) as advance:
+        record = observe(subject, corpus, options.study, advance)
+    files = [_write(folder / RECORD, subject, corpus, record)]
+    files += draw_observation(record, subject.name, folder)
+    if mohd:
+        files += _router_view(subject, corpus, options, record["layer"], folder)
+    show_observation(console, record, subject.name)
+    if options.knockout is not None:
+        effects = _knockout(subject, corpus, options.knockout, score, console)
+        files.append(_write(folder / KNOCKOUT, subject, corpus, effects))
+        files += draw_knockout(effects, subject.name, folder)
+        show_knockout(console, effects, subject.name)
+    for file in files:
+        console.print(str(file), soft_wrap=True, highlight=False, markup=False)
+    return folder
+
+
+def _router_view(subject: Subject, corpus: Corpus, options: ObserveOptions, layer: int, folder: Path) -> list[Path]:
+    assert subject.transformer is not None
+    plan = subject.transformer.plan
+    tally = tally_routing(subject, corpus, options.study.tokens, options.study.batch_size)
+    components = routed(plan)
+    every = [tally.selection(each, kind) for each in range(plan.num_hidden_layers) for kind in components]
+    path = _write(folder / ROUTER, subject, corpus, {"selections": [selection.to_dict() for selection in every]})
+    return [path, *draw_router_selection([s for s in every if s.layer == layer], subject.name, folder)]
+
+
+def _knockout(
+    subject: Subject, corpus: Corpus, options: KnockoutOptions, score: Score | None, console: Console
+) -> dict[str, Any]:
+    assert subject.transformer is not None
+    batches = corpus.count_batches(options.tokens, options.batch_size)
+    steps = count_steps(subject.transformer, options, batches, scored=score is not None)
+    with _bar(console, "interventions", steps) as advance:
+        return knockout(subject, corpus, options, score, advance)
+
+
+def _folder(folder: Path, subject: Subject) -> Path:
+    """Makes the output folder. Raises :class:`UserError` where it holds another model's observation, or can't be made."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write to {folder} ({error.strerror}); choose another --output") from None
+    stored = folder / RECORD
+    if stored.is_file():
+        try:
+            other = json.loads(stored.read_bytes())["model"]
+            same = other["fingerprint"] == subject.info["fingerprint"]
+        except (ValueError, KeyError, TypeError):
+            raise UserError(f"{stored} is no observation of this program; choose another --output") from None
+        if not same:
+            raise UserError(
+                f"{folder} holds the observation of another model ({other.get('source')}); choose another --output"
+            )
+    return folder
+
+
+def _write(path: Path, subject: Subject, corpus: Corpus, record: dict[str, Any]) -> Path:
+    about = {
+        "format": FORMAT,
+        "model": subject.info,
+        "data": {**corpus.info, "seq_len": corpus.seq_len},
+        "versions": versions(),
+        "device": str(subject.device),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
+    write_atomic(path, (json.dumps({**about, **record}, allow_nan=False) + "\n").encode())
+    return path
+
+
+@contextmanager
+def _bar(console: Console, name: str, total: int) -> Iterator[Callable[[], None]]:
+    """A bar; yields the function that moves it by one."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task(name, total=total)
+        yield lambda: progress.advance(task)
