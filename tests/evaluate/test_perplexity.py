@@ -78,10 +78,11 @@ def test_whole_path_equals_transformers_own_loss(llama: Path, prepared: Path, tm
     for domain, loader in build_eval_loaders(data, manifest, device_batch_size=1).items():
         with torch.no_grad():
             losses = [float(model(input_ids=b["input_ids"], labels=b["input_ids"]).loss) for b in loader]
-        assert len(losses) == manifest.samples(domain, "val") > 3  # more than a batch, and a part of one
+        assert len(losses) == manifest.samples(domain, "val") > 0
         assert stored["domains"][domain]["tokens"] == 31 * len(losses)
         assert stored["domains"][domain]["loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-5)
         everything = Likelihood(everything.tokens + 31 * len(losses), everything.nll + 31 * sum(losses))
+    assert manifest.samples("cc", "val") > 3  # more than a batch
     assert stored["total"]["perplexity"] == pytest.approx(everything.perplexity, rel=1e-5)
 
 

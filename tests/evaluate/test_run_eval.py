@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import datasets
 import pytest
 import torch
 from support.native import save_native
@@ -109,6 +110,32 @@ def test_no_place_to_write(options: EvalOptions, suite: Suite, monkeypatch: pyte
     access = os.access
     monkeypatch.setattr(os, "access", lambda path, mode, **k: mode != os.W_OK and access(path, mode, **k))
     with pytest.raises(UserError, match="no permission to write results to"):
+        run_eval(options, suite)
+
+
+def test_hub_rows_and_a_task_that_cannot_be_had(
+    options: EvalOptions, suite: Suite, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The hub answers with rows for one task, and refuses the other as it does script data sets."""
+    text = (Path(str(options.data_dir)) / "sciq" / "test.jsonl").read_text(encoding="utf-8")
+    questions = datasets.Dataset.from_list([json.loads(line) for line in text.splitlines()])
+    rows = dict.fromkeys(("train", "validation", "test"), questions)
+
+    def hub(path: str, name: str | None = None, **_: object) -> datasets.DatasetDict:
+        if path == "EleutherAI/logiqa":
+            raise RuntimeError("Dataset scripts are no longer supported, but found logiqa.py")
+        assert path == "allenai/sciq"
+        return datasets.DatasetDict(rows)
+
+    monkeypatch.setattr(datasets, "load_dataset", hub)
+    options.data_dir, options.tasks = None, ["sciq", "logiqa"]
+    assert run_eval(options, suite) == 1
+    assert results.read(stored(options)).settings.rows == "hub"
+    assert not stored(options, "logiqa").exists()
+    shown = capsys.readouterr().out
+    assert "logiqa: – (the rows of task logiqa cannot be had from the hub: Dataset scripts are no longer" in shown
+    options.tasks = ["logiqa"]
+    with pytest.raises(UserError, match="none of the tasks can be had"):
         run_eval(options, suite)
 
 
