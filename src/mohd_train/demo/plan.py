@@ -22,8 +22,8 @@ SETTINGS = ("dense", "50", "x2")  # configs/mohd
 SEQ_LEN = 512
 VAL_TOKENS = 40_000
 DEMO_QUESTIONS = "eval/demo_questions"
-REAL_LIMIT = 8  # examples a task (a subject, in MMLU) with EVAL_DATA: minutes, not hours, on two cores
-REAL_BATCHES = 60  # a large vocabulary makes a step of the tiny model several times as slow
+REAL_LIMIT = 5  # examples a task (a subject, in MMLU) with EVAL_DATA: minutes, not hours, on two cores
+REAL_BATCHES = 50  # a large vocabulary makes a step of the tiny model several times as slow
 
 
 @dataclass(frozen=True)
