@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import gzip
 import json
 import multiprocessing
@@ -17,8 +18,10 @@ import pytest
 import zstandard
 from data.conftest import SEQ_LEN, SIZES
 from data.data_support import make_texts, naive_samples, stored_samples, tree, write_rows
+from filelock import FileLock
 
 from mohd_train.data import pool
+from mohd_train.data import prepare as module
 from mohd_train.data.manifest import Manifest
 from mohd_train.data.prepare import Request, prepare
 from mohd_train.errors import UserError
@@ -126,8 +129,6 @@ def test_a_killed_preparation_resumes_to_the_same_bytes(
 def test_a_cut_off_packing_is_done_again(
     raw: Path, pieces: Path, prepared: tuple[Path, Manifest], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from mohd_train.data import prepare as module
-
     asked = request(raw, tmp_path / "out", pieces)
     write, calls = module.write_atomic, []
 
@@ -213,6 +214,32 @@ def test_done_is_said_and_other_preparations_are_refused(
         prepare(request(raw, tmp_path, pieces))
     with pytest.raises(UserError, match="at least 2 tokens"):
         prepare(request(raw, tmp_path / "x", pieces, seq_len=1))
+
+
+def test_two_preparations_of_one_folder_do_not_mix(
+    raw: Path, pieces: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "LOCK_WAIT", 0.1)
+    (tmp_path / "out" / ".work").mkdir(parents=True)
+    with (
+        FileLock(tmp_path / "out" / ".work" / "lock"),
+        pytest.raises(UserError, match="another preparation is at work"),
+    ):
+        prepare(request(raw, tmp_path / "out", pieces))
+    assert not prepare(request(raw, tmp_path / "out", pieces)).already_done
+
+
+def test_a_full_disk_is_said_and_resumed_from(
+    raw: Path, pieces: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(module, "save_manifest", full)
+    with pytest.raises(UserError, match=r"disk of .* is full; free space"):
+        prepare(request(raw, tmp_path / "out", pieces))
+    monkeypatch.undo()
+    assert not prepare(request(raw, tmp_path / "out", pieces)).already_done
 
 
 def test_a_domain_without_a_usable_row_is_refused(pieces: Path, tmp_path: Path) -> None:

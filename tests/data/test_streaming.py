@@ -286,6 +286,15 @@ def test_less_data_than_a_batch_is_repeated(data: DataConfig, prepared: tuple[Pa
     assert len(np.unique(batches[0]["input_ids"].numpy(), axis=0)) == size // 4
 
 
+def test_canonical_nodes_change_the_order_and_nothing_else(data: DataConfig, prepared: tuple[Path, Manifest]) -> None:
+    manifest = prepared[1]
+    many = loader(dataclasses.replace(data, num_canonical_nodes=3), manifest)
+    size = many.dataset.epoch_size
+    assert size % 3 == 0
+    domain = torch.cat([batch["domain"] for batch in many])
+    assert torch.bincount(domain).tolist() == [p.samples for p in plan_mix(data, manifest, size).plans]
+
+
 def test_batch_sizes_must_fit(data: DataConfig, prepared: tuple[Path, Manifest]) -> None:
     with pytest.raises(UserError, match="global_train_batch_size=8 is not 1 process"):
         loader(data, prepared[1], device_batch_size=3)

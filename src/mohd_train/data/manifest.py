@@ -157,6 +157,7 @@ def _from_dict(obj: Mapping[str, Any]) -> Manifest:
 
 
 def split_from_dict(obj: Mapping[str, Any]) -> Split:
+    """The inverse of `dataclasses.asdict`; KeyError or TypeError when `obj` is no split."""
     shards = [Shard(**shard) for shard in obj["shards"]]
     sources = [SourceFile(**source) for source in obj["sources"]]
     return Split(**{**obj, "shards": shards, "sources": sources})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -107,7 +108,8 @@ def epoch_samples(data: DataConfig, manifest: Manifest, global_batch_size: int) 
     """
     names, _ = mixture(data, manifest)
     held = sum(manifest.samples(name, "train") for name in names)
-    return max(1, min(held, MAX_EPOCH) // global_batch_size) * global_batch_size
+    unit = math.lcm(global_batch_size, data.num_canonical_nodes or 1)  # a remainder would be filled with repeats
+    return max(1, min(held, MAX_EPOCH) // unit) * unit
 
 
 def _no_samples(data: DataConfig, manifest: Manifest, name: str) -> str:

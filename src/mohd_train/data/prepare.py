@@ -44,6 +44,7 @@ from mohd_train.data.units import load_lengths
 from mohd_train.errors import UserError
 
 WORK = ".work"
+LOCK_WAIT = 15.0  # seconds: workers of a killed run hold its lock until they notice
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,7 @@ def prepare(request: Request) -> Prepared:
         return Prepared(manifest, True)
     preparation.open_work()
     try:
-        with FileLock(work / "lock", timeout=0):
+        with FileLock(work / "lock", timeout=LOCK_WAIT):
             manifest = preparation.run()
     except Timeout as error:
         raise UserError(f"another preparation is at work in {out}; wait for it, or choose another --out") from error
