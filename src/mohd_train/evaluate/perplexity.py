@@ -102,7 +102,8 @@ def run_perplexity(options: PerplexityOptions, console: Console | None = None) -
         _store(path, settings, loaded.info, parts, options.data)
     else:
         console.print(f"perplexity: reused from {path}", soft_wrap=True, highlight=False)
-    console.print(_table(parts, f"{loaded.info['name']}: {loaded.info['checkpoint']}"))
+    console.print(f"{loaded.info['name']}: {loaded.info['checkpoint']}", soft_wrap=True, highlight=False)
+    console.print(_table(parts))
     console.print(f"results: {path}", soft_wrap=True)
     return 0
 
@@ -177,8 +178,8 @@ def _store(
     write_json(path, {KEY: record})
 
 
-def _table(parts: dict[str, Likelihood], title: str) -> Table:
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+def _table(parts: dict[str, Likelihood]) -> Table:
+    table = Table(box=box.SIMPLE_HEAD)
     for head in ("domain", "tokens", "loss", "perplexity"):
         table.add_column(head, justify="left" if head == "domain" else "right", no_wrap=True)
     for name, part in {**parts, TOTAL: total(parts)}.items():

@@ -64,9 +64,9 @@ def one_line(result: Result, seconds: float | None) -> str:
     return f"{result.settings.task}: {metric} {shown} ({result.questions} questions, {how}{cut})"
 
 
-def results_table(suite: Suite, results: Mapping[str, Result], failed: Mapping[str, str], title: str) -> Table:
+def results_table(suite: Suite, results: Mapping[str, Result], failed: Mapping[str, str]) -> Table:
     """Task, shots, questions, accuracy ± standard error, normalized accuracy, perplexity, truncated requests."""
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for head in ("task", "shots", "n", "acc (%)", "acc_norm", "ppl", "truncated"):
         table.add_column(head, justify="left" if head == "task" else "right", no_wrap=True)
     for name, spec in suite.tasks.items():

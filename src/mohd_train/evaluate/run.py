@@ -54,8 +54,8 @@ def run_eval(options: EvalOptions, suite: Suite | None = None, console: Console 
         }
         results.check_writable(folder)
         done = _run(jobs, kept, lm, info, folder, options, console)
-    title = f"{info['name']}: {info['checkpoint']}"
-    console.print(report.results_table(suite, done, failed, title))
+    console.print(f"{info['name']}: {info['checkpoint']}", soft_wrap=True, highlight=False)
+    console.print(report.results_table(suite, done, failed))
     _notes(console, built, failed)
     console.print(f"results: {folder}", soft_wrap=True)
     return 1 if failed else 0
