@@ -20,7 +20,7 @@ MAY_IMPORT = {
     "train": {"config", "model", "data", "kernels"},
     "evaluate": {"config", "model", "hf", "data"},
     "analysis": {"config", "model", "hf", "data"},
-    "sweep": {"config"},
+    "sweep": {"config", "data", "model"},
     "benchmark": {"config", "kernels", "model"},
     "demo": {"config", "data", "train", "evaluate"},
 }

@@ -64,9 +64,10 @@ def _call(command: list[str]) -> str:
     return done.stdout.strip()
 
 
-def _run_command(folder: SweepFolder, processes: int) -> str:
+def _run_command(folder: SweepFolder, processes: int) -> list[str]:
+    """What a job calls, but for the run's name, which comes last."""
     words = [sys.executable, str(CHECKOUT / "scripts/sweep.py"), "run", str(folder.path.resolve())]
-    return shlex.join([*words, "--processes", str(processes), "--only"])
+    return [*words, "--processes", str(processes), "--only"]
 
 
 def _common(folder: SweepFolder, options: ClusterOptions) -> dict[str, object]:
@@ -75,7 +76,6 @@ def _common(folder: SweepFolder, options: ClusterOptions) -> dict[str, object]:
         "checkout": CHECKOUT,
         "cwd": Path.cwd(),
         "gpus": options.processes,
-        "command": _run_command(folder, options.processes),
     }
 
 
@@ -93,6 +93,7 @@ def submit_slurm(folder: SweepFolder, names: list[str], options: ClusterOptions)
         "name": f"mohd-{folder.record['name']}",
         "array": f"0-{len(names) - 1}{at_once}",
         "runs": listing.resolve(),
+        "command": shlex.join(_run_command(folder, options.processes)),
     }
     script = folder.path / "jobs" / f"launch-{number}.sbatch"
     script.write_text(fill(options.template or TEMPLATES["slurm"], values), encoding="utf-8")
@@ -113,9 +114,13 @@ def submit_kubernetes(folder: SweepFolder, names: list[str], options: ClusterOpt
         UserError: no kubectl, no image or claim named, or a job is refused; jobs submitted before it are recorded.
     """
     if options.parallel is not None:
-        raise UserError("--parallel does not go with --launcher k8s: the cluster starts jobs as they fit; choose runs with --only")
+        raise UserError(
+            "--parallel does not go with --launcher k8s: the cluster starts jobs as they fit; choose runs with --only"
+        )
     if not options.image or not options.claim or ":" not in options.claim:
-        raise UserError("--launcher k8s needs --image IMAGE and --claim PVC:MOUNT_PATH (the file system with checkout, data and runs)")
+        raise UserError(
+            "--launcher k8s needs --image IMAGE and --claim PVC:MOUNT_PATH (the file system with checkout, data and runs)"
+        )
     number = len(folder.record["launches"]) + 1
     claim, _, mount = options.claim.partition(":")
     common = _common(folder, options) | {
@@ -128,7 +133,8 @@ def submit_kubernetes(folder: SweepFolder, names: list[str], options: ClusterOpt
     files = {}
     for name, job in jobs.items():
         files[name] = folder.path / "jobs" / f"{job}.yaml"
-        text = fill(options.template or TEMPLATES["k8s"], common | {"name": job, "run": name})
+        command = json.dumps([*_run_command(folder, options.processes), name])
+        text = fill(options.template or TEMPLATES["k8s"], common | {"name": job, "run": name, "command": command})
         files[name].write_text(text, encoding="utf-8")
     launch = folder.add_launch("k8s", [], jobs={}, namespace=options.namespace, processes=options.processes)
     for name, file in files.items():

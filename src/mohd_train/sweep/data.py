@@ -54,10 +54,15 @@ def ensure_data(source: DataSource, sweep_folder: Path, *, seq_len: int, scale: 
     place = source.place(sweep_folder)
     if source.raw is None:
         if not source.folder and not (place / MANIFEST).is_file():
-            raise UserError("which data? give --data DIR (prepared), or --raw DIR --tokenizer MODEL to prepare it once for all runs")
+            raise UserError(
+                "which data? give --data DIR (prepared), or --raw DIR --tokenizer MODEL to prepare it once for all runs"
+            )
         load_manifest(place)
         return place
-    from mohd_train.data.prepare import Request, prepare  # torch and tokenizers: only where there is something to prepare
+    from mohd_train.data.prepare import (
+        Request,
+        prepare,
+    )  # torch and tokenizers: only where there is something to prepare
 
     place.parent.mkdir(parents=True, exist_ok=True)
     assert source.tokenizer is not None
@@ -81,8 +86,8 @@ def data_words(folder: Path, config: Config, scale: str) -> tuple[str, ...]:
     if scale == "paper":
         if missing:
             raise UserError(
-                f"{folder} lacks {', '.join(missing)} of the recipe's domains (it has {', '.join(sorted(manifest.domains))}); prepare "
-                "them, or give another mix for all runs: 'data.domains={...}'"
+                f"{folder} lacks {', '.join(missing)} of the recipe's domains (it has {', '.join(sorted(manifest.domains))}); "
+                "prepare them, or give another mix for all runs: 'data.domains={...}'"
             )
         return tuple(words)
     words.append(f"model.vocab_size={manifest.tokenizer.vocab_size}")

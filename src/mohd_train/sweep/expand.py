@@ -72,7 +72,11 @@ def total_batches(config: Config) -> int | None:
     match = re.fullmatch(r"(\d+)(ba|tok|sp)", config.max_duration)
     if not match:
         return None
-    per_batch = {"ba": 1, "sp": config.global_train_batch_size, "tok": config.global_train_batch_size * config.max_seq_len}
+    per_batch = {
+        "ba": 1,
+        "sp": config.global_train_batch_size,
+        "tok": config.global_train_batch_size * config.max_seq_len,
+    }
     return -(-int(match[1]) // per_batch[match[2]])
 
 
@@ -102,7 +106,11 @@ def expand(sweep: SweepFile, choice: Choice, folder: Path) -> list[SweepRun]:
 
 
 def select(runs: list[SweepRun], only: Sequence[str]) -> list[SweepRun]:
-    """The runs whose name, setting or model fits one of the patterns; all without patterns. Raises UserError where one fits none."""
+    """The runs whose name, setting or model fits one of the patterns; all without patterns.
+
+    Raises:
+        UserError: a pattern that fits none.
+    """
     if not only:
         return runs
     chosen = set()
@@ -147,7 +155,13 @@ def _run(
         words = _words(scaled) + _setting_words(setting, files[1])
         name = scaled.get("model.name", base.name)
         full = f"{name}-{setting.name}-s{seed}"
-        identity = {"run_name": full, "run_folder": str(folder / full), "seed": seed, "autoresume": True, "save_overwrite": False}
+        identity = {
+            "run_name": full,
+            "run_folder": str(folder / full),
+            "seed": seed,
+            "autoresume": True,
+            "save_overwrite": False,
+        }
         words = [*words, *choice.data, *choice.overrides, *_words(identity)]
         config = load_config(files, words)
     except UserError as error:

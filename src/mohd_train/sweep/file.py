@@ -154,7 +154,9 @@ class _Reader:
         if not isinstance(overrides, dict):
             raise self.fail(f"{key}.set", f"is {overrides!r}; it must be a mapping of dotted config keys to values")
         base = self.config("mohd", mapping.get("base", "dense"), f"{key}.base")
-        setting = Setting(name, base, str(mapping.get("label") or name), both, parts["attention"], parts["ffn"], overrides)
+        setting = Setting(
+            name, base, str(mapping.get("label") or name), both, parts["attention"], parts["ffn"], overrides
+        )
         if setting.plain and name != base.stem:
             raise self.fail(key, f"differs from {base.stem} in nothing; give set, both, attention or ffn")
         return setting

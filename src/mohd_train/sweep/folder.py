@@ -1,10 +1,10 @@
 """The folder of a launched sweep, and which of its runs may be started.
 
-    SWEEP/sweep.json          file, scale, data, overrides, every run (model, setting, label, seed, command line), launches
-          configs/RUN.yaml    the whole config that RUN trains with: later edits of configs/ don't reach it
-          logs/RUN.log        what it printed;  logs/RUN.exit  how its last start ended
-          locks/RUN           held for as long as RUN trains on a machine that sees this file system
-          RUN/                its run folder (run.json, metrics.jsonl, checkpoints/)
+SWEEP/sweep.json          file, scale, data, overrides, every run (model, setting, label, seed, command line), launches
+      configs/RUN.yaml    the whole config that RUN trains with: later edits of configs/ don't reach it
+      logs/RUN.log        what it printed;  logs/RUN.exit  how its last start ended
+      locks/RUN           held for as long as RUN trains on a machine that sees this file system
+      RUN/                its run folder (run.json, metrics.jsonl, checkpoints/)
 """
 
 from __future__ import annotations

@@ -23,7 +23,14 @@ LOSS, PERPLEXITY, CLOCK = "loss/train/cross_entropy", "metrics/eval/LanguagePerp
 BLOCK = 1 << 16
 # waiting: not started · queued: in a scheduler's queue · starting: no batch yet · stopped: by Ctrl-C · killed: ended without a word
 STATES = ("waiting", "queued", "starting", "running", "stopped", "killed", "failed", "finished")
-COLOURS = {"finished": "green", "failed": "red", "killed": "red", "stopped": "yellow", "running": "cyan", "starting": "cyan"}
+COLOURS = {
+    "finished": "green",
+    "failed": "red",
+    "killed": "red",
+    "stopped": "yellow",
+    "running": "cyan",
+    "starting": "cyan",
+}
 
 
 @dataclass(frozen=True)
@@ -128,7 +135,15 @@ def run_status(folder: SweepFolder, name: str, job_state: str | None = None) -> 
     if state in ("failed", "killed"):
         error = (record or {}).get("error") or last_error(folder.log_path(name)) or "it ended without a word (killed?)"
     return RunStatus(
-        name, state, batch, batches, values.get(LOSS), values.get(PERPLEXITY), seconds, left, error and str(error).splitlines()[0]
+        name,
+        state,
+        batch,
+        batches,
+        values.get(LOSS),
+        values.get(PERPLEXITY),
+        seconds,
+        left,
+        error and str(error).splitlines()[0],
     )
 
 

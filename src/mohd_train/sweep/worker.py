@@ -38,7 +38,9 @@ class Worker:
         UserError: another process trains it already.
     """
 
-    def __init__(self, folder: SweepFolder, name: str, processes: int, environment: dict[str, str] | None = None) -> None:
+    def __init__(
+        self, folder: SweepFolder, name: str, processes: int, environment: dict[str, str] | None = None
+    ) -> None:
         self.folder, self.name = folder, name
         self.began = time.monotonic()
         self._lock = Lock(folder, name)

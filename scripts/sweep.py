@@ -1,0 +1,68 @@
+"""Sweeps: many runs from one short file, launched, watched and resumed together. docs/sweeps.md says more.
+
+    python scripts/sweep.py list                                     # the sweeps of configs/sweep
+    python scripts/sweep.py list|show configs/sweep/table4.yaml      # its runs; the command that trains each
+    python scripts/sweep.py launch configs/sweep/table4.yaml --scale tiny --raw DIR --tokenizer MODEL [key=value ...]
+    python scripts/sweep.py launch configs/sweep/table2.yaml --data DIR --launcher slurm --parallel 4
+    python scripts/sweep.py status|resume configs/sweep/table4.yaml  # or the folder of a launched sweep
+
+A finished run is never trained again; a failed, stopped or killed one goes on from its last checkpoint.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from mohd_train.errors import run_cli
+from mohd_train.sweep.commands import COMMANDS, LAUNCHERS, Request
+from mohd_train.sweep.scale import SCALES
+
+
+def _positive(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no positive whole number")
+    return int(text)
+
+
+def _parse() -> tuple[str, Request]:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("command", choices=COMMANDS, help="run: one run of a launched sweep (what cluster jobs call)")
+    parser.add_argument(
+        "target", nargs="?", type=Path, metavar="FILE", help="a sweep file, or a launched sweep's folder"
+    )
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="config of every run")
+    parser.add_argument("--only", nargs="+", default=[], help="runs, settings or models; patterns such as '*x2*'")
+    parser.add_argument("--seeds", nargs="+", type=int, help="in place of the file's")
+    parser.add_argument("--scale", choices=SCALES, help="default: paper; tiny: an eighth as wide, on two cores")
+    parser.add_argument("--out", type=Path, help="default: runs/sweep/NAME[-tiny]")
+    parser.add_argument("--data", help="prepared data, for all runs")
+    parser.add_argument("--raw", help="or raw rows, prepared once into OUT/data,")
+    parser.add_argument("--tokenizer", help="with this tokenizer")
+    parser.add_argument("--launcher", choices=LAUNCHERS, default="local", help="default: %(default)s")
+    parser.add_argument("--parallel", type=_positive, help="runs at once; default: 1 locally, as many as fit on SLURM")
+    parser.add_argument("--processes", type=_positive, help="GPUs (or CPU processes) a run; default: 8, tiny 1")
+    parser.add_argument("--submit-args", default="", help="more words for sbatch or kubectl apply, in quotes")
+    parser.add_argument("--template", type=Path, help="of the jobs; default: in scripts/launch")
+    parser.add_argument("--image", help="k8s: container image")
+    parser.add_argument("--namespace", default="default", help="k8s; default: %(default)s")
+    parser.add_argument("--claim", metavar="PVC:PATH", help="k8s: volume with checkout, data and runs, and where it is")
+    parser.add_argument("--once", action="store_true", help="status: print the table once")
+    options = vars(parser.parse_intermixed_args())
+    options["overrides"] += [
+        word for word in options["only"] if "=" in word
+    ]  # that follow --only, which takes all it can
+    options["only"] = [word for word in options["only"] if "=" not in word]
+    for name in ("overrides", "only", "seeds"):
+        options[name] = None if options[name] is None else tuple(options[name])
+    return options.pop("command"), Request(**options)
+
+
+def main() -> int | None:
+    """Parses and calls."""
+    command, request = _parse()
+    return COMMANDS[command](request)
+
+
+if __name__ == "__main__":
+    run_cli(main)
