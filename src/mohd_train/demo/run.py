@@ -102,29 +102,35 @@ def _tee(command: list[str], log: IO[bytes], *kept: int) -> int:
         termios.tcsetattr(writing, termios.TCSANOW, attributes)
     process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=writing, stderr=writing, pass_fds=kept)
     os.close(writing)
-    reader = threading.Thread(target=_copy, args=(reading, log), daemon=True)
+    quiet = threading.Event()
+    reader = threading.Thread(target=_copy, args=(reading, log, quiet), daemon=True)
     reader.start()
     try:
         code = process.wait()
+    except KeyboardInterrupt:
+        quiet.set()  # the tracebacks of its processes are for the log
+        print("\x1b[?25h" * terminal + "\ninterrupted: ending this step; run the demo again to go on", flush=True)
+        raise
     finally:
         if process.poll() is None:  # interrupted: the command got the Ctrl-C too, and is left time to end by itself
             with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(timeout=20)
+                process.wait(timeout=45)  # the launcher gives its processes 30 s
             process.kill()
     reader.join(timeout=5)  # a helper process that outlives the command may hold the pipe open
     return code
 
 
-def _copy(reading: int, log: IO[bytes]) -> None:
-    """Everything to the terminal at once; to the log whole lines, of a redrawn one the last state."""
+def _copy(reading: int, log: IO[bytes], quiet: threading.Event) -> None:
+    """Everything to the terminal at once, until ``quiet``; to the log whole lines, of a redrawn one the last state."""
     line = b""
     while True:
         try:
             chunk = os.read(reading, 1 << 16)
         except OSError:  # how a pseudo-terminal says that its other end was closed
             chunk = b""
-        sys.stdout.buffer.write(chunk)
-        sys.stdout.buffer.flush()
+        if not quiet.is_set():
+            sys.stdout.buffer.write(chunk)
+            sys.stdout.buffer.flush()
         *whole, line = (line + chunk).split(b"\n")
         whole += [line] if line and not chunk else []
         for text in whole:
