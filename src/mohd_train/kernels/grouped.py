@@ -14,6 +14,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+NARROW = 64  # up to this width a GEMM on a strided slice of a weight is slower than one on a copy of the slice
+
 
 def runs(pairs: Tensor, ends: Tensor, shared: int) -> Iterator[tuple[int, Tensor]]:
     """(sub-dimension, its pairs) for every specialized sub-dimension that some token chose."""
@@ -54,8 +56,13 @@ def up_backward(
         torch.mm(grad_TO.t(), x_TKC[:, :inner], out=grad_weight[:, :inner])
     for i, pair in runs(pairs, ends, shared):
         part, columns = grad_TO.index_select(0, pair // active), slice(i * width, (i + 1) * width)
-        grad_rows.index_copy_(0, pair, part @ weight_OD[:, columns])
-        torch.mm(part.t(), x_rows.index_select(0, pair), out=grad_weight[:, columns])
+        piece, x_part = weight_OD[:, columns], x_rows.index_select(0, pair)
+        if width <= NARROW:
+            grad_rows.index_copy_(0, pair, part @ piece.contiguous())
+            grad_weight[:, columns] = (x_part.t() @ part).t()
+        else:
+            grad_rows.index_copy_(0, pair, part @ piece)
+            torch.mm(part.t(), x_part, out=grad_weight[:, columns])
     return grad_x, grad_weight
 
 

@@ -1,0 +1,22 @@
+"""MoHD against LLaMA of equal activated size, timed in turn in one process; each backend is checked before it is timed.
+
+python scripts/benchmark.py --models 355m:dense,355m:50,355m:x2 --mode layer --device cpu --threads 1 --tokens 2048
+python scripts/benchmark.py --models 355m:x4 --mode decode --batch 1 --tokens 256 --json benchmarks/decode.json
+python scripts/benchmark.py --models 355m:x4 --sweep tokens=512,1024,2048 --profile
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from mohd_train.benchmark.run import add_arguments, main
+from mohd_train.errors import run_cli
+
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_arguments(parser)
+    arguments = parser.parse_args()
+    run_cli(lambda: main(CONFIGS, arguments))
