@@ -15,6 +15,7 @@ from mohd_train.benchmark.cases import MODES, Settings, build, flops, read_plan
 from mohd_train.benchmark.measure import (
     activation_bytes,
     check_against_reference,
+    keep_pages,
     peak_flops,
     peak_memory,
     profiled,
