@@ -21,7 +21,7 @@ def written(path: Path, batches: int) -> MetricsFile:
     log.after_load(at(0), None)
     for batch in range(1, batches + 1):
         log.log_metrics({"loss": torch.tensor(batch / 2), "time/batch": batch - 1}, step=batch - 1)
-        log.batch_checkpoint(at(batch), None)
+        log.batch_end(at(batch), None)
     return log
 
 
@@ -40,7 +40,7 @@ def test_resume_cuts_what_is_trained_again(tmp_path: Path) -> None:
     log.after_load(at(3), None)
     assert [record["batch"] for record in read_metrics(path)] == [1, 2, 3]
     log.log_metrics({"loss": 9.0})
-    log.batch_checkpoint(at(4), None)
+    log.batch_end(at(4), None)
     assert [record["batch"] for record in read_metrics(path)] == [1, 2, 3, 4]
 
 

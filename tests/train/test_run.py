@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from composer.callbacks import CheckpointSaver
 from composer.core import Callback, State
 from composer.loggers import Logger
 from train.train_support import SEQ_LEN, make_config, make_data, write_config
@@ -168,6 +169,28 @@ def test_half_written_checkpoint_is_skipped_by_name(
     assert "ep0-ba2-rank0.pt, batch 2" in out
     assert_same_run(finished / "runs" / "a", tmp_path / "runs" / "a")
     assert sorted(path.name for path in folder.glob("ep*")) == ["ep0-ba4-rank0.pt", "ep0-ba6-rank0.pt"]
+
+
+def test_a_checkpoint_is_written_after_the_line_of_its_batch(
+    tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a run that is killed in between goes on without the line, validation of that batch included."""
+    config = make_config(tmp_path, data, "run_name=a", "eval_interval=2ba")
+    seen: list[dict[str, Any]] = []
+    save = CheckpointSaver._save_checkpoint
+
+    def look(self: CheckpointSaver, state: State, logger: Logger) -> None:
+        seen.append(
+            read_metrics(tmp_path / "runs" / "a" / "metrics.jsonl")[-1] | {"saved": state.timestamp.batch.value}
+        )
+        save(self, state, logger)
+
+    monkeypatch.setattr(CheckpointSaver, "_save_checkpoint", look)
+    train(config)
+    assert [line["saved"] for line in seen] == [2, 4, 6]
+    for line in seen:
+        assert line["batch"] == line["saved"]
+        assert "metrics/eval/LanguageCrossEntropy" in line
 
 
 def test_finished_run_is_left_alone(finished: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -78,8 +78,13 @@ class MetricsFile(LoggerDestination):
         self._last = kept[-1] if kept else {}
         self._last_offset = self.path.stat().st_size - len(json.dumps(self._last)) - 1 if kept else 0
 
-    def batch_checkpoint(self, state: State, logger: Logger) -> None:
-        """Writes the batch's line. Runs before Composer's CheckpointSaver, since loggers come first."""
+    def batch_end(self, state: State, logger: Logger) -> None:
+        """Writes the batch's line, after all callbacks of the event: loggers come last. At BATCH_CHECKPOINT it would be too late,
+        since a run killed between the checkpoint and its line would go on without the line."""
+        self._write(state)
+
+    def eval_after_all(self, state: State, logger: Logger) -> None:
+        """Adds the validation of this batch, before its checkpoint."""
         self._write(state)
 
     def eval_standalone_end(self, state: State, logger: Logger) -> None:
