@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Iterator
+from copy import deepcopy
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -17,6 +18,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from mohd_train.analysis.subject import Subject
 from mohd_train.config.schema import DataConfig
@@ -139,6 +141,7 @@ def _raw(path: Path, subject: Subject, seq_len: int) -> Corpus:
         raise UserError(
             f"{subject.info['source']} comes with no tokenizer, which raw text needs; give it with --tokenizer"
         )
+    tokenizer = _text_only(subject.tokenizer)
     files = _files(path)
     if not files:
         raise UserError(f"{path} holds no text (.txt, {', '.join(SUFFIXES)}), and no {MANIFEST} of prepared data")
@@ -147,7 +150,7 @@ def _raw(path: Path, subject: Subject, seq_len: int) -> Corpus:
         def sequences() -> Iterator[NDArray[np.int64]]:
             rest = np.empty(0, np.int64)
             for file in paths:
-                for ids in _tokens(file, subject):
+                for ids in _tokens(file, tokenizer, subject.vocab_size):
                     rest = np.concatenate([rest, ids])
                     whole = len(rest) // seq_len
                     yield from rest[: whole * seq_len].reshape(whole, seq_len)
@@ -179,17 +182,24 @@ def _files(path: Path) -> dict[str, list[Path]]:
     }
 
 
-def _tokens(file: Path, subject: Subject) -> Iterator[NDArray[np.int64]]:
+def _text_only(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """A copy that takes a spelled-out ``</s>`` for the text it is, as data preparation does."""
+    copy = deepcopy(tokenizer)
+    copy.split_special_tokens = True
+    if isinstance(copy, PreTrainedTokenizerFast):
+        copy.backend_tokenizer.encode_special_tokens = True
+    return copy
+
+
+def _tokens(file: Path, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> Iterator[NDArray[np.int64]]:
     """Token ids, document by document: BOS where it differs from EOS, the text, EOS; as the models here are trained."""
-    tokenizer = subject.tokenizer
-    assert tokenizer is not None
     eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     bos = [] if tokenizer.bos_token_id in (None, tokenizer.eos_token_id) else [tokenizer.bos_token_id]
     for first, last, text in _documents(file):
-        ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
-        if ids and max(ids) >= subject.vocab_size:
+        ids = tokenizer(text, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+        if ids and max(ids) >= vocab_size:
             raise UserError(
-                f"the tokenizer gives id {max(ids)}, the model has {subject.vocab_size}; give the model's own with --tokenizer"
+                f"the tokenizer gives id {max(ids)}, the model has {vocab_size}; give the model's own with --tokenizer"
             )
         yield np.asarray([*(bos if first else []), *ids, *(eos if last else [])], np.int64)
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from mohd_train.analysis.architecture import COMPONENT_POINTS, COMPONENTS
-from mohd_train.analysis.plotting import PAPER, SHADES, finish, panels, save, style
+from mohd_train.analysis.plotting import PAPER, SHADES, finish, panels, percent_scale, save, style
 
 Record = dict[str, Any]
 
@@ -98,7 +98,7 @@ def _flow(record: Record, title: str, folder: Path) -> list[Path]:
     own.annotate("paper: attention at its narrowest, 6.7%", (0, PAPER_NARROWEST), fontsize=8, va="bottom")
     finish(own, "Output of a component against its own input", "layer", "magnitude, % of its input")
     for axes in (block, own):
-        axes.set_yscale("log")
+        percent_scale(axes)
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.legend(frameon=False, fontsize=8)
     return save(figure, folder, "fig4_activation_flow")
@@ -137,16 +137,18 @@ def _map(record: Record, title: str, folder: Path) -> list[Path]:
         inside = np.flatnonzero(often == count)
         if len(inside):
             axes.axvline(inside[-1] + 0.5, color="#0072B2", linewidth=1)
+        if len(inside) > 0.06 * len(often):  # room for a word
             axes.annotate(
-                f"in {count}: {len(inside)}", (inside.mean(), 1.0), xycoords=("data", "axes fraction"), ha="center", va="bottom",
+                f"in {count}", (inside.mean(), 1.0), xycoords=("data", "axes fraction"), ha="center", va="bottom",
                 fontsize=8,
             )  # fmt: skip
+    counts = ", ".join(f"{int((often == n).sum())} in {n}" for n in range(active.shape[0], 0, -1))
     axes.set_yticks(range(len(record["map_tokens"])), record["map_tokens"])
     finish(axes, "", "dims, clustered by the tokens they are highly active in", "consecutive tokens")
     axes.grid(False)
     axes.set_title(
         f"{title}, layer {record['layer']}, attention input: top {found['share']:.0%} of each token's dims; "
-        f"{found['active_in_all']} active in all, {found['active_in_one_only']} in one only",
+        f"dims active {counts} tokens",
         loc="left", fontsize=10, pad=16,
     )  # fmt: skip
     return save(figure, folder, "fig5_activation_map")

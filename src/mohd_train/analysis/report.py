@@ -30,7 +30,13 @@ def _table(title: str, *heads: str) -> Table:
 def show_observation(console: Console, record: dict[str, Any], title: str) -> None:
     """The key numbers beside the paper's, then every layer."""
     console.print(_against_paper(record, title))
-    table = _table("sparsity (1 - dims for 90% of the magnitude / D) and flow, by layer", "layer", *_heads())
+    heads = ("att. in", "att. out", "FFN in", "FFN out", "att. %", "FFN %", "block %")
+    table = _table(
+        "by layer: sparsity (1 - dims for 90% of the magnitude / D) of inputs and outputs; magnitude of the outputs of "
+        "attention, FFN and block in percent of their own inputs",
+        "layer",
+        *heads,
+    )
     for index, layer in enumerate(record["layers"]):
         sparsity = [layer["points"][point]["sparsity"] for point in COMPONENT_POINTS]
         own, block = layer["flow_percent_of_own_input"], layer["flow_percent_of_block_input"]
@@ -46,10 +52,6 @@ def show_observation(console: Console, record: dict[str, Any], title: str) -> No
             "output here is not what reaches the residual stream",
             soft_wrap=True,
         )
-
-
-def _heads() -> list[str]:
-    return [*(NAMES[point] for point in COMPONENT_POINTS), "att. out/in %", "FFN out/in %", "block out/in %"]
 
 
 def _against_paper(record: dict[str, Any], title: str) -> Table:
@@ -70,17 +72,15 @@ def _against_paper(record: dict[str, Any], title: str) -> Table:
     for row in record["closely"]["attention_in"]["common_activity"]:
         for n, paper in PAPER_COMMON.items():
             if str(n) in row["common"]:
-                name = f"dims active in all of {n} tokens, top {row['share']:.0%} of a token's dims"
+                name = f"active in all of {n} tokens (top {row['share']:.0%})"
                 table.add_row(name, f"{100 * row['common'][str(n)] / width:.2f}", f"{paper:.2f}")
     flows = [each["flow_percent_of_own_input"]["attention"] for each in record["layers"]]
     narrowest = min((flow for flow in flows if flow is not None), default=None)
-    table.add_row("attention's output of its input, narrowest layer", _percent(narrowest), f"{PAPER_NARROWEST}")
+    table.add_row("attention output / input, narrowest layer", _percent(narrowest), f"{PAPER_NARROWEST}")
     found = record["closely"]["attention_in"]["map"]
     tokens = len(record["map_tokens"])
     in_all = 100 * found["active_in_all"] / width
-    table.add_row(
-        f"dims highly active in all {tokens} tokens of the map", f"{in_all:.2f}", f"about {100 * 400 / 4096:.0f}"
-    )
+    table.add_row(f"highly active in all {tokens} tokens of the map", f"{in_all:.2f}", f"about {100 * 400 / 4096:.0f}")
     return table
 
 

@@ -21,6 +21,7 @@ from mohd_train.hf.modeling import MoHDForCausalLM
 from mohd_train.model.transformer import Transformer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
 _PROBED = 256  # numbers of each parameter that the fingerprint reads
 
 
@@ -140,9 +141,16 @@ def _from_hub(name: str) -> PreTrainedModel:
 
 
 def _tokenizer(asked: Path | None, default: Path | str) -> PreTrainedTokenizerBase | None:
-    try:
-        return AutoTokenizer.from_pretrained(asked or default)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    place = asked or default
+    if Path(place).is_dir() and not any((Path(place) / name).is_file() for name in _TOKENIZER_FILES):
         if asked is None:
             return None  # whoever needs it says so: see corpus.py
-        raise UserError(f"no tokenizer can be read from {asked}: {' '.join(str(error).split())[:200]}") from None
+        raise UserError(
+            f"{asked} holds no tokenizer ({', '.join(_TOKENIZER_FILES)}); give another folder with --tokenizer"
+        )
+    try:
+        return AutoTokenizer.from_pretrained(place)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        if asked is None and not Path(place).is_dir():
+            return None
+        raise UserError(f"no tokenizer can be read from {place}: {' '.join(str(error).split())[:200]}") from None

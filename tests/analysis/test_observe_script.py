@@ -1,0 +1,93 @@
+"""`eval/observe.py` from end to end: files, refusals, exit codes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+from support.analysis import hf_folder, llama, native, text_folder
+
+from mohd_train.analysis.options import KnockoutOptions, parse
+from mohd_train.analysis.run import run_observation
+from mohd_train.errors import UserError
+
+
+def observe(*arguments: object, **kwargs) -> tuple[Path, str]:
+    console = Console(record=True, width=120, file=open("/dev/null", "w"))  # noqa: SIM115
+    folder = run_observation(parse(None, [str(a) for a in arguments]), torch.device("cpu"), console=console, **kwargs)
+    return folder, console.export_text()
+
+
+def test_a_mohd_checkpoint_gives_record_router_knockout_and_figures(tmp_path: Path) -> None:
+    checkpoint, text = native(tmp_path / "run", spread=0.3), text_folder(tmp_path / "text")
+    arguments = ("--model", checkpoint, "--data", text, "--seq-len", 32, "--tokens", 128, "--output", tmp_path / "out")
+    knock = ("--knockout", "--knockout-tokens", 64, "--knockout-layers", "1", "--interventions", "removed,forced")
+
+    def make_score(subject):
+        return lambda: {"sciq": 0.5}
+
+    folder, shown = observe(*arguments, *knock, make_score=make_score)
+    record = json.loads((folder / "observation.json").read_text())
+    assert record["format"] == "mohd_train.observation/1"
+    assert record["model"]["plan"]["name"] == "small-x2"
+    assert record["data"]["seq_len"] == 32
+    assert {"active", "sparsity"} <= set(record["definitions"])
+    assert torch.__version__.startswith(record["versions"]["torch"])
+    router = json.loads((folder / "router.json").read_text())
+    assert len(router["selections"]) == 4  # two layers, two components
+    effects = json.loads((folder / "knockout.json").read_text())
+    assert {row["layer"] for row in effects["effects"]} == {1}
+    assert {row["kind"] for row in effects["effects"]} == {"removed", "forced"}
+    assert effects["effects"][0]["tasks"] == {"sciq": {"acc": 0.5, "delta": 0.0}}
+    names = {path.stem for path in folder.glob("*.png")}
+    assert names == {path.stem for path in folder.glob("*.pdf")}
+    assert {"fig4_activation_flow", "fig5_activation_map", "fig11_router_ffn_layer1", "knockout_against_share"} <= names
+    assert not list(folder.glob(".*"))  # nothing half-written is left
+    for word in ("magnitude held by the top", "Spearman", "knockout.json", "fig5_activation_map.pdf"):
+        assert word in shown
+    other = hf_folder(llama(), tmp_path / "llama")
+    with pytest.raises(UserError, match="holds the observation of another model"):
+        observe("--model", other, "--data", text, "--output", folder)
+    with pytest.raises(UserError, match=r"--knockout: .* has no sub-dimensions"):
+        observe("--model", other, "--data", text, "--output", tmp_path / "llama-out", "--knockout")
+
+
+def test_options_are_read() -> None:
+    found = parse(
+        None, ["--model", "m", "--data", "d", "--active", "0.1,0.5", "--knockout", "--knockout-layers", "0,3"]
+    )
+    assert found.study.shares == (0.1, 0.5)
+    assert found.knockout == KnockoutOptions(layers=(0, 3))
+    assert parse(None, ["--model", "m", "--data", "d"]).knockout is None
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        ["--tokens", "0"],
+        ["--knockout-layers", "1"],
+        ["--tasks", "sciq"],
+        ["--knockout", "--limit", "5"],
+        ["--active", "much"],
+        ["--dtype", "int8"],
+    ],
+)
+def test_usage_errors_exit_with_two(wrong: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        parse(None, ["--model", "m", "--data", "d", *wrong])
+    assert end.value.code == 2
+    assert "error: " in capsys.readouterr().err
+
+
+def test_the_script_names_bad_input_in_one_line(root: Path, tmp_path: Path) -> None:
+    command = [sys.executable, str(root / "eval" / "observe.py"), "--model", str(tmp_path / "x.pt"), "--data", "d"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path, timeout=120)
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: ")
+    assert "no such checkpoint" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
