@@ -110,15 +110,13 @@ def _pop(mapping: dict[str, Any], dotted: str) -> Any:
     return mapping.pop(last, None) if isinstance(mapping, dict) else None
 
 
-def _merge(config: DictConfig, value: dict[str, Any], source: str, *, replace: bool) -> DictConfig:
+def _merge(config: DictConfig, value: dict[str, Any], source: str, *, replace: bool) -> None:
     try:
         whole = {key: _pop(value, key) for key in REPLACED_WHOLE} if replace else {}
-        merged = OmegaConf.merge(config, value)
-        assert isinstance(merged, DictConfig)
+        config.merge_with(value)  # in place: OmegaConf.merge copies the whole config for every word of a command line
         for key, mapping in whole.items():
             if mapping is not None:
-                OmegaConf.update(merged, key, mapping, merge=False)
-        return merged
+                OmegaConf.update(config, key, mapping, merge=False)
     except OmegaConfBaseException as error:
         key = getattr(error, "full_key", None)
         raise UserError(f"{source}: {f'{key}: ' if key else ''}{_first_line(error)}") from None
@@ -170,7 +168,7 @@ def _merge_all(files: list[str], overrides: list[str]) -> tuple[DictConfig, dict
     for source, value, replace in sources:
         _refuse_unknown(value, source)
         origin |= dict.fromkeys(_leaves(value), source)
-        config = _merge(config, value, source, replace=replace)
+        _merge(config, value, source, replace=replace)
     return config, origin
 
 

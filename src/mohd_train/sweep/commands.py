@@ -173,6 +173,7 @@ def _launch(
 ) -> int:
     source, scale = _source(request, folder), choice.scale
     processes = request.processes or PROCESSES[scale]
+    folder.refuse_other(sweep, choice, source)
     first = expand(sweep, choice, folder.path)  # every config, before minutes go into the data
     place = ensure_data(source, folder.path, seq_len=_seq_len(first), scale=scale)
     choice = dataclasses.replace(choice, data=data_words(place, first[0].config, scale))

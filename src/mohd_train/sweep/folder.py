@@ -83,8 +83,7 @@ class SweepFolder:
         Raises:
             UserError: it is of another sweep or scale; a run that has begun has another config there; it can't be written.
         """
-        if self.exists:
-            self._refuse_other(sweep, choice, source)
+        self.refuse_other(sweep, choice, source)
         self._refuse_edited(runs)
         for folder in ("configs", "logs", "locks", "jobs"):
             (self.path / folder).mkdir(parents=True, exist_ok=True)
@@ -132,7 +131,10 @@ class SweepFolder:
         record = self.run_record(name)
         return record is not None and record["status"] == "finished"
 
-    def _refuse_other(self, sweep: SweepFile, choice: Choice, source: DataSource) -> None:
+    def refuse_other(self, sweep: SweepFile, choice: Choice, source: DataSource) -> None:
+        """Raises UserError where another sweep, or this one at another scale or on other data, was launched here."""
+        if not self.exists:
+            return
         there = self.record
         if there["name"] != sweep.name:
             raise UserError(f"{self.path} holds the sweep {there['name']}, not {sweep.name}; choose another --out")

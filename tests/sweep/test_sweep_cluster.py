@@ -1,0 +1,180 @@
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+from sweep.sweep_support import request
+
+from mohd_train.errors import UserError
+from mohd_train.sweep import cluster
+from mohd_train.sweep.cluster import fill, job_name
+from mohd_train.sweep.commands import Request, launch, resume
+from mohd_train.sweep.folder import SweepFolder
+from mohd_train.sweep.status import run_status
+
+DENSE, X2, BARE = (f"tiny-355m-{setting}-s1" for setting in ("dense", "x2", "x2-no-fusion"))
+
+
+@pytest.fixture
+def programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder on PATH for fake programs; each notes its words in ``NAME.words``."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    monkeypatch.setenv("PATH", str(folder), prepend=os.pathsep)
+    return folder
+
+
+def fake(folder: Path, name: str, body: str) -> None:
+    path = folder / name
+    path.write_text(f'#!/bin/sh\necho "$@" >> "{folder}/{name}.words"\n{body}\n')
+    path.chmod(0o755)
+
+
+def words(folder: Path, name: str) -> list[str]:
+    return (folder / f"{name}.words").read_text().splitlines()
+
+
+def finish(folder: SweepFolder, name: str, status: str = "finished") -> None:
+    (folder.path / name).mkdir()
+    record = {"status": status, "config": folder.config(name), "batch": 1}
+    (folder.path / name / "run.json").write_text(json.dumps(record))
+
+
+def test_slurm_array_job_and_its_states(
+    sweep_file: Path, data: Path, programs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake(programs, "sbatch", "echo '4711;cluster'")
+    asked = request(
+        sweep_file, data, launcher="slurm", parallel=2, processes=4, submit_args="--partition=gpu --time='1:00:00'"
+    )
+    assert launch(asked) == 0
+    assert "submitted array job 4711" in capsys.readouterr().out
+    folder = SweepFolder(sweep_file.parent / "out")
+    script = folder.path / "jobs" / "launch-1.sbatch"
+    assert words(programs, "sbatch") == [f"--parsable --partition=gpu --time=1:00:00 {script}"]
+    text = script.read_text()
+    assert "{{" not in text
+    assert "#SBATCH --array=0-2%2\n" in text
+    assert "#SBATCH --gpus-per-node=4\n" in text
+    assert subprocess.run(["bash", "-n", str(script)]).returncode == 0
+    assert (folder.path / "jobs" / "launch-1.runs").read_text().split() == [DENSE, X2, BARE]
+
+    fake(programs, "squeue", "echo '0 RUNNING'; echo '2 PENDING'; echo '1 COMPLETED'")
+    states, notes = cluster.job_states(folder)
+    assert (states, notes) == ({DENSE: "running", BARE: "queued"}, [])
+    assert words(programs, "squeue")[0] == "--noheader --array --jobs=4711 --format=%K %T"
+    finish(folder, X2, "failed")
+    assert resume(Request(target=folder.path, launcher="slurm")) == 0  # only what is neither queued nor running
+    folder = SweepFolder(folder.path)
+    assert (folder.path / "jobs" / "launch-2.runs").read_text().split() == [X2]
+    assert folder.launch_of(X2)["job"] == "4711"  # type: ignore[index]
+    fake(programs, "squeue", "echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1")
+    assert cluster.job_states(folder) == ({}, [])
+    fake(programs, "squeue", "echo 'connection refused' >&2; exit 1")
+    assert "connection refused" in cluster.job_states(folder)[1][0]
+    with pytest.raises(UserError, match=r"can't tell which runs are under way: .*connection refused"):
+        resume(Request(target=folder.path, launcher="slurm"))
+
+
+def test_an_array_task_trains_the_run_of_its_index(sweep_file: Path, data: Path, programs: Path, root: Path) -> None:
+    fake(programs, "sbatch", "echo 4711")
+    launch(request(sweep_file, data, launcher="slurm"))
+    folder = SweepFolder(sweep_file.parent / "out")
+    finish(folder, X2)
+    environment = os.environ | {"SLURM_ARRAY_TASK_ID": "1", "PYTHONPATH": str(root / "src")}
+    done = subprocess.run(
+        ["bash", str(folder.path / "jobs" / "launch-1.sbatch")], capture_output=True, text=True, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f"{X2} is already finished\n"
+
+
+def test_slurm_refusals(sweep_file: Path, data: Path, programs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match="there is no sbatch here"):
+        launch(request(sweep_file, data, launcher="slurm"))
+    fake(programs, "sbatch", "echo 'invalid partition' >&2; exit 1")
+    with pytest.raises(UserError, match=r"`sbatch --parsable .*` failed: invalid partition"):
+        launch(request(sweep_file, data, launcher="slurm"))
+    folder = SweepFolder(sweep_file.parent / "out")
+    assert folder.record["launches"] == []
+    assert run_status(folder, DENSE).state == "waiting"
+
+
+def test_kubernetes_jobs_and_their_states(sweep_file: Path, data: Path, programs: Path) -> None:
+    fake(programs, "kubectl", "exit 0")
+    asked = request(
+        sweep_file,
+        data,
+        launcher="k8s",
+        image="registry/mohd:1",
+        claim="team:/work",
+        namespace="ml",
+        only=("dense", "x2"),
+    )
+    assert launch(asked) == 0
+    folder = SweepFolder(sweep_file.parent / "out")
+    names = ["mohd-tiny-355m-dense-s1-l1", "mohd-tiny-355m-x2-s1-l1"]
+    assert words(programs, "kubectl") == [f"apply --namespace ml -f {folder.path}/jobs/{name}.yaml" for name in names]
+    job = yaml.safe_load((folder.path / "jobs" / f"{names[0]}.yaml").read_text())
+    assert job["metadata"] == {"name": names[0], "namespace": "ml", "labels": {"app": "mohd-train", "sweep": "small"}}
+    pod = job["spec"]["template"]["spec"]
+    container = pod["containers"][0]
+    assert container["command"][-2:] == ["--only", DENSE]
+    assert container["command"][2:4] == ["run", str(folder.path)]
+    assert container["image"] == "registry/mohd:1"
+    assert container["resources"]["limits"] == {"nvidia.com/gpu": 1}
+    assert container["volumeMounts"][0]["mountPath"] == "/work"
+    assert pod["volumes"][0]["persistentVolumeClaim"] == {"claimName": "team"}
+
+    items = [
+        {"metadata": {"name": names[0]}, "status": {"active": 1, "ready": 1}},
+        {"metadata": {"name": names[1]}, "status": {"conditions": [{"type": "Failed", "status": "True"}]}},
+    ]
+    (programs / "answer").write_text(json.dumps({"items": items}))
+    fake(programs, "kubectl", f"cat {programs}/answer")
+    assert cluster.job_states(folder) == ({DENSE: "running"}, [])
+    (programs / "answer").write_text(json.dumps(items[0]))  # kubectl's form for one
+    assert cluster.job_states(folder) == ({DENSE: "running"}, [])
+    resumed = Request(target=folder.path, launcher="k8s", image="i", claim="c:/m")
+    assert resume(resumed) == 0
+    assert SweepFolder(folder.path).launch_of(X2)["jobs"] == {X2: "mohd-tiny-355m-x2-s1-l2"}  # type: ignore[index]
+
+
+def test_a_job_that_is_refused_leaves_those_before_it_recorded(sweep_file: Path, data: Path, programs: Path) -> None:
+    fake(programs, "kubectl", 'case "$*" in *x2-s1*) echo "quota exceeded" >&2; exit 1;; esac')
+    with pytest.raises(UserError, match="quota exceeded"):
+        launch(request(sweep_file, data, launcher="k8s", image="i", claim="c:/m"))
+    assert SweepFolder(sweep_file.parent / "out").record["launches"][0]["runs"] == [DENSE]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({}, "needs --image IMAGE and --claim PVC:MOUNT_PATH"),
+        ({"image": "i", "claim": "c"}, "needs --image"),
+        ({"image": "i", "claim": "c:/m", "parallel": 2}, "--parallel does not go with --launcher k8s"),
+    ],
+)
+def test_kubernetes_refusals(sweep_file: Path, data: Path, changes: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        launch(request(sweep_file, data, launcher="k8s", **changes))
+
+
+def test_job_names_are_what_kubernetes_takes() -> None:
+    assert job_name("tiny-1.13b-x2_A-s1", 3) == "mohd-tiny-1-13b-x2-a-s1-l3"
+    assert len(job_name("x" * 200, 12)) <= 63
+
+
+def test_templates(tmp_path: Path) -> None:
+    template = tmp_path / "t"
+    template.write_text("a {{name}} {{name}} $HOME {other}")
+    assert fill(template, {"name": "x"}) == "a x x $HOME {other}"
+    template.write_text("{{nmae}}")
+    with pytest.raises(UserError, match=r"unknown placeholder {{nmae}}; known: name"):
+        fill(template, {"name": "x"})
+    with pytest.raises(UserError, match="can't read the job template"):
+        fill(tmp_path / "none", {})
