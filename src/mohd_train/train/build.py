@@ -209,12 +209,26 @@ def build_callbacks(run: Run, data: TrainData) -> list[Callback]:
     return [*callbacks, *registry.build_callbacks(config.callbacks), progress, RunMetadata(metadata)]
 
 
+def _saving(config: Config) -> dict[str, Any]:
+    """The Trainer's arguments about checkpoints."""
+    return {
+        "save_folder": config.save_folder,
+        "save_filename": CHECKPOINT_NAME,
+        "save_latest_filename": LATEST.replace("rank0", "rank{rank}"),
+        "save_interval": config.save_interval,
+        "save_num_checkpoints_to_keep": config.save_num_checkpoints_to_keep,
+        # The folder is this run's by now; what lies after the resumed batch was cut short and is written again.
+        "save_overwrite": config.save_overwrite or config.autoresume,
+        "autoresume": config.autoresume,
+    }
+
+
 def build_trainer(run: Run, data: TrainData, record: RunRecord | None, run_id: str) -> tuple[Trainer, RunRecorder]:
     """Composer's Trainer, with the checkpoint loaded where there is one to go on from."""
     config, device = run.config, run.device
     log_to_folder(run.folder, config.python_log_level)
     # Deterministic mode would also fill what torch.empty returns, at a cost; nothing here reads memory it hasn't written.
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     model = build_model(run)
     metrics = MetricsFile(run.folder / "metrics.jsonl")
     clipping = config.gradient_clipping
@@ -235,14 +249,7 @@ def build_trainer(run: Run, data: TrainData, record: RunRecord | None, run_id: s
         load_path=config.load_path,
         load_weights_only=config.load_weights_only,
         load_progress_bar=False,
-        save_folder=config.save_folder,
-        save_filename=CHECKPOINT_NAME,
-        save_latest_filename=LATEST.replace("rank0", "rank{rank}"),
-        save_interval=config.save_interval,
-        save_num_checkpoints_to_keep=config.save_num_checkpoints_to_keep,
-        # The folder is this run's by now; what lies after the resumed batch was cut short and is written again.
-        save_overwrite=config.save_overwrite or config.autoresume,
-        autoresume=config.autoresume,
+        **_saving(config),
         parallelism_config=parallel.parallelism_config(config, device),
         device=device,
         precision=config.precision,

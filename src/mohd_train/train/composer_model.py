@@ -58,7 +58,9 @@ class MoHDComposerModel(ComposerModel):
         routing = [LayerRouting(_detach(layer.attention), _detach(layer.ffn)) for layer in out.routing]
         return StepOutput(out.cross_entropy, out.balance_loss, routing)
 
-    def loss(self, outputs: StepOutput, batch: Batch) -> dict[str, Tensor]:
+    def loss(  # type: ignore[override]  # Composer takes a mapping too, and says so in its manual alone
+        self, outputs: StepOutput, batch: Batch
+    ) -> dict[str, Tensor]:
         """``total`` is what is minimized. Without that key Composer would minimize the sum of every entry."""
         return {
             "total": outputs.cross_entropy + outputs.balance_loss,

@@ -8,6 +8,7 @@ import sys
 import warnings
 from pathlib import Path
 
+_handlers: list[logging.Handler] = []  # ours on the root logger
 FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 
@@ -21,16 +22,17 @@ def log_to_folder(folder: Path, level: str) -> None:
     path = folder / "logs" / f"rank{rank}.log"
     path.parent.mkdir(parents=True, exist_ok=True)
     root = logging.getLogger()
-    for handler in [handler for handler in root.handlers if getattr(handler, "of_run", False)]:
-        root.removeHandler(handler)  # of an earlier run in this process
-        handler.close()
+    while _handlers:  # of an earlier run in this process
+        root.removeHandler(_handlers[-1])
+        _handlers.pop().close()
     to_file = logging.FileHandler(path, encoding="utf-8")
     to_file.setLevel(level.upper())
     to_terminal = logging.StreamHandler(sys.stderr)
     to_terminal.setLevel(logging.ERROR)
-    for handler in (to_file, to_terminal):
+    handlers: tuple[logging.Handler, ...] = (to_file, to_terminal)
+    for handler in handlers:
         handler.setFormatter(logging.Formatter(FORMAT))
-        handler.of_run = True  # type: ignore[attr-defined]
+        _handlers.append(handler)
         root.addHandler(handler)
     logging.getLogger("streaming").propagate = True
     logging.captureWarnings(True)

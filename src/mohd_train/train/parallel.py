@@ -99,5 +99,5 @@ def parallelism_config(config: Config, device: str) -> dict[str, Any] | None:
 def mark_blocks(model: Transformer) -> None:
     """One FSDP unit, and one unit of activation checkpointing, per block: marks that Composer reads."""
     for block in model.blocks:
-        block._fsdp_wrap = True  # type: ignore[assignment]
-        block._activation_checkpointing = True  # type: ignore[assignment]
+        block._fsdp_wrap = True
+        block._activation_checkpointing = True

@@ -26,8 +26,9 @@ class WandBLogger(composer_loggers.WandBLogger):
         """Gives W&B's run class the older name before Composer asks for it."""
         from wandb.sdk.wandb_run import Run
 
-        if not hasattr(Run, "get_url"):
-            Run.get_url = lambda run: run.url
+        run_class: Any = Run
+        if not hasattr(run_class, "get_url"):
+            run_class.get_url = lambda run: run.url
         super().init(state, logger)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from collections import deque
-from typing import TextIO
+from typing import Any, TextIO
 
 from composer.callbacks.speed_monitor import get_gpu_flops_available
 from composer.core import Callback, State
@@ -106,8 +106,8 @@ class Progress(Callback):
         if seconds > 0:
             parts.append(f"{short(tokens / seconds)} tok/s")
             if self.peak:
-                model = state.model if hasattr(state.model, "flops_per_batch") else state.model.module
-                flops = model.flops_per_batch(state.batch) * batches / seconds  # type: ignore[operator]
+                model: Any = state.model if hasattr(state.model, "flops_per_batch") else state.model.module
+                flops = model.flops_per_batch(state.batch) * batches / seconds
                 parts.append(f"MFU {flops / self.peak:.1%}")
             parts.append(f"{duration((self.steps - batch) * seconds / batches)} left")
         return " · ".join(parts)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from composer.core import Callback, State
@@ -58,7 +59,8 @@ class RoutingStatistics(Callback):
         """Adds a microbatch."""
         if not self._due(state.timestamp.batch.value + 1):
             return
-        for number, layer in enumerate(state.outputs.routing):
+        outputs: Any = state.outputs
+        for number, layer in enumerate(outputs.routing):
             for name, plan in self.parts.items():
                 if plan is not None:
                     self._add(f"routing/layer{number}/{name}", plan, getattr(layer, name))
