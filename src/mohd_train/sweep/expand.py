@@ -205,4 +205,4 @@ def _setting_words(setting: Setting, model: str) -> list[str]:
 
 
 def _numbers(part: SubDimPlan | None) -> dict[str, int] | None:
-    return part and {"sub_dims": part.sub_dims, "top_k": part.top_k, "shared_sub_dims": part.shared}
+    return {"sub_dims": part.sub_dims, "top_k": part.top_k, "shared_sub_dims": part.shared} if part else None

@@ -8,11 +8,12 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
 from rich.live import Live
+from rich.table import Table
 
 from mohd_train.errors import UserError
 from mohd_train.sweep.folder import SweepFolder
@@ -147,14 +148,14 @@ class LocalLauncher:
         self.console.print(text, markup=False)
 
     @contextmanager
-    def _display(self, shown: list[str]) -> Iterator[object]:
+    def _display(self, shown: list[str]) -> Iterator[Callable[[], None]]:
         """Yields what redraws the table: on a terminal only; elsewhere the plain lines are all."""
         if not self.console.is_terminal:
             yield lambda: None
             return
         last = 0.0
 
-        def table() -> object:
+        def table() -> Table:
             return render(self.folder.record["name"], [run_status(self.folder, name) for name in shown])
 
         with Live(table(), console=self.console, auto_refresh=False) as live:

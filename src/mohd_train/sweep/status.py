@@ -114,7 +114,8 @@ def last_error(log: Path) -> str | None:
     start = max((i for i, line in enumerate(lines) if line.startswith("$ ")), default=-1)
     lines = lines[start + 1 :]  # of the last start alone
     telling = [line for line in lines if re.match(r"(error: |[\w.]*(Error|Exception|Interrupt)\b)", line)]
-    return (telling or lines or [None])[-1]
+    found = telling or lines
+    return found[-1] if found else None
 
 
 def run_status(folder: SweepFolder, name: str, job_state: str | None = None) -> RunStatus:
