@@ -6,12 +6,12 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from support.routing import choose, component, operands
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from mohd_train.kernels import ops
 from mohd_train.kernels.selection import TILE, select, tiles
-from support.routing import choose, component, operands
 
 SHAPES = [  # tokens, N, K, S, C
     pytest.param(37, 8, 4, 3, 4, id="x2"),
@@ -72,6 +72,12 @@ def test_every_token_in_one_group_and_the_others_empty() -> None:
         slices = (grad if name in ("down", "o") else grad.T).unflatten(0, (8, 4))
         assert (slices[[3, 4, 5, 7]] == 0).all(), name
         assert (slices[[0, 1, 2, 6]] != 0).any(-1).all(), name
+
+
+def test_wide_slices(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mohd_train.kernels.grouped.NARROW", 0)
+    indices = choose(37, 16, 12, 9)
+    compare(component, indices, 16, 9, operands(indices, 16, 4))
 
 
 def test_blocks_of_several_tokens(monkeypatch: pytest.MonkeyPatch) -> None:

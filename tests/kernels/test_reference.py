@@ -3,9 +3,9 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from support.routing import choose
 
 from mohd_train.kernels import ops
-from support.routing import choose
 
 
 @pytest.mark.parametrize("gated", [False, True])

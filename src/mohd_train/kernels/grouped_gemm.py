@@ -63,7 +63,7 @@ def _plain() -> bool:
     return not (torch.compiler.is_compiling() or torch.is_grad_enabled())
 
 
-def _cast(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+def cast_for_autocast(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """Both in autocast's dtype, as `F.linear` does it."""
     kind = x.device.type
     if torch.is_autocast_enabled(kind):
@@ -74,7 +74,7 @@ def _cast(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
 
 def up(x_TKC: Tensor, weight_OD: Tensor, pairs: Tensor, ends: Tensor, sub_dims: int, shared: int) -> Tensor:
     """See `grouped.up`; differentiable in `x_TKC` and `weight_OD`."""
-    x_TKC, weight_OD = _cast(x_TKC, weight_OD)
+    x_TKC, weight_OD = cast_for_autocast(x_TKC, weight_OD)
     return (grouped.up if _plain() else _up)(x_TKC, weight_OD, pairs, ends, sub_dims, shared)
 
 
@@ -82,5 +82,5 @@ def down(
     h_TF: Tensor, weight_DF: Tensor, pairs: Tensor, ends: Tensor, sub_dims: int, shared: int, active: int
 ) -> Tensor:
     """See `grouped.down`; differentiable in `h_TF` and `weight_DF`."""
-    h_TF, weight_DF = _cast(h_TF, weight_DF)
+    h_TF, weight_DF = cast_for_autocast(h_TF, weight_DF)
     return (grouped.down if _plain() else _down)(h_TF, weight_DF, pairs, ends, sub_dims, shared, active)

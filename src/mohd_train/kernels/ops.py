@@ -6,6 +6,7 @@ C = D / N, F inner width (attention width or intermediate size), O an output wid
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Sequence
 
 import torch
@@ -16,21 +17,37 @@ from mohd_train.errors import UserError
 from mohd_train.kernels import fusion, grouped_gemm, layout, reference
 from mohd_train.kernels.selection import Selection, select
 
+BACKENDS = ("reference", "grouped", "triton")
+TRITON_TILE = 64  # tokens of a tile
+
 
 def resolve_backend(name: str, device: torch.device, dtype: torch.dtype, *, width: int | None = None) -> str:
     """The backend that `name` (auto, reference, grouped, triton) means on `device` in `dtype` at sub-dimension width C.
 
+    `auto` is `grouped` everywhere until the triton kernels have been measured on a GPU.
+
     Raises:
         UserError: an unknown name, or a backend that cannot run there; the message names the one to use instead.
     """
-    if name not in ("auto", "reference", "grouped", "triton"):
-        raise UserError(f"kernels: unknown backend {name!r}; choose auto, reference, grouped or triton")
+    if name not in ("auto", *BACKENDS):
+        raise UserError(f"kernels: unknown backend {name!r}; choose auto, {', '.join(BACKENDS)}")
+    if name == "triton" and (reason := _triton_refusal(device, dtype, width)):
+        raise UserError(f"kernels: triton cannot run: {reason}; use kernels: grouped")
     return "grouped" if name == "auto" else name
+
+
+@torch.compiler.assume_constant_result  # a layer asks on every call; traced code keeps the answer
+def _triton_refusal(device: torch.device, dtype: torch.dtype, width: int | None) -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed"
+    from mohd_train.kernels import triton_ops  # imports triton, which is not there on every platform
+
+    return triton_ops.refusal(device, dtype, width)
 
 
 def make_selection(indices_TK: Tensor, *, sub_dims: int, shared: int, backend: str) -> Selection:
     """Wraps a router's choice [T, K] for `backend`: once per component, used by all of its ops."""
-    return select(indices_TK, sub_dims, shared)
+    return select(indices_TK, sub_dims, shared, TRITON_TILE if backend == "triton" else None)
 
 
 def up_projection(
@@ -50,6 +67,10 @@ def up_projection(
     x_TKC = layout.gather_active(x_TD, selection.rows, selection.slots_TN)
     if input_weights_TK is not None:
         x_TKC = _scale(x_TKC, input_weights_TK)
+    if backend == "triton":
+        from mohd_train.kernels import triton_ops
+
+        return tuple(triton_ops.up(x_TKC, weight, selection) for weight in weights)
     chosen = (selection.pairs, selection.ends, selection.sub_dims, selection.shared)
     return tuple(grouped_gemm.up(x_TKC, weight, *chosen) for weight in weights)
 
@@ -60,6 +81,10 @@ def down_projection(
     """The active slices of ``W h``, slot k times `weights_TK[:, k]` (eq. 8, activation scaling). Compact: [T, K*C]."""
     if backend == "reference":
         return reference.down_projection(h_TF, weight_DF, selection.indices_TK, selection.sub_dims, weights_TK)
+    if backend == "triton":
+        from mohd_train.kernels import triton_ops
+
+        return _scale(triton_ops.down(h_TF, weight_DF, selection), weights_TK)
     chosen = (selection.pairs, selection.ends, selection.sub_dims, selection.shared)
     return _scale(grouped_gemm.down(h_TF, weight_DF, *chosen, selection.indices_TK.shape[1]), weights_TK)
 
@@ -95,6 +120,10 @@ def fuse_residual(
         return reference.fuse_residual(z_TKC, mixing_CNN, selection.indices_TK, selection.sub_dims, residual_TD)
     if mixing_CNN is None:
         return (residual_TD + layout.scatter_active(z_TKC, selection.rows, selection.slots_TN)).to(residual_TD.dtype)
+    if backend == "triton":
+        from mohd_train.kernels import triton_ops
+
+        return triton_ops.fuse_residual(z_TKC, mixing_CNN.permute(2, 1, 0), selection, residual_TD)
     chosen = (selection.indices_TK, selection.pairs, selection.ends, selection.shared)
     return fusion.fuse_residual(z_TKC, mixing_CNN.permute(2, 1, 0), *chosen, residual_TD)
 

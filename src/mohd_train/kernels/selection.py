@@ -6,6 +6,7 @@ A (token, slot) pair is the row ``token * K + slot`` of a compact tensor [T*K, C
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -24,10 +25,15 @@ class Selection(NamedTuple):
     slots_TN: Tensor  # int64: the slot that holds a sub-dimension, -1 when it is inactive
     pairs: Tensor  # int64 [T*P]: specialized pairs (token * K + slot), by sub-dimension, then by token
     ends: Tensor  # int64 [N-S]: where each specialized sub-dimension's run of `pairs` ends
+    tile_tokens: Tensor | None = None  # int64 [M, B], for triton: tiles of tokens with the same choice, -1 fills up
 
 
-def select(indices_TK: Tensor, sub_dims: int, shared: int) -> Selection:
-    """A selection with its sort: one stable sort over all specialized pairs, run ends as a tensor, no host sync."""
+def select(indices_TK: Tensor, sub_dims: int, shared: int, tile: int | None = None) -> Selection:
+    """A selection with its sort: one stable sort over all specialized pairs, run ends as a tensor, no host sync.
+
+    `tile` adds tiles of so many tokens of the same choice.
+    """
+    tile_tokens = None if tile is None else same_choice(indices_TK, sub_dims, shared, tile)
     tokens, active = indices_TK.shape
     chosen, device = active - shared, indices_TK.device
     rows = (indices_TK + torch.arange(tokens, device=device).unsqueeze(1) * sub_dims).reshape(-1)
@@ -35,25 +41,43 @@ def select(indices_TK: Tensor, sub_dims: int, shared: int) -> Selection:
     slots_TN = slots_TN.scatter(1, indices_TK, torch.arange(active, device=device).expand(tokens, active))
     ids = torch.arange(shared, sub_dims, device=device)
     if chosen == 0:
-        return Selection(indices_TK, sub_dims, shared, rows, slots_TN, indices_TK.new_zeros(0), torch.zeros_like(ids))
+        return Selection(
+            indices_TK, sub_dims, shared, rows, slots_TN, indices_TK.new_zeros(0), torch.zeros_like(ids), tile_tokens
+        )
     keys, order = torch.sort(indices_TK[:, shared:].reshape(-1), stable=True)
     pairs = order // chosen * active + shared + order % chosen
     ends = torch.searchsorted(keys, ids, right=True)
-    return Selection(indices_TK, sub_dims, shared, rows, slots_TN, pairs, ends)
+    return Selection(indices_TK, sub_dims, shared, rows, slots_TN, pairs, ends, tile_tokens)
 
 
-def tiles(pairs: Tensor, ends: Tensor) -> tuple[Tensor, Tensor]:
-    """Pairs in tiles of one sub-dimension each: ([M, TILE] pairs, -1 where a tile is not full; [M] place of its sub-dimension).
+def same_choice(indices_TK: Tensor, sub_dims: int, shared: int, size: int) -> Tensor:
+    """Tokens in tiles of `size`, all of a tile with the same active sub-dimensions: int64 [M, size], -1 fills a tile up.
 
-    M = T*P // TILE + N - S is static: each run wastes less than a tile. The place of an empty tile is N-S-1 or less.
+    M = T // size + min(T, choices there are): from shapes alone.
     """
-    count = pairs.shape[0] // TILE + ends.shape[0]
+    tokens, active = indices_TK.shape
+    key = torch.zeros_like(indices_TK[:, 0])
+    for k in range(shared, active):
+        key = key * sub_dims + indices_TK[:, k]
+    key, order = torch.sort(key, stable=True)
+    run = torch.cat([torch.zeros_like(key[:1]), (key[1:] != key[:-1]).long()]).cumsum(0)
+    count = min(tokens, math.comb(sub_dims - shared, active - shared))
+    ends = torch.searchsorted(run, torch.arange(count, device=run.device), right=True)
+    return tiles(order, ends, size)[0]
+
+
+def tiles(pairs: Tensor, ends: Tensor, size: int = TILE) -> tuple[Tensor, Tensor]:
+    """Rows in tiles of one run each: ([M, size] of `pairs`, -1 where a tile is not full; [M] the tile's run).
+
+    M = len(pairs) // size + len(ends) is static: each run wastes less than a tile. An empty tile belongs to the last run.
+    """
+    count = pairs.shape[0] // size + ends.shape[0]
     starts = torch.cat([ends.new_zeros(1), ends[:-1]])
-    tile_ends = ((ends - starts + TILE - 1) // TILE).cumsum(0)
+    tile_ends = ((ends - starts + size - 1) // size).cumsum(0)
     tile_starts = torch.cat([ends.new_zeros(1), tile_ends[:-1]])
     place = torch.searchsorted(tile_ends, torch.arange(count, device=pairs.device), right=True)
     place = place.clamp(max=ends.shape[0] - 1)
-    first = starts[place] + (torch.arange(count, device=pairs.device) - tile_starts[place]) * TILE
-    position = first.unsqueeze(1) + torch.arange(TILE, device=pairs.device)
+    first = starts[place] + (torch.arange(count, device=pairs.device) - tile_starts[place]) * size
+    position = first.unsqueeze(1) + torch.arange(size, device=pairs.device)
     inside = position < ends[place].unsqueeze(1)
     return torch.where(inside, pairs[position.clamp(max=pairs.shape[0] - 1)], -1), place

@@ -1,0 +1,77 @@
+"""The benchmark on the tiny model: its JSON, its refusals, and that a wrong backend gets no figure."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from mohd_train.benchmark.run import add_arguments, main
+from mohd_train.errors import UserError
+from mohd_train.kernels import grouped
+
+
+def run(root: Path, *words: str) -> int:
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    fixed = ["--device", "cpu", "--rounds", "2", "--no-compile", "--tokens", "32"]
+    return main(root / "configs", parser.parse_args([*fixed, *words]))
+
+
+@pytest.mark.parametrize("mode", ["layer", "train", "forward", "decode"])
+def test_rows_of_every_mode(mode: str, root: Path, tmp_path: Path) -> None:
+    file = tmp_path / "out.json"
+    assert run(root, "--models", "tiny:dense,tiny:x2", "--mode", mode, "--json", str(file)) == 0
+    result = json.loads(file.read_text(encoding="utf-8"))
+    assert {"command", "commit", "torch", "device", "dtype", "peak_tflops"} <= set(result["environment"])
+    dense, x2 = result["rows"]
+    assert (dense["model"], x2["model"], x2["baseline"]) == ("tiny:dense", "tiny:x2", "tiny:dense")
+    assert dense["ratio_min"] == dense["ratio_median"] == dense["arithmetic_ratio"] == 1
+    assert 0 < x2["ratio_min"] <= x2["ratio_median"]
+    assert x2["arithmetic_ratio"] > 1
+    assert x2["error_against_reference"] < 1e-4
+    assert (x2["activation_bytes"] is not None) == (mode in ("layer", "train"))
+
+
+def test_sweep_gives_a_row_a_point(root: Path, tmp_path: Path) -> None:
+    file = tmp_path / "out.json"
+    run(root, "--models", "tiny:x2", "--sweep", "tokens=16,32", "--json", str(file))
+    rows = json.loads(file.read_text(encoding="utf-8"))["rows"]
+    assert [(row["sweep"], row["tokens"]) for row in rows if row["model"] == "tiny:x2"] == [
+        ("tokens=16", 16),
+        ("tokens=32", 32),
+    ]
+
+
+def test_no_figure_for_a_backend_that_is_wrong(
+    root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    right = grouped.down
+    monkeypatch.setattr(grouped, "down", lambda *inputs: right(*inputs) * 1.01)
+    with pytest.raises(UserError, match="tiny:x2: backend differs from the reference"):
+        run(root, "--models", "tiny:x2", "--mode", "decode")
+    assert "tiny:x2" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--models", "tiny:x9"], "x9.yaml"),
+        (["--models", "huge:x2"], "huge.yaml"),
+        (["--sweep", "width=1"], "--sweep"),
+        (["--tokens", "30", "--seq-len", "16"], "not a multiple"),
+        (["--models", "tiny:x2", "--kernels", "triton"], "use kernels: grouped"),
+    ],
+)
+def test_bad_input(words: list[str], message: str, root: Path) -> None:
+    with pytest.raises(UserError, match=message):
+        run(root, *words)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+def test_no_cuda(root: Path) -> None:
+    with pytest.raises(UserError, match="no CUDA device"):
+        run(root, "--device", "cuda")
