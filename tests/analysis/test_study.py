@@ -9,13 +9,30 @@ import pytest
 import torch
 from support.analysis import gpt2, hf_folder, llama, native, subject_of, text_folder
 from torch import Tensor, nn
-from transformers import MambaConfig, MambaForCausalLM, OPTConfig, OPTForCausalLM
+from transformers import (
+    BloomConfig,
+    BloomForCausalLM,
+    FalconConfig,
+    FalconForCausalLM,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    Olmo2Config,
+    Olmo2ForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+)
 
 from mohd_train.analysis.architecture import POINTS, find_blocks, tapped
 from mohd_train.analysis.corpus import open_corpus
 from mohd_train.analysis.options import StudyOptions
 from mohd_train.analysis.study import observe
 from mohd_train.errors import UserError
+
+SMALL = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 
 
 class Scale(nn.Module):
@@ -91,6 +108,32 @@ def test_hugging_face_models_are_understood(make, tmp_path: Path) -> None:
     assert len(record["map_tokens"]) == 5
     assert record["map_tokens"][0].startswith(("w", "<", "</"))
     json.dumps(record, allow_nan=False)
+
+
+@pytest.mark.parametrize(
+    ("model", "config", "exact"),
+    [
+        (
+            BloomForCausalLM,
+            BloomConfig(vocab_size=97, hidden_size=32, n_layer=2, n_head=4),
+            True,
+        ),  # adds the residual itself
+        (FalconForCausalLM, FalconConfig(**SMALL), True),  # both in parallel, added in place
+        (GPTNeoXForCausalLM, GPTNeoXConfig(**SMALL, intermediate_size=48), True),
+        (
+            MixtralForCausalLM,
+            MixtralConfig(**SMALL, intermediate_size=48, num_key_value_heads=2, num_local_experts=3),
+            True,
+        ),
+        (Olmo2ForCausalLM, Olmo2Config(**SMALL, intermediate_size=48), False),  # norms behind the components
+    ],
+)
+def test_residual_error_tells_blocks_that_are_sums_from_others(model, config, exact: bool) -> None:
+    built, seen = model(config).eval(), []
+    with torch.no_grad(), tapped(find_blocks(built), lambda layer, point, _: seen.append((layer, point))) as taps:
+        built(torch.randint(4, 97, (2, 8)), use_cache=False)
+    assert sorted(seen) == sorted((layer, point) for layer in (0, 1) for point in POINTS)
+    assert (max(taps.residual_error) < 1e-5) == exact
 
 
 def test_norm_input_of_llama_is_what_the_hook_reports(tmp_path: Path) -> None:

@@ -181,11 +181,11 @@ def _block_exit(taps: Taps, layer: int, receive: Receive) -> Callable[..., None]
 
 
 def _hidden(value: Any, module: nn.Module) -> Tensor:
-    """The hidden states [B, T, D] among what a module takes or gives, in float32."""
+    """The hidden states [B, T, D] among what a module takes or gives, in float32; a copy, since some models add in place."""
     first = value[0] if isinstance(value, (tuple, list)) and value else value
     if not isinstance(first, Tensor) or first.dim() != 3:
         raise UserError(
             f"{_class(module)} isn't understood: its first input or output is no tensor [batch, tokens, hidden size]; "
             "name another part with --attention-module or --ffn-module"
         )
-    return first.detach().float()
+    return first.detach().to(torch.float32, copy=True)

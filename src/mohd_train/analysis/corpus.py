@@ -30,6 +30,7 @@ from mohd_train.data.verify import verify
 from mohd_train.errors import UserError
 
 DEFAULT_SEQ_LEN = 1024  # of raw text, where the model's own limit is not lower
+_ORDER_SEED = 0  # of the order in which a prepared domain's samples are read
 _TEXT_BLOCK = 1 << 20  # characters of a text file tokenized at once
 
 Sequences = Callable[[], Iterator[NDArray[np.int64]]]
@@ -119,8 +120,10 @@ def _prepared(path: Path, subject: Subject, seq_len: int | None) -> Corpus:
         dataset: Any = loaders[name].dataset
 
         def sequences() -> Iterator[NDArray[np.int64]]:
-            for index in range(len(dataset)):
-                tokens = np.asarray(dataset[index]["tokens"], np.int64)
+            for index in np.random.default_rng(_ORDER_SEED).permutation(
+                len(dataset)
+            ):  # the first samples are few documents
+                tokens = np.asarray(dataset[int(index)]["tokens"], np.int64)
                 for start in range(0, len(tokens) - length + 1, length):
                     yield tokens[start : start + length]
 
