@@ -2,7 +2,7 @@
 
 Usage:
     python scripts/demo.py run [--out runs/demo] [--raw DIR] [--tokenizer FILE] [--eval-data DIR] [--limit N]
-                               [--max-duration 150ba]
+                               [--max-duration 100ba]
     python scripts/demo.py corpus DIR                      text of this Python installation as RedPajama-style rows
     python scripts/demo.py tokenizer RAW_DIR MODEL_FILE    a small sentencepiece tokenizer learned from rows
     python scripts/demo.py curves RUN_DIR... --output PNG  loss curves of runs

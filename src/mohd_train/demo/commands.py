@@ -24,7 +24,7 @@ def run(**given: str | int | None) -> None:
         ):  # a tokenizer may be a name on the hub
             if name != "out" and not Path(path).exists():
                 raise UserError(f"--{name.replace('_', '-')}: there is no {path}")
-            given[name] = os.path.relpath(path, CHECKOUT)
+            given[name] = path if os.path.isabs(path) else os.path.relpath(path, CHECKOUT)
     limit = given.get("limit")
     if isinstance(limit, int) and limit < 1:
         raise UserError(f"--limit is {limit}; it must be at least 1")

@@ -77,7 +77,7 @@ def claim(options: Options) -> None:
         UserError: it holds one of other inputs, or can't be written to.
     """
     record = options.folder / "demo.json"
-    ours = asdict(options)
+    ours = {key: value for key, value in asdict(options).items() if key != "out"}
     if record.is_file():
         try:
             theirs = json.loads(record.read_text("utf-8"))
@@ -113,6 +113,8 @@ def write_recipe(options: Options) -> None:
     }
     if options.max_duration or options.raw:
         recipe["max_duration"] = options.max_duration or f"{REAL_BATCHES}ba"
+    if options.max_duration:  # a run may be shorter than the recipe's warm-up
+        recipe["scheduler"] = {"t_warmup": "0.1dur"}
     text = "# Written by the demo: on top of configs/recipe/demo.yaml\n" + yaml.safe_dump(recipe, sort_keys=False)
     path = options.folder / "recipe.yaml"
     part = path.with_name("recipe.yaml.part")

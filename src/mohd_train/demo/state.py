@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 
 from mohd_train.config.schema import Config
 from mohd_train.data import manifest as manifests
-from mohd_train.data.tokenize import load_tokenizer
 from mohd_train.data.verify import verify
 from mohd_train.demo.corpus import read_corpus
 from mohd_train.demo.tokenizer import VOCAB_SIZE
@@ -52,6 +51,8 @@ def shards(folder: Path, tokenizer_source: str, seq_len: int) -> str | None:
     found = manifest(folder)
     if found is None:
         return None
+    from mohd_train.data.tokenize import load_tokenizer  # seconds, for transformers
+
     if found.seq_len != seq_len or found.tokenizer.sha256 != load_tokenizer(tokenizer_source).sha256:
         raise UserError(
             f"{folder} was prepared with another tokenizer or length than {tokenizer_source}, {seq_len}; remove it"
