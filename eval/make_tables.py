@@ -1,10 +1,11 @@
-"""Table 2 from stored results: our scores, the paper's row beside each of ours, and the difference.
+"""The paper's tables with our numbers, the paper's beside them, and the difference.
 
-    python eval/make_tables.py eval/results
-    python eval/make_tables.py runs/a/eval runs/b/eval --format latex --output table2.tex
-    python eval/make_tables.py --paper-only
+    python eval/make_tables.py SWEEP_DIR --table 4 [--format md|latex|csv|html] [--output FILE]
+    python eval/make_tables.py eval/results                           # Table 2 from results of eval/run_eval.py
+    python eval/make_tables.py --paper-only --table 5                 # the paper's own
 
-A row of ours is matched with the paper's by the model's name (355m-x2: MoHD-710M). Missing scores are shown as a dash.
+SWEEP_DIR is what scripts/sweep.py launch filled; means over seeds stand with their standard error. In Table 2 a row of
+ours is matched with the paper's by the model's name (355m-x2: MoHD-710M). Missing numbers are shown as a dash.
 """
 
 from __future__ import annotations
@@ -17,27 +18,20 @@ from mohd_train.errors import run_cli
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("results", nargs="*", type=Path, metavar="RESULTS", help="result files, or folders of them")
-    parser.add_argument("--format", choices=["md", "csv", "latex"], default="md", help="default: %(default)s")
+    parser.add_argument(
+        "results", nargs="*", type=Path, metavar="RESULTS", help="SWEEP_DIR; or result files and folders"
+    )
+    parser.add_argument("--table", type=int, choices=[1, 2, 3, 4, 5], default=2, help="default: %(default)s")
+    parser.add_argument("--format", choices=["md", "csv", "latex", "html"], default="md", help="default: %(default)s")
     parser.add_argument("--output", type=Path, help="a file; default: the terminal")
     parser.add_argument("--paper-only", action="store_true", help="the paper's own table")
     args = parser.parse_args()
     if bool(args.results) == args.paper_only:
         parser.error("give RESULTS, or --paper-only without them")
 
-    from mohd_train.evaluate import (
-        formats,
-        paper,
-        results,
-        suite,
-        tables,
-        text_file,
-    )  # after parsing: --help answers at once
+    from mohd_train.evaluate import table_text, text_file  # after parsing: --help answers at once
 
-    table = tables.build_table(
-        suite.load_suite(), paper.load_paper(), results.find(args.results), paper_only=args.paper_only
-    )
-    text = formats.FORMATS[args.format](table)
+    text = table_text.table_text(args.table, args.results, args.format)
     if args.output is None:
         print(text, end="")
     else:

@@ -4,6 +4,7 @@
     python eval/run_eval.py --checkpoint HF_FOLDER --tasks sciq,arc_easy --data-dir DIR --limit 100 --output eval/results
 
     python eval/run_eval.py --checkpoint CHECKPOINT --perplexity --data PREPARED_FOLDER
+    python eval/run_eval.py --sweep SWEEP_DIR [--perplexity] [--jobs N]      # every finished run, into SWEEP_DIR/eval
 
 Without --data-dir the rows come from the Hugging Face hub. What is stored already is not computed again. --perplexity measures
 the validation perplexity per domain instead of the tasks.
@@ -12,7 +13,7 @@ the validation perplexity per domain instead of the tasks.
 from __future__ import annotations
 
 from mohd_train.errors import run_cli
-from mohd_train.evaluate.options import EvalOptions, parse
+from mohd_train.evaluate.options import EvalOptions, SweepEvalOptions, parse
 
 
 def main() -> int:
@@ -21,6 +22,10 @@ def main() -> int:
         from mohd_train.evaluate.run import run_eval
 
         return run_eval(options)
+    if isinstance(options, SweepEvalOptions):
+        from mohd_train.evaluate.sweep_eval import run_sweep
+
+        return run_sweep(options)
     from mohd_train.evaluate.perplexity import run_perplexity
 
     return run_perplexity(options)

@@ -18,7 +18,7 @@ MAY_IMPORT = {
     "hf": {"config", "model"},
     "data": {"config"},
     "train": {"config", "model", "data", "kernels"},
-    "evaluate": {"config", "model", "hf", "data"},
+    "evaluate": {"config", "model", "hf", "data", "sweep", "analysis"},
     "analysis": {"config", "model", "hf", "data"},
     "sweep": {"config", "data", "model"},
     "benchmark": {"config", "kernels", "model"},

@@ -7,6 +7,8 @@ import io
 from collections.abc import Callable
 from itertools import groupby
 
+from mohd_train.evaluate.grid import Grid
+from mohd_train.evaluate.grid import to_html as grid_to_html
 from mohd_train.evaluate.tables import Cell, Row, Table
 
 MISSING = "–"
@@ -30,22 +32,23 @@ def _cells(row: Row) -> list[Cell]:
 
 def to_markdown(table: Table) -> str:
     """A Markdown table with a line of groups and numbered notes below."""
-    notes = table.notes()
+    notes, best = table.notes(), table.best()
 
-    def shown(cell: Cell, kind: str) -> str:
+    def shown(place: tuple[int, int], cell: Cell, kind: str) -> str:
         marks = ",".join(dict.fromkeys(notes[reason][0] for reason, _ in cell.reasons))
-        return _value(cell, kind) + (f" <sup>{marks}</sup>" if marks else "")
+        value = f"**{_value(cell, kind)}**" if place in best else _value(cell, kind)
+        return value + (f" <sup>{marks}</sup>" if marks else "")
 
     heads = ["Model", "# Activate", "# Params", *[f"{spec.column} ({spec.shots})" for spec in table.tasks], "Average"]
     groups = ["", "", "", *[f"*{name}*" if i == 0 else "" for name, size in _groups(table) for i in range(size)], ""]
     body = [
         [f"**{row.label}**" if row.kind == "ours" else row.label, row.activated, row.total]
-        + [shown(cell, row.kind) for cell in _cells(row)]
-        for row in table.rows
+        + [shown((i, j), cell, row.kind) for j, cell in enumerate(_cells(row))]
+        for i, row in enumerate(table.rows)
     ]
     rule = ["---", *["---:"] * (len(heads) - 1)]
     lines = ["| " + " | ".join(cells) + " |" for cells in (heads, rule, groups, *body)]
-    below = [f"<sup>{letter}</sup> {text}" for letter, text in notes.values()]
+    below = [*[f"<sup>{letter}</sup> {text}" for letter, text in notes.values()], *table.remarks]
     return "\n".join([*lines, "", "  \n".join([GROUP_NOTE, *below]), ""])
 
 
@@ -74,12 +77,13 @@ def _tex(text: str) -> str:
 
 def to_latex(table: Table) -> str:
     """A `tabular` in booktabs style with a row of groups; notes as text after it."""
-    notes = table.notes()
+    notes, best = table.notes(), table.best()
 
-    def shown(cell: Cell, kind: str) -> str:
+    def shown(place: tuple[int, int], cell: Cell, kind: str) -> str:
         marks = ",".join(dict.fromkeys(notes[reason][0] for reason, _ in cell.reasons))
         value = _value(cell, kind)
         value = f"${value}$" if kind == "difference" and value != MISSING else _tex(value)  # $-1.2$: a minus, no hyphen
+        value = rf"\textbf{{{value}}}" if place in best else value
         return value + (f"$^{{{marks}}}$" if marks else "")
 
     columns = "lrr" + "r" * len(table.tasks) + "r"
@@ -91,14 +95,36 @@ def to_latex(table: Table) -> str:
         rf"& & & {groups} & \\",
         " & ".join(map(_tex, heads)) + r" \\",
     ]
-    for row in table.rows:
+    for i, row in enumerate(table.rows):
         if row.kind == "ours" or row is table.rows[0]:
             lines.append(r"\midrule")
         first = [_tex(row.label), row.activated, row.total]
-        lines.append(" & ".join(first + [shown(cell, row.kind) for cell in _cells(row)]) + r" \\")
+        lines.append(" & ".join(first + [shown((i, j), cell, row.kind) for j, cell in enumerate(_cells(row))]) + r" \\")
     lines += [r"\bottomrule", r"\end{tabular}"]
     below = [GROUP_NOTE, *[rf"$^{{{letter}}}$ {_tex(text)}" for letter, text in notes.values()]]
     return "\n".join([*lines, "", *[f"{line}\\\\" for line in below[:-1]], below[-1], ""])
 
 
-FORMATS: dict[str, Callable[[Table], str]] = {"md": to_markdown, "csv": to_csv, "latex": to_latex}
+def to_grid(table: Table) -> Grid:
+    """The table as rows of text, for a page."""
+    notes = table.notes()
+    heads = ["Model", "# Activate", "# Params", *[f"{spec.column} ({spec.shots})" for spec in table.tasks], "Average"]
+    grid = Grid("Table 2: the ten tasks", heads)
+    for row in table.rows:
+        marks = [",".join(dict.fromkeys(notes[reason][0] for reason, _ in cell.reasons)) for cell in _cells(row)]
+        values = [
+            _value(cell, row.kind) + (f" ({mark})" if mark else "")
+            for cell, mark in zip(_cells(row), marks, strict=True)
+        ]
+        grid.add(row.label, row.activated, row.total, *values, faint=row.kind != "ours")
+    grid.bold = {(i, j + 3) for i, j in table.best()}
+    grid.notes = [GROUP_NOTE, *[f"({letter}) {text}" for letter, text in notes.values()], *table.remarks]
+    return grid
+
+
+def to_html(table: Table) -> str:
+    """A ``figure`` with the table."""
+    return grid_to_html(to_grid(table))
+
+
+FORMATS: dict[str, Callable[[Table], str]] = {"md": to_markdown, "csv": to_csv, "latex": to_latex, "html": to_html}

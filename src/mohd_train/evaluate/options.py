@@ -45,12 +45,46 @@ class PerplexityOptions:
     overwrite: bool = False
 
 
-def parse(description: str | None, arguments: Sequence[str] | None = None) -> EvalOptions | PerplexityOptions:
+@dataclass
+class SweepEvalOptions:
+    """What `eval/run_eval.py --sweep` is asked to do."""
+
+    sweep: Path  # folder of a launched sweep
+    jobs: int | None  # checkpoints at once; None: one a GPU
+    words: list[str]  # for each checkpoint's own command
+
+
+def parse(
+    description: str | None, arguments: Sequence[str] | None = None
+) -> EvalOptions | PerplexityOptions | SweepEvalOptions:
     """The command line of `eval/run_eval.py`. Usage errors leave with status 2, as argparse does."""
+    sweep = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    sweep.add_argument("--sweep", type=Path)
+    sweep.add_argument("--jobs", type=int)
+    found, words = sweep.parse_known_args(arguments)
+    if found.sweep is None and found.jobs is None:
+        return _parse_one(description, words)
+    if found.sweep is None or (found.jobs is not None and found.jobs < 1):
+        sweep.error(
+            "--jobs goes with --sweep" if found.sweep is None else f"argument --jobs: {found.jobs} is not positive"
+        )
+    for option in ("--checkpoint", "--name", "--output", "--tokenizer"):
+        if any(word.partition("=")[0] == option for word in words):
+            sweep.error(f"{option} does not go with --sweep, which sets it for each run")
+    checked = ["--data", "given"] if "--perplexity" in words and "--data" not in words else []
+    _parse_one(description, [*words, *checked, "--checkpoint", "each"])  # usage errors once, before any process
+    return SweepEvalOptions(found.sweep, found.jobs, words)
+
+
+def _parse_one(description: str | None, arguments: Sequence[str]) -> EvalOptions | PerplexityOptions:
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--checkpoint", type=Path, required=True, help="Composer checkpoint or Hugging Face folder")
+    parser.add_argument(
+        "--sweep", metavar="DIR", help="in its place: every finished run of a launched sweep, what is new of it"
+    )
+    parser.add_argument("--jobs", metavar="N", help="with --sweep: checkpoints at once; default: one a GPU")
     parser.add_argument("--tasks", nargs="+", default=[], help="default: all ten (eval/tasks.yaml)")
     parser.add_argument(
         "--data-dir", type=Path, help="rows from DIR/<task>/<split>.jsonl (mmlu/<subject>/<split>.jsonl)"

@@ -38,6 +38,27 @@ class Table:
 
     tasks: list[TaskSpec]
     rows: list[Row] = field(default_factory=list)
+    remarks: list[str] = field(default_factory=list)  # of the whole table, below it
+
+    def best(self) -> set[tuple[int, int]]:
+        """(row, column) of the best score of each task, and of the average, among ours of one base; or among the paper's own.
+
+        As the paper stresses them. The last column is the average; a base with one row has no best.
+        """
+        kind = "ours" if any(row.kind == "ours" for row in self.rows) else "paper"
+        groups: dict[str, list[int]] = {}
+        for i, row in enumerate(self.rows):
+            if row.kind == kind:
+                groups.setdefault(row.model.partition("-")[0].lower(), []).append(i)
+        found = set()
+        for rows in groups.values():
+            for column in range(len(self.tasks) + 1):
+                values = {
+                    i: v for i in rows if (v := (*self.rows[i].cells, self.rows[i].average)[column].value) is not None
+                }
+                if len(values) > 1:
+                    found |= {(i, column) for i, value in values.items() if value == max(values.values())}
+        return found
 
     def notes(self) -> dict[str, tuple[str, str]]:
         """Reason -> (its letter, its text), in the order in which the reasons appear."""

@@ -1,0 +1,208 @@
+"""What a launched sweep has brought so far: per run its state, curve and results; per model and setting the mean over seeds."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from mohd_train.config.plan import ModelPlan
+from mohd_train.errors import UserError
+from mohd_train.evaluate import results
+from mohd_train.evaluate.perplexity import FORMAT as PERPLEXITY_FORMAT
+from mohd_train.evaluate.perplexity import TOTAL
+from mohd_train.sweep.folder import RECORD, SweepFolder
+from mohd_train.sweep.status import RunStatus, run_status
+
+RESULTS = "eval"  # folder of a sweep that run_eval.py --sweep fills
+PERPLEXITY = "metrics/eval/LanguagePerplexity"
+
+
+@dataclass(frozen=True)
+class Mean:
+    """Mean over ``n`` seeds, with its standard error where there are two or more; ``unfinished`` of them were not at their end."""
+
+    value: float
+    error: float | None
+    n: int
+    unfinished: int = 0
+
+
+def mean(values: list[float], unfinished: int = 0) -> Mean | None:
+    """Mean and standard error (sample standard deviation over the root of n); None without values."""
+    if not values:
+        return None
+    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
+    return Mean(statistics.fmean(values), error, len(values), unfinished)
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """One run. ``metrics`` are the lines of metrics.jsonl; ``measured`` is the perplexity that run_eval.py --perplexity stored."""
+
+    status: RunStatus
+    model: str
+    setting: str
+    label: str
+    seed: int
+    plan: ModelPlan
+    folder: Path
+    record: dict[str, Any] | None
+    metrics: list[dict[str, Any]]
+    tasks: dict[str, results.Result]
+    measured: dict[str, Any] | None
+
+    @property
+    def name(self) -> str:
+        """``tiny-355m-x2-s17``."""
+        return self.status.name
+
+    @property
+    def base(self) -> str:
+        """The paper's model that it stands for: ``355m``, at the tiny scale too."""
+        return self.model.removeprefix("tiny-")
+
+    def series(self, key: str) -> tuple[list[float], list[float]]:
+        """(tokens, values) of a logged metric."""
+        rows = [(line["tokens"], line[key]) for line in self.metrics if key in line]
+        return [float(tokens) for tokens, _ in rows], [float(value) for _, value in rows]
+
+
+@dataclass
+class SweepResults:
+    """A sweep. ``notes`` name what was set aside, and why."""
+
+    folder: Path
+    name: str
+    title: str
+    scale: str
+    runs: list[RunResult]
+    notes: list[str] = field(default_factory=list)
+
+    def groups(self) -> dict[tuple[str, str], list[RunResult]]:
+        """(model, setting) -> its seeds, in the sweep's order."""
+        found: dict[tuple[str, str], list[RunResult]] = {}
+        for run in self.runs:
+            found.setdefault((run.model, run.setting), []).append(run)
+        return found
+
+    def perplexity_source(self) -> tuple[str, Callable[[RunResult], float | None]]:
+        """One source for a whole column: the stored measurements if every finished run has one on the same data, else the
+        validation of training itself. Returns it in words, and what gives it."""
+        finished = [run for run in self.runs if run.status.state == "finished"]
+        settings = {json.dumps(run.measured and run.measured["settings"], sort_keys=True) for run in finished}
+        if finished and len(settings) == 1 and all(run.measured for run in finished):
+            return "run_eval.py --perplexity", lambda run: run.measured and run.measured[TOTAL]["perplexity"]
+        return "the last validation within training", lambda run: run.status.perplexity
+
+    def perplexity(self, runs: list[RunResult]) -> Mean | None:
+        """Over seeds; runs that are not finished count where no seed is, and are marked."""
+        _, of = self.perplexity_source()
+        finished = [value for run in runs if run.status.state == "finished" and (value := of(run)) is not None]
+        if finished:
+            return mean(finished)
+        rest = [value for run in runs if (value := run.status.perplexity) is not None]
+        return mean(rest, unfinished=len(rest))
+
+
+def read_sweep_results(path: Path) -> SweepResults:
+    """Reads a sweep's folder; broken results are set aside and named in the notes.
+
+    Raises:
+        UserError: no sweep was launched there.
+    """
+    if not (path / RECORD).is_file():
+        raise UserError(
+            f"{path} is not the folder of a launched sweep (it has no {RECORD}); scripts/sweep.py launch makes one"
+        )
+    folder = SweepFolder(path)
+    found = SweepResults(path, folder.record["name"], folder.record["title"], folder.record["scale"], [])
+    for name, entry in folder.runs.items():
+        status = run_status(folder, name)
+        tasks, measured = _stored(path / RESULTS / name, found.notes)
+        if status.state != "finished" and status.batch:
+            total = f" of {status.batches}" if status.batches else ""
+            found.notes.append(f"{name} is not finished ({status.state}, batch {status.batch}{total})")
+        found.runs.append(
+            RunResult(
+                status,
+                entry["model"],
+                entry["setting"],
+                entry["label"],
+                entry["seed"],
+                ModelPlan.from_dict(entry["plan"]),
+                path / name,
+                folder.run_record(name),
+                _metrics(path / name / "metrics.jsonl"),
+                tasks,
+                measured,
+            )
+        )
+    return found
+
+
+def _metrics(path: Path) -> list[dict[str, Any]]:
+    """Whole lines; the last may be half-written by a run under way."""
+    if not path.exists():
+        return []
+    lines = path.read_bytes().splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith(b"\n")]
+
+
+def _stored(folder: Path, notes: list[str]) -> tuple[dict[str, results.Result], dict[str, Any] | None]:
+    tasks: dict[str, results.Result] = {}
+    measured = None
+    for file in sorted(folder.glob("*.json")) if folder.is_dir() else []:
+        if file.name.startswith("."):
+            continue
+        try:
+            content = json.loads(file.read_text(encoding="utf-8"))[results.KEY]
+            if content["format"] == PERPLEXITY_FORMAT:
+                measured = content
+            elif content["format"] == results.FORMAT:
+                result = results.read(file)
+                tasks[result.settings.task] = result
+        except (ValueError, KeyError, TypeError) as error:
+            notes.append(f"{file} is broken and set aside ({str(error) or type(error).__name__}); evaluate again")
+    return tasks, measured
+
+
+def merged_tasks(found: SweepResults) -> list[results.Result]:
+    """One result for each model, setting and task: the mean over seeds, named as the paper's rows are (``355m-x2``).
+
+    Results asked in another way than the first seed's (shots, metric, harness, rows) are not averaged with it but named in
+    the notes.
+    """
+    merged = []
+    for runs in found.groups().values():
+        for task in dict.fromkeys(task for run in runs for task in run.tasks):
+            all_of = [run.tasks[task] for run in runs if task in run.tasks]
+            alike = [one for one in all_of if one.settings == all_of[0].settings]
+            for other in all_of:
+                if other not in alike:
+                    found.notes.append(
+                        f"{other.path} was asked in another way than {all_of[0].path}; left out of the mean"
+                    )
+            merged.append(_merge(runs[0], alike))
+    return merged
+
+
+def _merge(run: RunResult, alike: list[results.Result]) -> results.Result:
+    scores: dict[str, float | None] = {}
+    for key in alike[0].scores:
+        values = [value for one in alike if (value := one.scores.get(key)) is not None]
+        scores[key] = statistics.fmean(values) if values else None
+    spread = mean([value for one in alike if (value := one.scores.get(one.settings.metric)) is not None])
+    if spread is not None and spread.error is not None:
+        scores[f"{alike[0].settings.metric}_seeds_stderr"] = spread.error
+    name = f"{run.base}-{run.setting}"
+    fingerprint = "+".join(sorted(one.model["fingerprint"] for one in alike))
+    return replace(
+        alike[0],
+        scores=scores,
+        model={**alike[0].model, "name": name, "fingerprint": name if len(alike) > 1 else fingerprint},
+    )
