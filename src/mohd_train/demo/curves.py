@@ -14,6 +14,7 @@ matplotlib.use("Agg")  # files, no screen
 
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.ticker import ScalarFormatter
 
 from mohd_train.errors import UserError
 
@@ -94,6 +95,8 @@ def draw(curves: list[Curve], output: Path) -> None:
     _style(left, "Training cross-entropy (running mean)", "nats per token")
     _style(right, "Validation perplexity, all domains", "perplexity (log scale)")
     right.set_yscale("log")
+    right.yaxis.set_major_formatter(ScalarFormatter())
+    right.yaxis.set_minor_formatter(ScalarFormatter())
     left.legend(frameon=False)
     if any(curve.perplexity for curve in curves):
         right.legend(frameon=False, title="at the end")
