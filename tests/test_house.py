@@ -65,6 +65,10 @@ def test_every_public_function_and_class_has_a_docstring() -> None:
     for file in SOURCE.rglob("*.py"):
         tree = ast.parse(file.read_text(encoding="utf-8"))
         for node in tree.body:
-            if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_") and not ast.get_docstring(node):
+            if (
+                isinstance(node, ast.FunctionDef | ast.ClassDef)
+                and not node.name.startswith("_")
+                and not ast.get_docstring(node)
+            ):
                 missing.append(f"{file.relative_to(ROOT)}:{node.lineno} {node.name}")
     assert not missing, "\n".join(missing)
