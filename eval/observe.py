@@ -34,20 +34,29 @@ def main() -> int:
 
 def _task_score(subject: Subject, options: ObserveOptions, cache: str) -> Score:
     """A function that scores the model as it stands on the tasks that were asked for."""
+    import logging
     from pathlib import Path
 
+    import datasets
+
+    from mohd_train.errors import UserError
     from mohd_train.evaluate.checkpoint import LoadedModel
     from mohd_train.evaluate.harness import HarnessLM, score
     from mohd_train.evaluate.results import scores_of
     from mohd_train.evaluate.suite import load_suite
     from mohd_train.evaluate.tasks import build_task, stock_manager
 
+    if subject.tokenizer is None:
+        raise UserError(f"--tasks: {options.model} comes with no tokenizer; give it with --tokenizer")
+    datasets.disable_progress_bars()
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
     suite = load_suite()
     specs = suite.select(options.tasks)
     manager = stock_manager(specs)
     built = [build_task(spec, manager, options.task_data, Path(cache)) for spec in specs]
     info = {**subject.info, "tokenizer": str(options.tokenizer or options.model)}
-    lm = HarnessLM(LoadedModel(subject.model, subject.tokenizer, info, ours=subject.transformer is not None))
+    ours = subject.transformer is not None
+    lm = HarnessLM(LoadedModel(subject.model, subject.tokenizer, info, vocab_size=subject.vocab_size, ours=ours))
 
     def scored() -> dict[str, float]:
         found = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from support.analysis import hf_folder, llama, native, text_folder
 
 from mohd_train.analysis.options import KnockoutOptions, parse
 from mohd_train.analysis.run import run_observation
+from mohd_train.analysis.subject import load_subject
 from mohd_train.errors import UserError
 
 
@@ -36,6 +38,7 @@ def test_a_mohd_checkpoint_gives_record_router_knockout_and_figures(tmp_path: Pa
     assert record["format"] == "mohd_train.observation/1"
     assert record["model"]["plan"]["name"] == "small-x2"
     assert record["data"]["seq_len"] == 32
+    assert record["options"]["shares"] == [0.2, 0.8]
     assert {"active", "sparsity"} <= set(record["definitions"])
     assert torch.__version__.startswith(record["versions"]["torch"])
     router = json.loads((folder / "router.json").read_text())
@@ -91,3 +94,16 @@ def test_the_script_names_bad_input_in_one_line(root: Path, tmp_path: Path) -> N
     assert done.stderr.startswith("error: ")
     assert "no such checkpoint" in done.stderr
     assert len(done.stderr.splitlines()) == 1
+
+
+def test_tasks_are_scored_by_the_evaluation(root: Path, tmp_path: Path) -> None:
+    spec = importlib.util.spec_from_file_location("observe_script", root / "eval" / "observe.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    arguments = ["--model", str(native(tmp_path / "run")), "--data", "d", "--knockout", "--limit", "4"]
+    options = parse(None, [*arguments, "--tasks", "sciq", "--task-data", str(root / "eval" / "demo_questions")])
+    score = script._task_score(load_subject(options.model), options, str(tmp_path / "cache"))
+    found = score()
+    assert set(found) == {"sciq"}
+    assert found["sciq"] in (0, 0.25, 0.5, 0.75, 1)
+    assert score() == found

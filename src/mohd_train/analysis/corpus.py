@@ -161,7 +161,11 @@ def _raw(path: Path, subject: Subject, seq_len: int) -> Corpus:
 
         return sequences
 
-    info = {"path": str(path), "kind": "raw text", "files": {d: [str(f) for f in fs] for d, fs in files.items()}}
+    info: dict[str, Any] = {
+        "path": str(path),
+        "kind": "raw text",
+        "files": {d: [str(f) for f in fs] for d, fs in files.items()},
+    }
     info["tokenizer_sha256"] = subject.tokenizer_sha256
     return Corpus(seq_len, {domain: reader(paths) for domain, paths in files.items()}, info)
 

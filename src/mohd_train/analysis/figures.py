@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from mohd_train.analysis.architecture import COMPONENT_POINTS, COMPONENTS
-from mohd_train.analysis.plotting import PAPER, SHADES, finish, panels, percent_scale, save, style
+from mohd_train.analysis.plotting import PAPER, SHADES, finish, panels, percent_scale, save, style, whole_numbers
 
 Record = dict[str, Any]
 
@@ -48,7 +48,7 @@ def _cumulative(record: Record, title: str, folder: Path) -> list[Path]:
     for number, point in enumerate(COMPONENT_POINTS):
         curve = [0.0, *(100 * value for value in record["closely"][point]["curve"])]
         axes.plot(share, curve, label=NAMES[point], **style(number, max(1, width // 8)))
-    axes.plot(PAPER_CUMULATIVE.keys(), PAPER_CUMULATIVE.values(), label="paper: LLaMA2-7B,\nattention input", **PAPER)
+    axes.plot([*PAPER_CUMULATIVE], [*PAPER_CUMULATIVE.values()], label="paper: LLaMA2-7B,\nattention input", **PAPER)
     top = 100 * record["top_dims"] / width
     axes.axvline(top, color="#888888", linewidth=0.8)
     axes.annotate(
@@ -74,7 +74,7 @@ def _sparsity(record: Record, title: str, folder: Path) -> list[Path]:
         for number, point in enumerate(COMPONENT_POINTS):
             axis.plot(_by_layer(record, point, measure), label=NAMES[point], **style(number))
         axis.set_ylim(0, 1)
-        axis.xaxis.get_major_locator().set_params(integer=True)
+        whole_numbers(axis)
         finish(axis, f"{title}: sparsity by layer", "layer", name)
     axes[0].legend(frameon=False, fontsize=8)
     return save(figure, folder, "fig3b_sparsity_by_layer")
@@ -99,7 +99,7 @@ def _flow(record: Record, title: str, folder: Path) -> list[Path]:
     finish(own, "Output of a component against its own input", "layer", "magnitude, % of its input")
     for axes in (block, own):
         percent_scale(axes)
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        whole_numbers(axes)
         axes.legend(frameon=False, fontsize=8)
     return save(figure, folder, "fig4_activation_flow")
 
@@ -118,7 +118,7 @@ def _common(record: Record, title: str, folder: Path) -> list[Path]:
         axes.plot(tokens, percent, label=f"top {found['share']:.0%} of a token's dims active", **look)
         chance = [100 * found["independent"][str(n)] / width for n in tokens]
         axes.plot(tokens, chance, color=look["color"], linewidth=0.7, linestyle=":", label="  were tokens independent")
-    axes.plot(PAPER_COMMON.keys(), PAPER_COMMON.values(), label="paper: LLaMA2-7B", **PAPER)
+    axes.plot([*PAPER_COMMON], [*PAPER_COMMON.values()], label="paper: LLaMA2-7B", **PAPER)
     axes.set_ylim(bottom=0)
     axes.legend(frameon=False, fontsize=8)
     name = f"{title}, layer {record['layer']}: dims active in all of n tokens"
@@ -142,13 +142,14 @@ def _map(record: Record, title: str, folder: Path) -> list[Path]:
                 f"in {count}", (inside.mean(), 1.0), xycoords=("data", "axes fraction"), ha="center", va="bottom",
                 fontsize=8,
             )  # fmt: skip
-    counts = ", ".join(f"{int((often == n).sum())} in {n}" for n in range(active.shape[0], 0, -1))
+    numbers = range(active.shape[0], 0, -1)
+    counts = f"in {'/'.join(map(str, numbers))} tokens: {'/'.join(str(int((often == n).sum())) for n in numbers)}"
     axes.set_yticks(range(len(record["map_tokens"])), record["map_tokens"])
     finish(axes, "", "dims, clustered by the tokens they are highly active in", "consecutive tokens")
     axes.grid(False)
     axes.set_title(
         f"{title}, layer {record['layer']}, attention input: top {found['share']:.0%} of each token's dims; "
-        f"dims active {counts} tokens",
+        f"dims active {counts}",
         loc="left", fontsize=10, pad=16,
     )  # fmt: skip
     return save(figure, folder, "fig5_activation_map")

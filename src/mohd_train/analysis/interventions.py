@@ -87,7 +87,7 @@ def _removed(sub: SubDimensions, index: int) -> Iterator[None]:
         given = input_weights(routing)
         return without(torch.ones_like(routing.weights) if given is None else given, routing)
 
-    sub.route, sub.input_weights = routed, weighted  # type: ignore[method-assign]
+    sub.route, sub.input_weights = routed, weighted  # type: ignore[method-assign,assignment]
     try:
         yield
     finally:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
@@ -12,10 +13,10 @@ matplotlib.use("Agg")  # files, no screen
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 # Okabe and Ito's colours; dashes and marks tell lines apart where colour does not.
-STYLES = (
+STYLES: tuple[dict[str, Any], ...] = (
     {"color": "#000000", "linestyle": "-", "marker": "o"},
     {"color": "#0072B2", "linestyle": "--", "marker": "s"},
     {"color": "#D55E00", "linestyle": "-.", "marker": "^"},
@@ -25,11 +26,17 @@ STYLES = (
     {"color": "#56B4E9", "linestyle": (0, (8, 3)), "marker": "X"},
 )
 SHADES = "Greys"  # of maps: dark is much, on paper too
-PAPER = {"color": "#000000", "marker": "*", "markersize": 12, "markerfacecolor": "white", "linestyle": "none"}
+PAPER: dict[str, Any] = {
+    "color": "#000000",
+    "marker": "*",
+    "markersize": 12,
+    "markerfacecolor": "white",
+    "linestyle": "none",
+}
 SUFFIXES = (".pdf", ".png")
 
 
-def style(number: int, every: int = 1) -> dict[str, object]:
+def style(number: int, every: int = 1) -> dict[str, Any]:
     """Keyword arguments of line ``number``; a mark at every ``every``-th point."""
     return {**STYLES[number % len(STYLES)], "linewidth": 1.5, "markersize": 4.5, "markevery": every}
 
@@ -42,6 +49,11 @@ def finish(axes: Axes, title: str, x: str, y: str) -> None:
     axes.grid(True, color="#dddddd", linewidth=0.6)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
+
+
+def whole_numbers(axes: Axes) -> None:
+    """Ticks of the x axis at whole numbers: layers."""
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
 def percent_scale(axes: Axes) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -58,14 +59,15 @@ def run_observation(
 
     with _bar(console, "activations", corpus.count_batches(options.study.tokens, options.study.batch_size)) as advance:
         record = observe(subject, corpus, options.study, advance)
-    files = [_write(folder / RECORD, subject, corpus, record)]
+    files = [_write(folder / RECORD, subject, corpus, {"options": asdict(options.study), **record})]
     files += draw_observation(record, subject.name, folder)
     if mohd:
         files += _router_view(subject, corpus, options, record["layer"], folder)
     show_observation(console, record, subject.name)
     if options.knockout is not None:
         effects = _knockout(subject, corpus, options.knockout, score, console)
-        files.append(_write(folder / KNOCKOUT, subject, corpus, effects))
+        asked = {**asdict(options.knockout), "tasks": options.tasks, "limit": options.limit}
+        files.append(_write(folder / KNOCKOUT, subject, corpus, {"options": asked, **effects}))
         files += draw_knockout(effects, subject.name, folder)
         show_knockout(console, effects, subject.name)
     for file in files:

@@ -87,7 +87,7 @@ def observe(subject: Subject, corpus: Corpus, options: StudyOptions, advance: Ad
         UserError: an architecture that isn't understood, options that don't fit it, or too little text.
     """
     parts = find_blocks(subject.model, options.attention_module, options.ffn_module)
-    width = subject.model.get_input_embeddings().weight.shape[1]
+    width = subject.hidden_size
     layer, top = checked(options, len(parts), width)
     study = _Study(options, layer, top, width, corpus, subject.device)
     tokens: dict[str, int] = {}

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 import mohd_train
@@ -58,7 +59,18 @@ class Subject:
     @property
     def vocab_size(self) -> int:
         """Rows of the token embedding."""
-        return self.model.get_input_embeddings().weight.shape[0]
+        return self._embedding.shape[0]
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of the token embedding: D."""
+        return self._embedding.shape[1]
+
+    @property
+    def _embedding(self) -> Tensor:
+        weight = self.model.get_input_embeddings().weight
+        assert isinstance(weight, Tensor)
+        return weight
 
     @property
     def max_positions(self) -> int | None:
@@ -87,7 +99,7 @@ def load_subject(
     native = path.is_file() or path.suffix == ".pt"
     model = load_model(path) if native or path.exists() else _from_hub(source)
     if dtype != "auto":
-        model = model.to(DTYPES[dtype])
+        model = model.to(DTYPES[dtype])  # type: ignore[arg-type]
     model = model.to(device or torch.device("cpu")).eval()  # type: ignore[arg-type]
     plan = model.config.to_plan() if isinstance(model, MoHDForCausalLM) else None
     info: dict[str, Any] = {
