@@ -16,6 +16,8 @@ CHOICES = {
     "kernels": ("auto", "reference", "grouped", "triton"),
     "optimizer.name": ("decoupled_adamw", "adamw"),
     "scheduler.name": ("cosine_with_warmup", "linear_decay_with_warmup", "constant_with_warmup"),
+    "nonfinite_loss": ("stop", "skip"),
+    "router_collapse": ("warn", "stop", "off"),
     "python_log_level": ("debug", "info", "warning", "error"),
 }
 # Durations, and the units each may be given in.
@@ -25,6 +27,8 @@ DURATIONS = {
     "save_interval": ("ba", "ep", "tok", "sp", "dur"),
     "scheduler.t_warmup": ("ba", "ep", "tok", "sp", "dur"),
     "routing_log_interval": ("ba",),
+    "router_collapse_time": ("ba",),
+    "save_keep_every": ("ba",),
     "console_log_interval": ("ba", "ep"),
 }
 
@@ -66,6 +70,17 @@ def _check_numbers(config: Config) -> None:
         raise UserError(f"scheduler.alpha_f is {config.scheduler.alpha_f}; it must lie in 0 .. 1")
     if config.gradient_clipping is not None and config.gradient_clipping <= 0:
         raise UserError(f"gradient_clipping is {config.gradient_clipping}; it must be positive, or null for none")
+    if config.loss_spike_factor is not None and not config.loss_spike_factor > 1:
+        raise UserError(f"loss_spike_factor is {config.loss_spike_factor}; it must be more than 1, or null for off")
+    if not 0 < config.router_collapse_share <= 1:
+        raise UserError(f"router_collapse_share is {config.router_collapse_share}; it must lie in 0 .. 1")
+    if not config.start_timeout > 0:
+        raise UserError(f"start_timeout is {config.start_timeout}; it must be more than 0 seconds")
+    if config.data.worker_timeout < 0:
+        raise UserError(f"data.worker_timeout is {config.data.worker_timeout}; it must be 0 (for ever) or more seconds")
+    keep = config.save_num_checkpoints_to_keep
+    if keep < -1 or (keep == 0 and "://" not in config.save_folder):
+        raise UserError(f"save_num_checkpoints_to_keep is {keep}; it must be -1 (all) or at least 1")
     if config.data.num_workers < 0:
         raise UserError(f"data.num_workers is {config.data.num_workers}; it must be 0 or more")
 

@@ -11,6 +11,8 @@ FREE_KEYS = (
     "console_log_interval", "python_log_level", "routing_log_interval", "dist_timeout", "loggers", "callbacks", "fsdp_config",
     "eval_interval", "eval_first", "eval_subset_num_batches", "device_eval_batch_size", "data.local", "data.remote",
     "data.num_workers", "data.predownload", "data.download_retry", "data.download_timeout", "data.verify", "data.optional_domains",
+    "data.worker_timeout", "save_keep_every", "nonfinite_loss", "loss_spike_factor", "router_collapse", "router_collapse_share",
+    "router_collapse_time", "start_timeout",
 )  # fmt: skip
 
 

@@ -118,8 +118,8 @@ def _merge(config: DictConfig, value: dict[str, Any], source: str, *, replace: b
             if mapping is not None:
                 OmegaConf.update(config, key, mapping, merge=False)
     except OmegaConfBaseException as error:
-        key = getattr(error, "full_key", None)
-        raise UserError(f"{source}: {f'{key}: ' if key else ''}{_first_line(error)}") from None
+        where = getattr(error, "full_key", None)
+        raise UserError(f"{source}: {f'{where}: ' if where else ''}{_first_line(error)}") from None
     except (ValueError, TypeError, AttributeError) as error:
         raise UserError(f"{source}: {_first_line(error)}") from None
 
@@ -162,7 +162,8 @@ def split_arguments(arguments: list[str]) -> tuple[list[str], list[str]]:
 
 def _merge_all(files: list[str], overrides: list[str]) -> tuple[DictConfig, dict[str, str]]:
     """All sources merged, and where each key was last set."""
-    config, origin = OmegaConf.structured(Config), {}
+    config: DictConfig = OmegaConf.structured(Config)
+    origin: dict[str, str] = {}
     sources = [(path, _read(path), True) for path in files]
     sources += [(f"override {text!r}", *_override(text)) for text in overrides]
     for source, value, replace in sources:

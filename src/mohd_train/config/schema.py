@@ -75,6 +75,7 @@ class DataConfig:
     num_workers: int = 2
     download_retry: int = 2
     download_timeout: float = 120.0
+    worker_timeout: float = 600.0  # seconds a batch may take to come from a worker; 0: for ever
     verify: bool = True  # check every shard's size and hash against the manifest before the first step
 
 
@@ -133,11 +134,20 @@ class Config:
 
     save_folder: str = "{run_folder}/checkpoints"
     save_interval: str = "1000ba"
-    save_num_checkpoints_to_keep: int = -1
+    save_num_checkpoints_to_keep: int = -1  # the last K; -1: all
+    save_keep_every: Optional[str] = None  # beside the last K, such as "10000ba": every checkpoint of these batches
     save_overwrite: bool = False
     autoresume: bool = False
     load_path: Optional[str] = None
     load_weights_only: bool = False
+
+    # Faults while running (docs/faults.md)
+    nonfinite_loss: str = "stop"  # a NaN or infinite loss or gradient: stop | skip (leaves the batch's update out)
+    loss_spike_factor: Optional[float] = 1.5  # warns of a loss above this multiple of the recent median; null: off
+    router_collapse: str = "warn"  # warn | stop | off
+    router_collapse_share: float = 0.98  # one specialized sub-dimension is active for this share of the tokens...
+    router_collapse_time: str = "1000ba"  # ...for this long
+    start_timeout: float = 1800.0  # seconds to the first batch, after which every rank's stack is reported and it exits
 
     loggers: dict[str, Any] = field(default_factory=dict)  # name -> keyword arguments of Composer's logger
     callbacks: dict[str, Any] = field(default_factory=dict)  # name -> keyword arguments of Composer's callback

@@ -85,12 +85,13 @@ def from_hf_llama(hf_model: LlamaForCausalLM, kernels: str = "auto") -> Transfor
     return model
 
 
-def to_hf_llama(model: Transformer, **config: object) -> LlamaForCausalLM:
-    """A Hugging Face LLaMA with the weights of a dense :class:`Transformer`, in its dtype; the logits are equal.
+def to_hf_llama(model: Transformer | MoHDForCausalLM, **config: object) -> LlamaForCausalLM:
+    """A Hugging Face LLaMA with the weights of a dense model of ours, in its dtype; the logits are equal.
 
     Raises:
         UserError: a model with MoHD components.
     """
+    model = model.transformer if isinstance(model, MoHDForCausalLM) else model
     plan = model.plan
     if plan.components:
         raise UserError(
@@ -111,7 +112,8 @@ def to_hf_llama(model: Transformer, **config: object) -> LlamaForCausalLM:
         tie_word_embeddings=False,
         **config,
     )
-    hf_model = LlamaForCausalLM(hf_config).to(next(model.parameters()).dtype)
+    hf_model: Any = LlamaForCausalLM(hf_config)
+    hf_model = hf_model.to(next(model.parameters()).dtype)
     hf_model.load_state_dict({k: v.detach().clone() for k, v in _rename(model.state_dict(), LLAMA_NAMES).items()})
     return hf_model.train(model.training)
 
@@ -156,9 +158,10 @@ def load_model(path: str | Path) -> PreTrainedModel:
             f"{path} is a folder without config.json; give a Hugging Face folder or a checkpoint file (*.pt)"
         )
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(path, torch_dtype="auto", output_loading_info=True)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(path, torch_dtype="auto", output_loading_info=True)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise UserError(f"{path} can't be loaded as a causal LM: {str(error).splitlines()[0]}") from None
+    model, info = loaded
     if info["missing_keys"]:
         raise UserError(f"{path} lacks {len(info['missing_keys'])} weights, {info['missing_keys'][0]} among them")
     return model.eval()
@@ -179,12 +182,11 @@ def export(path: str | Path, folder: str | Path, *, llama: bool = False) -> PreT
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} exists and is not empty; choose another folder")
     tokenizer_folder = path.resolve().parent.parent / "tokenizer"
-    model: PreTrainedModel = load_native(path)
+    native = load_native(path)
     if not tokenizer_folder.is_dir():
         raise UserError(f"no tokenizer at {tokenizer_folder}; keep a checkpoint in its run folder, which holds it")
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
-    if llama:
-        model = to_hf_llama(model.transformer)
+    model: PreTrainedModel = to_hf_llama(native) if llama else native
     ids = {
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,

@@ -21,7 +21,7 @@ class MoHDCausalLMOutput(CausalLMOutputWithPast):
     balance_loss: Tensor | None = None
 
 
-class MoHDForCausalLM(PreTrainedModel, GenerationMixin):
+class MoHDForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]  # transformers' own two bases disagree
     """A MoHD or LLaMA transformer for causal language modelling.
 
     Routing of the last forward pass is not kept: call ``model.transformer`` for logits together with routing.
@@ -53,8 +53,9 @@ class MoHDForCausalLM(PreTrainedModel, GenerationMixin):
         """The token embedding [V, D]."""
         return self.transformer.embedding
 
-    def set_input_embeddings(self, value: nn.Embedding) -> None:
+    def set_input_embeddings(self, value: nn.Module) -> None:
         """Replaces the token embedding."""
+        assert isinstance(value, nn.Embedding)
         self.transformer.embedding = value
 
     def get_output_embeddings(self) -> nn.Linear:
