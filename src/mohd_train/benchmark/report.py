@@ -18,6 +18,7 @@ from rich.table import Table
 
 from mohd_train.benchmark.cases import Settings
 from mohd_train.benchmark.measure import clock_of
+from mohd_train.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -100,11 +101,49 @@ def write_json(path: Path, env: dict[str, Any], rows: list[dict[str, Any]]) -> N
     os.replace(temporary, path)
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """A results file.
+
+    Raises:
+        UserError: not there, or not one.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        assert isinstance(found["rows"], list)
+    except (OSError, ValueError, KeyError, TypeError, AssertionError) as error:
+        raise UserError(f"{path}: no results of a benchmark ({error!r}); give a file that --json wrote") from None
+    return dict(found)
+
+
+def plot(rows: list[dict[str, Any]], path: Path) -> None:
+    """Each model's ratio to its baseline, least and median of the rounds, beside the arithmetic's."""
+    import matplotlib
+
+    matplotlib.use("svg" if path.suffix == ".svg" else "agg")
+    from matplotlib import pyplot
+
+    shown = [entry for entry in rows if entry["model"] != entry["baseline"]]
+    figure, axes = pyplot.subplots(figsize=(1.4 * len(shown) + 2, 3.6))
+    places = range(len(shown))
+    for shift, key, label in ((-0.27, "arithmetic_ratio", "arithmetic"), (0, "ratio_min", "least of the rounds")):
+        axes.bar([place + shift for place in places], [entry[key] for entry in shown], 0.25, label=label)
+    axes.bar([place + 0.27 for place in places], [entry["ratio_median"] for entry in shown], 0.25, label="median")
+    axes.axhline(1, color="black", linewidth=0.8)
+    axes.set_xticks(list(places), [f"{entry['model']}\n{entry.get('sweep', '')}".strip() for entry in shown])
+    axes.set_ylabel("time of a step / LLaMA's")
+    axes.legend(frameon=False, ncols=3, loc="upper left", fontsize="small")
+    axes.set_ylim(top=1.2 * max(entry["ratio_median"] for entry in shown))
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+    pyplot.close(figure)
+
+
 def render(rows: list[dict[str, Any]]) -> Table:
     """The rows for a terminal."""
     table = Table(title="Time of a step against the baseline's, rounds in turn")
     for title in ("model", "backend", "tokens", "ratio min", "median", "arithmetic", "ms", "tokens/s", "MFU", "kept"):
-        table.add_column(title, justify="left" if title in ("model", "backend") else "right")
+        table.add_column(title, justify="left" if title in ("model", "backend") else "right", no_wrap=True)
     for entry in rows:
         kept = entry["activation_ratio"]
         table.add_row(

@@ -21,7 +21,7 @@ from mohd_train.benchmark.measure import (
     profiled,
     rounds,
 )
-from mohd_train.benchmark.report import Measured, environment, render, row, write_json
+from mohd_train.benchmark.report import Measured, environment, plot, read_json, render, row, write_json
 from mohd_train.config.plan import ModelPlan
 from mohd_train.errors import UserError
 from mohd_train.kernels.ops import resolve_backend
@@ -46,24 +46,35 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--peak-tflops", type=float, help="peak for MFU; default: data sheet, or measured on a CPU")
     parser.add_argument("--sweep", help="tokens=512,1024 or sub_dims=8,16 or expansion=1,2,4: repeat for each value")
     parser.add_argument("--json", type=Path, help="write {environment, rows} there")
+    parser.add_argument("--load", type=Path, help="measure nothing: show (and plot) the results in this file")
+    parser.add_argument("--plot", type=Path, help="draw the ratios there (.svg or .png)")
     parser.add_argument("--profile", action="store_true", help="also show where each model's step spends its time")
 
 
 def main(configs: Path, arguments: argparse.Namespace) -> int:
-    """Measures, prints and writes what the arguments ask for."""
+    """Measures, prints, draws and writes what the arguments ask for."""
+    if arguments.load:
+        return show(read_json(arguments.load)["rows"], arguments.plot)
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     settings = _settings(arguments)
     keeps = settings.device.type == "cpu" and keep_pages()
     names = [name.strip() for name in arguments.models.split(",") if name.strip()]
     peak, source = peak_flops(settings, arguments.peak_tflops)
-    console, rows = Console(), []
+    console, rows = Console(stderr=True), []
     for value, overrides, changed in _sweep(arguments.sweep, settings):
         for entry in compare(names, configs, changed, overrides, arguments, peak, console):
             rows.append({**entry, "sweep": value} if value else entry)
             if arguments.json:
                 write_json(arguments.json, {**environment(settings, peak, source), "keeps_freed_pages": keeps}, rows)
-    console.print(render(rows))
+    return show(rows, arguments.plot)
+
+
+def show(rows: list[dict[str, Any]], picture: Path | None) -> int:
+    """The table, and the picture where one is asked for."""
+    Console().print(render(rows))
+    if picture:
+        plot(rows, picture)
     return 0
 
 
@@ -84,6 +95,7 @@ def compare(
         plans = {name: read_plan(name, configs, settings, [] if name == baseline else overrides) for name in members}
         steps, found = {}, {}
         for name, plan in plans.items():
+            console.print(f"{name}: building, checking against the reference, warming up", highlight=False)
             steps[name], found[name] = _prepare(name, plan, settings)
         for name, times in rounds(steps, arguments.rounds, settings).items():
             found[name] = dataclasses.replace(found[name], times=times)
@@ -93,7 +105,9 @@ def compare(
                 with profiled(settings) as profile:
                     step()
                 by = f"self_{settings.device.type}_time_total"
-                console.print(f"{name}\n{profile.key_averages().table(sort_by=by, row_limit=20)}", markup=False)
+                Console(width=200).print(
+                    f"{name}\n{profile.key_averages().table(sort_by=by, row_limit=20)}", markup=False
+                )
         steps.clear()
         gc.collect()
     return rows

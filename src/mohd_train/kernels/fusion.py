@@ -23,7 +23,14 @@ def fuse_residual(
     z_TKC: Tensor, mixing_NNC: Tensor, indices_TK: Tensor, pairs: Tensor, ends: Tensor, shared: int, residual: Tensor
 ) -> Tensor:
     """``residual + y'``, y'_{i,j} = sum_k mixing[idx_k, i, j] z_{k,j}. Returns [T, D] in the residual's dtype."""
+    if not torch.is_grad_enabled():  # spares decoding the cost of autograd's bookkeeping
+        return _forward(z_TKC, mixing_NNC, indices_TK, shared, residual)
     return _Fuse.apply(z_TKC, mixing_NNC, residual, indices_TK, pairs, ends, shared)
+
+
+def _forward(z: Tensor, mixing: Tensor, indices: Tensor, shared: int, residual: Tensor) -> Tensor:
+    run = _fuse_traced if torch.compiler.is_compiling() else _fuse_blocks
+    return run(z, mixing, indices, shared, residual)
 
 
 class _Fuse(torch.autograd.Function):
@@ -33,8 +40,7 @@ class _Fuse(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(z, mixing, indices, pairs, ends)
         ctx.shared = shared
-        run = _fuse_traced if torch.compiler.is_compiling() else _fuse_blocks
-        return run(z, mixing, indices, shared, residual)
+        return _forward(z, mixing, indices, shared, residual)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

@@ -53,6 +53,8 @@ class _Scatter(torch.autograd.Function):
 
 def gather_active(x_TD: Tensor, rows: Tensor, slots_TN: Tensor) -> Tensor:
     """Every token's active sub-dimensions, slot by slot: [T, D] -> [T, K*C]."""
+    if not torch.is_grad_enabled():  # spares decoding the cost of autograd's bookkeeping
+        return _take(x_TD, rows, slots_TN)
     return _Gather.apply(x_TD, rows, slots_TN)
 
 
