@@ -22,6 +22,7 @@ MAY_IMPORT = {
     "analysis": {"config", "model", "hf", "data"},
     "sweep": {"config", "data", "model"},
     "benchmark": {"config", "kernels", "model"},
+    "estimate": {"config", "kernels", "model", "data", "train"},
     "demo": {"config", "data", "train", "evaluate"},
 }
 
