@@ -21,6 +21,7 @@ from mohd_train.data.manifest import HASH, MANIFEST, Manifest, load_manifest
 from mohd_train.data.mix import MixPlan, epoch_samples, mixture, plan_mix
 from mohd_train.data.remote import fetch_manifest
 from mohd_train.data.shared_memory import claim_shared_memory
+from mohd_train.data.signals import outlive_sigterm
 from mohd_train.data.streams import ShardStream, TokenStreams, ValidationSet
 from mohd_train.data.verify import verify
 from mohd_train.errors import UserError
@@ -139,6 +140,8 @@ def _loader(dataset: Any, data: DataConfig, batch_size: int, sampler: Any = None
         num_workers=data.num_workers,
         collate_fn=collate,
         drop_last=False,
+        timeout=data.worker_timeout if data.num_workers else 0,
+        worker_init_fn=outlive_sigterm if data.num_workers else None,
         pin_memory=torch.cuda.is_available(),
     )
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Iterator
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -107,9 +109,42 @@ class TokenStreams(StreamingDataset):
             ids[mine] = self.sample_offset_per_stream[index] + within
         return np.ones(1, np.int64), ids
 
+    def on_exception(self, future: Future[Any]) -> None:
+        """Keeps what went wrong in the thread that fetches shards: its executor only prints it."""
+        self._fault = future.exception() or self._fault
+        super().on_exception(future)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        """Samples of this epoch. Streaming's own iterator ends in silence when a shard can't be fetched, and the run would take
+        that for the end of the epoch.
+
+        Raises UserError for a shard that can't be fetched, unpacked or read.
+        """
+        self._fault: BaseException | None = None
+        yield from super().__iter__()
+        if self._event.is_set():
+            raise self._named(self._fault)
+
+    def _named(self, fault: BaseException | None) -> UserError:
+        if isinstance(fault, UserError):
+            return fault
+        text = str(fault or "its thread ended").splitlines()[0]
+        return UserError(f"a shard can't be fetched while training ({text}); check the data with data_prep/verify.py")
+
     def get_item(self, sample_id: int, retry: int = 7) -> dict[str, Any]:
-        """{"tokens" [T], "domain"}."""
-        sample = super().get_item(sample_id, retry)
+        """{"tokens" [T], "domain"}. Raises UserError for a shard that is gone or broken."""
+        try:
+            sample = super().get_item(sample_id, retry)
+        except (RuntimeError, ValueError, OSError, IndexError) as error:
+            if isinstance(error, UserError):
+                raise
+            if self._event.is_set() and self._fault is not None:
+                raise self._named(self._fault) from error
+            shard = self.shards[self.spanner[sample_id][0]]
+            raise UserError(
+                f"{Path(shard.dirname) / shard.file_pairs[0][0].basename}: can't be read ({str(error).splitlines()[0]}); "
+                "copy the shard again, or prepare the data again"
+            ) from error
         shard, _ = self.spanner[sample_id]
         return {"tokens": sample["tokens"], "domain": int(self.stream_per_shard[shard])}
 

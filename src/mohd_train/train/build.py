@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
-import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,21 +14,36 @@ from composer.core import Callback, Time, TimeUnit
 from composer.utils import dist, get_device, parse_uri
 
 import mohd_train
-from mohd_train.config.load import to_yaml
 from mohd_train.config.plan import ModelPlan, make_plan
 from mohd_train.config.schema import Config
-from mohd_train.data.manifest import TOKENIZER_FOLDER, Manifest, write_atomic
+from mohd_train.data.manifest import Manifest
 from mohd_train.errors import UserError
 from mohd_train.model.count import Counts, count
 from mohd_train.model.transformer import Transformer
 from mohd_train.train import parallel, registry
-from mohd_train.train.callbacks import DomainMix, MetricsFile, Progress, RoutingStatistics, RunRecorder, ValidationTotal
-from mohd_train.train.checkpoint import LATEST, RunMetadata, check_checkpoint, newest_whole, point_latest, whole_run
+from mohd_train.train.callbacks import (
+    DomainMix,
+    LossGuard,
+    MetricsFile,
+    Progress,
+    RouterCollapse,
+    RoutingStatistics,
+    RunRecorder,
+    ValidationTotal,
+)
+from mohd_train.train.checkpoint import LATEST, RunMetadata, check_checkpoint, newest_whole, whole_run
 from mohd_train.train.composer_model import MoHDComposerModel
 from mohd_train.train.data import TrainData, build_data, check_on_nodes, on_rank_zero
+from mohd_train.train.faults import Notices
+from mohd_train.train.folder import open_folder
+from mohd_train.train.lock import RunLock
 from mohd_train.train.logs import log_to_folder
 from mohd_train.train.optimizer import build_optimizer, build_scheduler
-from mohd_train.train.record import RunRecord, check_folder, check_writable, code_version, hardware, now, versions
+from mohd_train.train.preemption import Preemption, StopSignal
+from mohd_train.train.record import RunRecord, check_folder, check_writable
+from mohd_train.train.remote import bring_checkpoint, is_remote
+from mohd_train.train.saver import CheckpointSaver
+from mohd_train.train.secrets import shown
 
 CHECKPOINT_NAME = "ep{epoch}-ba{batch}-rank{rank}.pt"
 
@@ -43,8 +56,10 @@ class Run:
         config, plan, counts, manifest: what it is.
         device: ``cpu`` or ``gpu``.
         earlier: the record of this run's earlier sessions, or None for a new run.
-        resumes: the checkpoint of an earlier session that this one goes on from.
+        resumes: the checkpoint that is loaded: of an earlier session, else of ``load_path``; a copy where it is remote.
+        source: where that is from, for messages; empty where there is none.
         skipped: newer checkpoints that are broken, each with the reason.
+        lock: of the folder, on rank 0, once it is taken.
     """
 
     config: Config
@@ -54,7 +69,11 @@ class Run:
     device: str
     earlier: RunRecord | None = None
     resumes: Path | None = None
+    copy: Path | None = None  # of a remote checkpoint
+    source: str = ""
+    goes_on: bool = False  # from an earlier session of this run, and not from another run's checkpoint
     skipped: list[str] = field(default_factory=list)
+    lock: RunLock | None = None
 
     @property
     def folder(self) -> Path:
@@ -65,6 +84,11 @@ class Run:
     def finished(self) -> bool:
         """Whether an earlier session has trained it to its end."""
         return self.earlier is not None and self.earlier.data["status"] == "finished"
+
+    def release(self) -> None:
+        """Gives the folder back, where it is held."""
+        if self.lock is not None:
+            self.lock.release()
 
 
 def prepare(config: Config) -> Run:
@@ -88,88 +112,52 @@ def prepare(config: Config) -> Run:
     plan = make_plan(config.model, config.mohd, config.max_seq_len)
     manifest = check_on_nodes(config)
     run = Run(config, plan, count(plan, config.max_seq_len), manifest, device)
-    on_rank_zero(lambda: _check_folder_and_checkpoint(run))
-    box = [(run.earlier, run.resumes)]
+    _bring_remote(run)
+    try:
+        on_rank_zero(lambda: _check_folder_and_checkpoint(run))
+    except UserError:
+        run.release()
+        raise
+    box = [(run.earlier, run.source, run.goes_on, run.resumes)]
     dist.broadcast_object_list(box)
-    run.earlier, run.resumes = box[0]
+    run.earlier, run.source, run.goes_on, resumes = box[0]
+    run.resumes = resumes if run.copy is None else run.copy
     return run
+
+
+def _bring_remote(run: Run) -> None:
+    """Downloads the checkpoint where it is on remote storage."""
+    config = run.config
+    save_folder = config.save_folder if config.autoresume and is_remote(config.save_folder) else None
+    load_path = config.load_path if config.load_path and is_remote(config.load_path) else None
+    found = bring_checkpoint(load_path, save_folder)
+    if found is not None:
+        run.source, run.copy = found
+        run.goes_on = run.source != load_path
 
 
 def _check_folder_and_checkpoint(run: Run) -> None:
     """Whose the run folder is, what to go on from, and whether that is of this model."""
     config, sha256 = run.config, run.manifest.tokenizer.sha256
+    if run.folder.is_dir():
+        run.lock = RunLock(run.folder)
     run.earlier = check_folder(config, run.manifest.sha256())
-    if run.earlier is not None and not is_remote(config.save_folder):
+    if run.copy is not None:
+        run.resumes = run.copy
+    elif run.earlier is not None:
         run.resumes, run.skipped = newest_whole(Path(config.save_folder))
-    source = str(run.resumes) if run.resumes else config.load_path
-    if source is not None:
-        check_checkpoint(source, run.plan, parameter_shapes(run.plan), sha256)
-
-
-def is_remote(path: str) -> bool:
-    """Whether Composer would upload to ``path``."""
-    return bool(parse_uri(path)[0])
+        run.goes_on = run.resumes is not None
+    if run.resumes is None and config.load_path:
+        run.resumes = Path(config.load_path)
+    if run.resumes is not None:
+        run.source = run.source or str(run.resumes)
+        check_checkpoint(str(run.resumes), run.plan, parameter_shapes(run.plan), sha256)
 
 
 def parameter_shapes(plan: ModelPlan) -> dict[str, torch.Size]:
     """Every parameter's shape, from a model on the meta device."""
     with torch.device("meta"):
         return {name: parameter.shape for name, parameter in Transformer(plan).state_dict().items()}
-
-
-def open_folder(run: Run) -> RunRecord:
-    """Takes the run folder: the record of this session, a copy of the tokenizer, the config. Rank 0 alone.
-
-    Raises:
-        UserError: the folder can't be written.
-    """
-    config, folder = run.config, run.folder
-    local_save = not is_remote(config.save_folder)
-    try:
-        for path in (folder, Path(config.save_folder)) if local_save else (folder,):
-            path.mkdir(parents=True, exist_ok=True)
-            probe = path / f".writable-{os.getpid()}"
-            probe.touch()
-            probe.unlink()
-        if config.save_overwrite and run.earlier is None and local_save:
-            _remove_checkpoints(Path(config.save_folder))
-        if run.resumes is not None:
-            point_latest(run.resumes)
-        beside = Path(config.save_folder).parent if local_save else folder
-        shutil.copytree(Path(config.data.local) / TOKENIZER_FOLDER, beside / TOKENIZER_FOLDER, dirs_exist_ok=True)
-    except OSError as error:
-        raise UserError(
-            f"can't write to {error.filename or folder} ({error.strerror}); choose another run_folder"
-        ) from error
-    write_atomic(folder / "config.yaml", to_yaml(config).encode())
-    record = run.earlier or RunRecord(folder, {"run_name": config.run_name, "started": now(), "sessions": []})
-    session = {
-        "started": now(),
-        "hardware": hardware(run.device, dist.get_world_size()),
-        "from": str(run.resumes or config.load_path or "") or None,
-    }
-    record.update(
-        status="running",
-        error=None,
-        ended=None,
-        seed=config.seed,
-        config=dataclasses.asdict(config),
-        plan=run.plan.to_dict(),
-        parameters=run.counts.to_dict(),
-        code=code_version(),
-        versions=versions(),
-        data={"folder": config.data.local, "sha256": run.manifest.sha256(), **run.manifest.summary()},
-        sessions=[*record.data["sessions"], session],
-        batch=record.data.get("batch", 0),
-        tokens=record.data.get("tokens", 0),
-    )
-    return record
-
-
-def _remove_checkpoints(folder: Path) -> None:
-    """Checkpoints of the run that a new one replaces: autoresume must never find them."""
-    for path in [*folder.glob("ep*-ba*-rank*.pt"), folder / LATEST]:
-        path.unlink(missing_ok=True)
 
 
 def build_model(run: Run) -> MoHDComposerModel:
@@ -189,13 +177,22 @@ def _line_interval(interval: str | None, steps_per_epoch: int) -> int | None:
     return int(time.value) * (steps_per_epoch if time.unit == TimeUnit.EPOCH else 1)
 
 
-def build_callbacks(run: Run, data: TrainData) -> list[Callback]:
+def build_callbacks(run: Run, data: TrainData, notice: Notices, saver: CheckpointSaver) -> list[Callback]:
     """Ours, then Composer's. The order matters: the total stands before the progress line that shows it."""
     config = run.config
     total = ValidationTotal()
     callbacks: list[Callback] = [total, DomainMix(list(data.mix.domains))]
+    callbacks.append(LossGuard(config.nonfinite_loss, config.loss_spike_factor, notice, lambda: saver.newest))
     if run.plan.components:
-        callbacks.append(RoutingStatistics(run.plan, int(Time.from_timestring(config.routing_log_interval).value)))
+        statistics = RoutingStatistics(run.plan, int(Time.from_timestring(config.routing_log_interval).value))
+        callbacks.append(statistics)
+        if config.router_collapse != "off":
+            batches, stop = (
+                int(Time.from_timestring(config.router_collapse_time).value),
+                config.router_collapse == "stop",
+            )
+            share = config.router_collapse_share
+            callbacks.append(RouterCollapse(statistics, share=share, batches=batches, stop=stop, notice=notice))
     interval = _line_interval(config.console_log_interval, data.steps_per_epoch)
     metadata: dict[str, Any] = {
         "version": mohd_train.__version__,
@@ -203,27 +200,46 @@ def build_callbacks(run: Run, data: TrainData) -> list[Callback]:
         "plan": run.plan.to_dict(),
         "tokenizer_sha256": run.manifest.tokenizer.sha256,
         "seq_len": run.manifest.seq_len,
-        "config": dataclasses.asdict(config),
+        "config": dataclasses.asdict(shown(config)),
     }
     progress = Progress(data.steps, total, bar=config.progress_bar, interval=interval)
     return [*callbacks, *registry.build_callbacks(config.callbacks), progress, RunMetadata(metadata)]
 
 
-def _saving(config: Config) -> dict[str, Any]:
-    """The Trainer's arguments about checkpoints."""
-    return {
-        "save_folder": config.save_folder,
-        "save_filename": CHECKPOINT_NAME,
-        "save_latest_filename": LATEST.replace("rank0", "rank{rank}"),
-        "save_interval": config.save_interval,
-        "save_num_checkpoints_to_keep": config.save_num_checkpoints_to_keep,
+def build_saver(run: Run) -> CheckpointSaver:
+    """The saver, which knows the checkpoints of earlier sessions: else each session would keep K more."""
+    config = run.config
+    remote = Path(parse_uri(config.save_folder)[2])
+    latest = LATEST.replace("rank0", "rank{rank}")
+    saver = CheckpointSaver(
+        keep_every=config.save_keep_every,
+        folder=config.save_folder,
+        filename=CHECKPOINT_NAME,
+        remote_file_name=str(remote / CHECKPOINT_NAME) if is_remote(config.save_folder) else None,
+        latest_filename=latest,
+        latest_remote_file_name=str(remote / latest) if is_remote(config.save_folder) else None,
         # The folder is this run's by now; what lies after the resumed batch was cut short and is written again.
-        "save_overwrite": config.save_overwrite or config.autoresume,
-        "autoresume": config.autoresume,
-    }
+        overwrite=config.save_overwrite or config.autoresume,
+        save_interval=config.save_interval,
+        num_checkpoints_to_keep=config.save_num_checkpoints_to_keep,
+    )
+    if run.goes_on and run.copy is None and run.resumes is not None and parallel.is_rank_zero():
+        saver.saved_checkpoints[:] = whole_run(run.resumes)
+    saver.newest = (run.source or None) if run.goes_on else None
+    return saver
 
 
-def build_trainer(run: Run, data: TrainData, record: RunRecord | None, run_id: str) -> tuple[Trainer, RunRecorder]:
+@dataclass
+class Built:
+    """What a run consists of once it is built: ``preemption`` and ``recorder`` are asked at its end."""
+
+    trainer: Trainer
+    saver: CheckpointSaver
+    preemption: Preemption
+    recorder: RunRecorder
+
+
+def build_trainer(run: Run, data: TrainData, record: RunRecord | None, run_id: str, stop: StopSignal) -> Built:
     """Composer's Trainer, with the checkpoint loaded where there is one to go on from."""
     config, device = run.config, run.device
     log_to_folder(run.folder, config.python_log_level)
@@ -231,6 +247,8 @@ def build_trainer(run: Run, data: TrainData, record: RunRecord | None, run_id: s
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     model = build_model(run)
     metrics = MetricsFile(run.folder / "metrics.jsonl")
+    saver = build_saver(run)
+    recorder, preemption = RunRecorder(record, saver, metrics), Preemption(stop, saver)
     clipping = config.gradient_clipping
     trainer = Trainer(
         model=model,
@@ -242,14 +260,14 @@ def build_trainer(run: Run, data: TrainData, record: RunRecord | None, run_id: s
         optimizers=build_optimizer(model, config.optimizer),
         schedulers=build_scheduler(config.scheduler, config.max_duration),
         algorithms=[GradientClipping("norm", clipping)] if clipping is not None else None,
-        callbacks=build_callbacks(run, data),
+        # A checkpoint is saved first, then recorded, and only then is it known whether the run was asked to stop.
+        callbacks=[*build_callbacks(run, data, Notices(record), saver), saver, recorder, preemption],
         loggers=[metrics, *registry.build_loggers(config.loggers, run.folder, run_id)],
         run_name=config.run_name,
         progress_bar=False,
-        load_path=config.load_path,
-        load_weights_only=config.load_weights_only,
+        load_path=str(run.resumes) if run.resumes else None,
+        load_weights_only=config.load_weights_only and not run.goes_on,
         load_progress_bar=False,
-        **_saving(config),
         parallelism_config=parallel.parallelism_config(config, device),
         device=device,
         precision=config.precision,
@@ -260,25 +278,20 @@ def build_trainer(run: Run, data: TrainData, record: RunRecord | None, run_id: s
         python_log_level=config.python_log_level,
         compile_config={} if config.compile else None,
     )
-    trainer.logger.log_hyperparameters({"config": dataclasses.asdict(config), "plan": run.plan.to_dict()})
-    saver = trainer._checkpoint_saver
-    assert saver is not None
-    if record is not None and run.resumes is not None:  # Composer forgets them, and would keep K more for each session
-        saver.saved_checkpoints[:0] = whole_run(run.resumes)
-    recorder = RunRecorder(record, saver, metrics)
-    trainer.state.callbacks.append(recorder)
-    return trainer, recorder
+    plain = {"config": dataclasses.asdict(shown(config)), "plan": run.plan.to_dict()}
+    trainer.logger.log_hyperparameters(plain)
+    return Built(trainer, saver, preemption, recorder)
 
 
 def build(config: Config) -> Trainer:
-    """Checks ``config``, takes its run folder and returns the Trainer, ready to ``fit``.
+    """Checks ``config``, takes its run folder (until this process ends) and returns the Trainer, ready to ``fit``.
 
     Raises:
         UserError: bad input, before anything is written.
     """
     run = prepare(config)
     record = start(run)
-    return build_trainer(run, build_data(config, run.manifest), record, share_run_id(record))[0]
+    return build_trainer(run, build_data(config, run.manifest), record, share_run_id(record), StopSignal()).trainer
 
 
 def start(run: Run) -> RunRecord | None:

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from composer.core import Callback
-from composer.utils import parse_uri
 
 from mohd_train.config.plan import ModelPlan
 from mohd_train.errors import UserError
@@ -73,6 +72,11 @@ def newest_whole(folder: Path) -> tuple[Path | None, list[str]]:
     return None, []
 
 
+def latest_in(folder: Path) -> str | None:
+    """The newest checkpoint of a folder by name, for messages."""
+    return str(next(reversed(_by_batch(folder).values()))) if _by_batch(folder) else None
+
+
 def point_latest(checkpoint: Path) -> None:
     """Lets Composer's autoresume find ``checkpoint``."""
     temporary = checkpoint.with_name(f".{LATEST}.{os.getpid()}")
@@ -84,7 +88,7 @@ def check_checkpoint(path: str, plan: ModelPlan, shapes: dict[str, torch.Size], 
     """Refuses a checkpoint that is not one of this model, naming what differs.
 
     Args:
-        path: a local file; a remote one is left to Composer, which loads strictly.
+        path: a local file.
         plan: this run's model.
         shapes: its parameters, name -> shape.
         tokenizer_sha256: the tokenizer of this run's data.
@@ -92,8 +96,6 @@ def check_checkpoint(path: str, plan: ModelPlan, shapes: dict[str, torch.Size], 
     Raises:
         UserError: another architecture or tokenizer, parameters missing, unexpected or of another shape.
     """
-    if parse_uri(path)[0]:
-        return
     metadata, weights = read_checkpoint(Path(path))
     differences = plan.differences(ModelPlan.from_dict(metadata["plan"]))
     if differences:

@@ -19,6 +19,7 @@ import mohd_train
 from mohd_train.config.compare import config_differences
 from mohd_train.config.schema import Config
 from mohd_train.errors import UserError
+from mohd_train.train.secrets import shown
 
 PACKAGES = ("torch", "mosaicml", "mosaicml-streaming", "transformers", "numpy", "triton", "omegaconf")
 
@@ -164,7 +165,7 @@ def check_folder(config: Config, data_sha256: str) -> RunRecord | None:
                     f"{place} holds {pattern} of another run (there is no {folder}/run.json); set another run_name"
                 )
         return None
-    differences = config_differences(record.data["config"], dataclasses.asdict(config))
+    differences = config_differences(record.data["config"], dataclasses.asdict(shown(config)))
     if record.data["data"]["sha256"] != data_sha256:
         differences.append(
             f"data: {record.data['data']['folder']} there has other shards than {config.data.local} here"

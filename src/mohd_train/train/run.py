@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import logging
+from pathlib import Path
+
 from mohd_train.config.schema import Config
+from mohd_train.errors import UserError
 from mohd_train.train import parallel, registry
-from mohd_train.train.build import Run, build_model, build_trainer, prepare, share_run_id, start
+from mohd_train.train.build import Built, Run, build_model, build_trainer, prepare, share_run_id, start
+from mohd_train.train.callbacks import FirstBatchWatchdog
 from mohd_train.train.callbacks.progress import short
 from mohd_train.train.data import TrainData, build_data
+from mohd_train.train.faults import explain
 from mohd_train.train.optimizer import build_optimizer
+from mohd_train.train.preemption import Preempted, StopSignal, stop_signal
+from mohd_train.train.record import RunRecord
+
+log = logging.getLogger(__name__)
 
 
 def say(text: str) -> None:
@@ -43,6 +53,7 @@ def summary(run: Run, data: TrainData) -> str:
 def dry_run(config: Config) -> None:
     """Every check, and the parts that can be built without writing: data, model, optimizer. Raises UserError as a run would."""
     run = prepare(config)
+    run.release()
     data = build_data(config, run.manifest)
     build_optimizer(build_model(run), config.optimizer)
     say(summary(run, data))
@@ -52,45 +63,84 @@ def dry_run(config: Config) -> None:
 def train(config: Config) -> None:
     """Trains ``config`` to its end, or goes on with it where autoresume finds a checkpoint.
 
-    ``run.json`` says how it ended: ``finished``, ``interrupted`` (Ctrl-C) or ``failed``; a killed run stays ``running``.
+    ``run.json`` says how it ended: ``finished``, ``preempted`` (SIGTERM: saved, and returns), ``interrupted`` (Ctrl-C) or
+    ``failed``; a killed run stays ``running``.
 
     Raises:
-        UserError: bad input; nothing has been written then, save for what only the first load can find.
+        UserError: bad input; nothing has been written then, save for what only the first load can find. Or a fault while running
+            that the user can do something about.
     """
-    run = prepare(config)
+    watchdog = FirstBatchWatchdog(Path(config.run_folder), config.start_timeout)
+    watchdog.start()
+    run = None
+    try:
+        with stop_signal() as stop:
+            try:
+                run = prepare(config)
+                _train(run, stop, watchdog)
+            except Preempted:
+                say(f"stopped by SIGTERM: {config.run_folder} goes on with autoresume=true")
+    finally:
+        watchdog.cancel()
+        if run is not None:
+            run.release()
+
+
+def _train(run: Run, stop: StopSignal, watchdog: FirstBatchWatchdog) -> None:
+    config = run.config
     if run.finished:
         say(f"{run.folder}: this run is already finished; nothing to do (set another run_name for a new one)")
         return
     if "wandb" in registry.check_loggers(config.loggers) and registry.wandb_is_offline():
         say(f"W&B records offline (no API key): upload later with `wandb sync {run.folder}/wandb/offline-run-*`")
     record = start(run)
+    built = None
     try:
         data = build_data(config, run.manifest)
         say(summary(run, data))
-        trainer, recorder = build_trainer(run, data, record, share_run_id(record))
+        built = build_trainer(run, data, record, share_run_id(record), stop)
+        built.trainer.state.callbacks.append(watchdog)
+        _fit(run, data, built)
     except BaseException as error:
-        if record is not None:
-            record.update(status="failed", error=f"{type(error).__name__}: {error}")
+        fault = _close(run, built, record, error)
+        if fault is not None:
+            raise fault from error
         raise
+    say(f"finished: {run.folder}/run.json · {built.saver.newest or 'no new checkpoint'}")
+
+
+def _fit(run: Run, data: TrainData, built: Built) -> None:
+    config, trainer = run.config, built.trainer
     resumed = trainer.state.timestamp.batch.value
     for line in run.skipped:
         say(f"skipped a broken checkpoint: {line}")
-    if run.resumes or config.load_path:
-        say(f"goes on from {run.resumes or config.load_path}, batch {resumed}")
-    try:
-        if config.eval_first and resumed == 0 and data.evaluators:
-            trainer.eval()
+    if run.source:
+        say(f"goes on from {run.source}, batch {resumed}")
+    ended = resumed >= data.steps
+    if data.evaluators and (built.preemption.validation_due or ended or (config.eval_first and resumed == 0)):
+        trainer.eval()
+    built.preemption.validation_due = False
+    if not ended:
         trainer.fit()
-        trainer.close()
-        recorder.finish(trainer.state)
-    except BaseException as error:
-        if record is not None:
-            stopped = isinstance(error, KeyboardInterrupt)
-            record.update(
-                status="interrupted" if stopped else "failed",
-                error=None if stopped else f"{type(error).__name__}: {error}",
-            )
-        trainer.engine.close()
-        raise
-    checkpoints = recorder.saver.saved_checkpoints
-    say(f"finished: {run.folder}/run.json · {checkpoints[-1] if checkpoints else 'no new checkpoint'}")
+    trainer.close()
+    built.recorder.finish(trainer.state)
+
+
+def _close(run: Run, built: Built | None, record: RunRecord | None, error: BaseException) -> UserError | None:
+    """Leaves an unfinished run in order, and says what ``error`` means, where a user can do something about it."""
+    microbatch: int | str = "auto"
+    if built is not None:
+        microbatch = built.trainer.state.device_train_microbatch_size or "auto"
+    newest = built.saver.newest if built is not None else run.source or None
+    fault = explain(error, microbatch, newest)
+    if record is not None:
+        statuses = {KeyboardInterrupt: "interrupted", Preempted: "preempted"}
+        status = statuses.get(type(error), "failed")
+        cause = None if status != "failed" else f"{type(fault or error).__name__}: {fault or error}"
+        try:
+            record.update(status=status, error=cause)
+        except OSError as problem:  # a full disk: what ended the run must not be hidden by this
+            log.error("%s can't be written: %s", record.path, problem.strerror)
+    if built is not None:
+        built.trainer.engine.close()
+    return fault

@@ -1,10 +1,24 @@
-"""Callbacks that Composer does not have: file log, progress, realized mix, routing statistics, validation total, record."""
+"""Callbacks that Composer does not have: file log, progress, realized mix, routing statistics, validation total, record;
+and what watches for faults: the loss, the routers, the first batch."""
 
 from mohd_train.train.callbacks.domain_mix import DomainMix
+from mohd_train.train.callbacks.loss_guard import LossGuard
 from mohd_train.train.callbacks.metrics_file import MetricsFile
 from mohd_train.train.callbacks.progress import Progress
+from mohd_train.train.callbacks.router_collapse import RouterCollapse
 from mohd_train.train.callbacks.routing_statistics import RoutingStatistics
 from mohd_train.train.callbacks.run_recorder import RunRecorder
 from mohd_train.train.callbacks.validation_total import ValidationTotal
+from mohd_train.train.callbacks.watchdog import FirstBatchWatchdog
 
-__all__ = ["DomainMix", "MetricsFile", "Progress", "RoutingStatistics", "RunRecorder", "ValidationTotal"]
+__all__ = [
+    "DomainMix",
+    "FirstBatchWatchdog",
+    "LossGuard",
+    "MetricsFile",
+    "Progress",
+    "RouterCollapse",
+    "RoutingStatistics",
+    "RunRecorder",
+    "ValidationTotal",
+]

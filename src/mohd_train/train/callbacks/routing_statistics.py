@@ -47,6 +47,12 @@ class RoutingStatistics(Callback):
         self.parts = {"attention": plan.attention, "ffn": plan.ffn}
         self.interval = interval
         self._sums: dict[str, _Sum] = {}
+        self._shares: tuple[int, dict[str, float]] = (-1, {})  # batch, and shares of specialized sub-dimensions
+
+    def specialized_shares(self, batch: int) -> dict[str, float]:
+        """``routing/layer{l}/{component}/share/{i}`` of every specialized sub-dimension that a router may leave out; empty where
+        this batch was not looked at."""
+        return self._shares[1] if self._shares[0] == batch else {}
 
     def _due(self, batch: int) -> bool:
         return batch % self.interval == 0
@@ -83,6 +89,7 @@ class RoutingStatistics(Callback):
         """Logs, after ``state.timestamp`` has moved on to this batch."""
         if not self._due(state.timestamp.batch.value):
             return
+        shares: dict[str, float] = {}
         for key, total in self._sums.items():
             tail = torch.stack(
                 [total.balance, total.balance.new_tensor(total.tokens), total.balance.new_tensor(total.microbatches)]
@@ -95,5 +102,8 @@ class RoutingStatistics(Callback):
                 metrics[f"{key}/entropy"] = selection_entropy(sums[:n], total.plan)
             for i, (active, mass) in enumerate(zip(sums[:n].tolist(), sums[n : 2 * n].tolist(), strict=True)):
                 metrics |= {f"{key}/share/{i}": active / tokens, f"{key}/score/{i}": mass / tokens}
+            if total.plan.has_choice:
+                shares |= {name: metrics[name] for name in (f"{key}/share/{i}" for i in range(total.plan.shared, n))}
             logger.log_metrics(metrics)
+        self._shares = (state.timestamp.batch.value, shares)
         self._sums = {}

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from composer.callbacks import CheckpointSaver
 from composer.core import Callback, State
 from composer.loggers import Logger
 
 from mohd_train.train.callbacks.metrics_file import MetricsFile
 from mohd_train.train.record import RunRecord, now
+from mohd_train.train.saver import CheckpointSaver
 
 
 class RunRecorder(Callback):
@@ -25,7 +25,7 @@ class RunRecorder(Callback):
         self.record, self.saver, self.metrics = record, saver, metrics
 
     def _progress(self, state: State) -> dict[str, object]:
-        latest = self.saver.saved_checkpoints[-1] if self.saver.saved_checkpoints else None
+        latest = self.saver.newest
         found = {"batch": state.timestamp.batch.value, "tokens": state.timestamp.token.value}
         return found | ({"checkpoint": latest} if latest else {})
 

@@ -1,0 +1,67 @@
+"""Notices a router that sends nearly every token to one specialized sub-dimension."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from composer.core import Callback, State
+from composer.loggers import Logger
+
+from mohd_train.errors import UserError
+from mohd_train.train.callbacks.routing_statistics import RoutingStatistics
+
+
+class RouterCollapse(Callback):
+    """One specialized sub-dimension active for at least ``share`` of the tokens, at every look for ``batches`` batches.
+
+    It looks whenever the routing statistics do, and must stand after them. Where every specialized one is active for all tokens by
+    construction there is nothing to collapse.
+
+    Args:
+        statistics: of this run.
+        share, batches: the threshold.
+        stop: ends the run, rather than to warn once per collapse.
+        notice: takes a line for the user.
+    """
+
+    def __init__(
+        self,
+        statistics: RoutingStatistics,
+        *,
+        share: float,
+        batches: int,
+        stop: bool,
+        notice: Callable[[State, str, str], None],
+    ) -> None:
+        self.statistics, self.share, self.batches, self.stop, self.notice = statistics, share, batches, stop, notice
+        self.since: dict[str, int] = {}  # "routing/layer0/ffn/share/5" -> batch at which it was first seen so
+        self._said: set[str] = set()
+
+    def batch_end(self, state: State, logger: Logger) -> None:
+        """Looks."""
+        batch = state.timestamp.batch.value
+        shares = self.statistics.specialized_shares(batch)
+        if not shares:
+            return
+        self.since = {name: self.since.get(name, batch) for name, share in shares.items() if share >= self.share}
+        self._said &= self.since.keys()
+        for name, first in self.since.items():
+            if batch - first < self.batches or name in self._said:
+                continue
+            self._said.add(name)
+            text = f"{name} is {shares[name]:.3f} since batch {first}: this router has collapsed"
+            if self.stop:
+                raise UserError(
+                    f"batch {batch}: {text}; go back to a checkpoint before it, as another run with a larger "
+                    "mohd.balance_loss_weight, or set router_collapse=warn"
+                )
+            self.notice(state, "router_collapse", f"{text}; a larger mohd.balance_loss_weight would spread the load")
+
+    def state_dict(self) -> dict[str, Any]:
+        """Since when."""
+        return {"since": dict(self.since)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on counting."""
+        self.since = dict(state["since"])

@@ -1,0 +1,75 @@
+"""What a fault means for the user: one line that says what happened and what to do, in place of a traceback."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import re
+import sys
+
+from composer.core import State
+from composer.utils import dist
+
+from mohd_train.errors import UserError
+from mohd_train.train.record import RunRecord, now
+
+log = logging.getLogger(__name__)
+KEPT = 50  # notices in run.json: the latest
+PLACE = (errno.ENOSPC, errno.EDQUOT, errno.ENOENT, errno.EIO, errno.EROFS, errno.ESTALE, errno.ENOTCONN, errno.EFBIG)
+MEMORY = re.compile(r"out of memory|can't allocate memory|DefaultCPUAllocator", re.IGNORECASE)
+NESTED = re.compile(r"^(?:mohd_train\.errors\.)?UserError: (.*)", re.MULTILINE)  # as a data worker passes it on
+
+
+class Notices:
+    """Warnings of a run: in its log, on the terminal (rank 0) and in ``run.json``, the latest :data:`KEPT`."""
+
+    def __init__(self, record: RunRecord | None) -> None:
+        self.record = record
+
+    def __call__(self, state: State, kind: str, text: str) -> None:
+        """One warning of ``kind``, such as ``loss_spike``."""
+        log.warning("%s: %s", kind, text)
+        if dist.get_global_rank() != 0:
+            return
+        print(f"warning: {text}", file=sys.stderr, flush=True)
+        if self.record is not None:
+            entry = {"time": now(), "batch": state.timestamp.batch.value, "kind": kind, "text": text}
+            self.record.update(warnings=[*self.record.data.get("warnings", []), entry][-KEPT:])
+
+
+def explain(error: BaseException, microbatch: int | str, newest: str | None) -> UserError | None:
+    """The line for a fault that a user can act on; None for a bug, which keeps its traceback.
+
+    Args:
+        error: what ended the run.
+        microbatch: samples of a forward pass by then.
+        newest: the last whole checkpoint.
+    """
+    text = str(error)
+    resume = f"the last whole checkpoint is {newest or 'none yet'}; go on with autoresume=true"
+    if nested := NESTED.findall(text):
+        return UserError(f"{nested[-1]} ({resume})")
+    if isinstance(error, UserError):
+        return error
+    if isinstance(error, MemoryError) or MEMORY.search(text):
+        return UserError(_memory_advice(microbatch, resume))
+    if "DataLoader timed out" in text:
+        return UserError(
+            f"no batch came from the data workers within data.worker_timeout (a hanging disk or download?); {resume}"
+        )
+    if "DataLoader worker" in text and ("killed by signal" in text or "exited unexpectedly" in text):
+        return UserError(
+            f"a data worker died ({text.splitlines()[0]}): often the machine ran out of memory, where fewer data.num_workers help; "
+            + resume
+        )
+    if isinstance(error, OSError) and error.errno in PLACE:
+        return UserError(f"{error.filename or 'writing'}: {error.strerror}; make room or mend the folder; {resume}")
+    return None
+
+
+def _memory_advice(microbatch: int | str, resume: str) -> str:
+    if isinstance(microbatch, int) and microbatch > 1:
+        advice = f"set device_train_microbatch_size={microbatch // 2} (it is {microbatch}), or auto on a GPU"
+    else:
+        advice = "a microbatch of one sample does not fit: shard the model (fsdp_config), or recompute its activations"
+    return f"out of memory; {advice}; {resume}"

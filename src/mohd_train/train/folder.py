@@ -1,0 +1,96 @@
+"""Takes a run's folder: the lock, what a killed session left, the record of this session."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from composer.utils import dist
+
+from mohd_train.config.load import to_yaml
+from mohd_train.data.manifest import TOKENIZER_FOLDER, write_atomic
+from mohd_train.errors import UserError
+from mohd_train.train.checkpoint import LATEST, point_latest
+from mohd_train.train.lock import RunLock
+from mohd_train.train.record import RunRecord, code_version, hardware, now, read_record, versions
+from mohd_train.train.remote import is_remote
+from mohd_train.train.saver import leftovers
+from mohd_train.train.secrets import shown
+
+if TYPE_CHECKING:
+    from mohd_train.train.build import Run
+
+
+def open_folder(run: Run) -> RunRecord:
+    """Takes the run folder: the record of this session, a copy of the tokenizer, the config. Rank 0 alone.
+
+    Raises:
+        UserError: the folder can't be written, or a live run holds it.
+    """
+    config, folder = run.config, run.folder
+    local_save = not is_remote(config.save_folder)
+    try:
+        for path in (folder, Path(config.save_folder)) if local_save else (folder,):
+            path.mkdir(parents=True, exist_ok=True)
+            probe = path / f".writable-{os.getpid()}"
+            probe.touch()
+            probe.unlink()
+        run.lock = run.lock or RunLock(folder)
+        if run.earlier is None and not config.save_overwrite and _taken_meanwhile(folder):
+            raise UserError(f"{folder} was taken by another run in this moment; set another run_name")
+        if local_save:
+            _clear(Path(config.save_folder), checkpoints=config.save_overwrite and run.earlier is None)
+        if run.resumes is not None and run.resumes.parent == Path(config.save_folder):
+            point_latest(run.resumes)
+        beside = Path(config.save_folder).parent if local_save else folder
+        shutil.copytree(Path(config.data.local) / TOKENIZER_FOLDER, beside / TOKENIZER_FOLDER, dirs_exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"can't write to {error.filename or folder} ({error.strerror}); choose another run_folder"
+        ) from error
+    write_atomic(folder / "config.yaml", to_yaml(shown(config)).encode())
+    return _new_session(run)
+
+
+def _taken_meanwhile(folder: Path) -> bool:
+    """Whether a run came and went between the checks, which need no lock in a folder that isn't there, and now."""
+    record = read_record(folder)
+    return record is not None and record.data["status"] != "failed"
+
+
+def _clear(folder: Path, *, checkpoints: bool) -> None:
+    """Halves of saves; and, where a new run replaces one, its checkpoints: autoresume must never find them."""
+    old = [*folder.glob("ep*-ba*-rank*.pt"), folder / LATEST] if checkpoints else []
+    for path in [*leftovers(folder), *old]:
+        path.unlink(missing_ok=True)
+
+
+def _new_session(run: Run) -> RunRecord:
+    """``run.json`` with this session at its end."""
+    config = run.config
+    record = run.earlier or RunRecord(run.folder, {"run_name": config.run_name, "started": now(), "sessions": []})
+    session = {
+        "started": now(),
+        "hardware": hardware(run.device, dist.get_world_size()),
+        "from": run.source or None,
+        "skipped": run.skipped,
+    }
+    record.update(
+        status="running",
+        error=None,
+        ended=None,
+        seed=config.seed,
+        config=dataclasses.asdict(shown(config)),
+        plan=run.plan.to_dict(),
+        parameters=run.counts.to_dict(),
+        code=code_version(),
+        versions=versions(),
+        data={"folder": config.data.local, "sha256": run.manifest.sha256(), **run.manifest.summary()},
+        sessions=[*record.data["sessions"], session],
+        batch=record.data.get("batch", 0),
+        tokens=record.data.get("tokens", 0),
+    )
+    return record

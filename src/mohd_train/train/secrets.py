@@ -1,0 +1,34 @@
+"""Keeps secrets out of what a run writes and logs. The place for them is the environment, or a file that their library reads."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from typing import Any, cast
+
+from omegaconf import OmegaConf
+
+from mohd_train.config.schema import Config
+
+# Endings of keys such as api_key, aws_secret_access_key, hub_token
+SECRET = re.compile(r"(key|secret|token|password|passwd|credentials?)$", re.IGNORECASE)
+IN_URL = re.compile(r"(?<=://)[^/@\s]+(?=@)")
+HIDDEN = "(hidden)"
+
+
+def without_secrets(value: Any) -> Any:
+    """``value`` with every string under a key such as ``api_key`` hidden, and what stands in a URL before ``@``."""
+    if isinstance(value, dict):
+        return {
+            key: HIDDEN if isinstance(child, str) and SECRET.search(str(key)) else without_secrets(child)
+            for key, child in value.items()
+        }
+    if isinstance(value, (list, tuple)):
+        return [without_secrets(child) for child in value]
+    return IN_URL.sub(HIDDEN, value) if isinstance(value, str) else value
+
+
+def shown(config: Config) -> Config:
+    """The config as it may be written to files, checkpoints and loggers."""
+    plain = without_secrets(dataclasses.asdict(config))
+    return cast(Config, OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), plain)))
