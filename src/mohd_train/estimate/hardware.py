@@ -1,0 +1,73 @@
+"""GPUs, and how much of their peak a training run reaches."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from mohd_train.config.load import nearest
+from mohd_train.config.plan import ModelPlan
+from mohd_train.errors import UserError
+
+GIB = 1 << 30
+
+
+@dataclass(frozen=True)
+class GPU:
+    """One GPU: memory that a process can have, and dense peaks (without sparsity) in FLOP/s, from NVIDIA's data sheets.
+
+    Attributes:
+        memory: bytes as the driver reports them, a little under the name's.
+        half_flops: bfloat16 and float16 on tensor cores.
+        tf32_flops: float32 products; Composer lets them run in TF32 (``DeviceGPU(allow_tf32=True)``).
+        mfu: of a dense model, see :data:`MFU_SOURCE`.
+    """
+
+    name: str
+    memory: int
+    half_flops: float
+    tf32_flops: float
+    mfu: float
+
+    def peak(self, precision: str) -> float:
+        """FLOP/s in the config's ``precision``."""
+        return self.tf32_flops if precision == "fp32" else self.half_flops
+
+
+GPUS = {
+    "a100-40gb": GPU("A100 40GB", int(39.4 * GIB), 312e12, 156e12, 0.45),
+    "a100-80gb": GPU("A100 80GB", int(79.1 * GIB), 312e12, 156e12, 0.45),
+    "h100": GPU("H100 SXM", int(79.1 * GIB), 989e12, 494.5e12, 0.35),
+    "h200": GPU("H200 SXM", int(139.8 * GIB), 989e12, 494.5e12, 0.35),
+}
+
+# Taken by nothing that torch allocates for us: CUDA context, cuBLAS workspaces, NCCL's buffers.
+CONTEXT = 2 * GIB
+# What the caching allocator holds and can't use, as a share of what is in use.
+FRAGMENTATION = 0.05
+
+MFU_SOURCE = (
+    "llm-foundry measured 53 to 60% on 8 A100s and 36 to 42% on 8 H100s (MPT 350M to 3B, sequence length 4096, FSDP); "
+    "rounded down, since norms, rotation and SwiGLU are not fused here"
+)
+SPARSE_SHARE = 0.63
+SPARSE_SOURCE = (
+    "a sparse model's share of its dense twin's throughput as OLMoE reports it, for want of MoHD's own on a GPU"
+)
+RECOMPUTED = 0.75  # 3 passes count, 4 are run
+
+
+def gpu_named(name: str) -> GPU:
+    """Raises UserError for a GPU that is not in :data:`GPUS`."""
+    if name not in GPUS:
+        raise UserError(f"--gpu {name!r} is unknown{nearest(name, list(GPUS))}; known: {', '.join(GPUS)}")
+    return GPUS[name]
+
+
+def default_mfu(gpu: GPU, plan: ModelPlan, checkpointing: bool) -> tuple[float, str]:
+    """Model FLOPs utilization to reckon with, and where the number comes from."""
+    mfu, source = gpu.mfu, MFU_SOURCE
+    if plan.components:
+        mfu, source = mfu * SPARSE_SHARE, f"{source}; times {SPARSE_SHARE}, {SPARSE_SOURCE}"
+    if checkpointing:
+        mfu, source = mfu * RECOMPUTED, f"{source}; times {RECOMPUTED} for activation checkpointing"
+    return mfu, source
