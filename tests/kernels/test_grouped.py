@@ -61,6 +61,18 @@ def test_traced_without_a_graph_break(tokens: int, n: int, k: int, s: int, c: in
     compare(run, indices, n, s, operands(indices, n, c))
 
 
+def test_traced_for_another_number_of_tokens_and_under_autocast() -> None:
+    torch._dynamo.reset()
+    run = torch.compile(component, fullgraph=True, backend="aot_eager")
+    for tokens in (37, 50):  # the second is traced with a symbolic size
+        indices = choose(tokens, 8, 4, 3)
+        compare(run, indices, 8, 3, operands(indices, 8, 4))
+    inputs = operands(indices, 8, 4, torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        got, want = (one("grouped", indices, 8, 3, inputs) for one in (run, component))
+    assert relative(got, want) < 1e-5
+
+
 def test_every_token_in_one_group_and_the_others_empty() -> None:
     indices = torch.cat([torch.arange(3).expand(40, 3), torch.full((40, 1), 6)], 1)
     inputs = operands(indices, 8, 4)
