@@ -1,7 +1,7 @@
 """The paper's figures from a sweep: 8, 9a, 9b, 10, 12a, 12b, and load, balance loss and throughput over time; PDF and PNG.
 
     python eval/make_figures.py SWEEP_DIR [--output DIR]                 # default: SWEEP_DIR/figures
-    python eval/make_figures.py SWEEP_DIR --router RUN --layer 5         # Fig. 11 too: the routers of one run, on its validation data
+    python eval/make_figures.py SWEEP_DIR --router RUN --layer 5         # Fig. 11 too, on the validation data
 
 A figure for which the sweep has no runs is named with the reason.
 """

@@ -25,6 +25,13 @@ def _positive(text: str) -> int:
     return int(text)
 
 
+def _seed(text: str) -> int | str:
+    """A number; a key=value word that follows is passed on."""
+    if "=" not in text and not text.isdigit():
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number, 0 or more")
+    return text if "=" in text else int(text)
+
+
 def _parse() -> tuple[str, Request]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", choices=COMMANDS, help="run: one run of a launched sweep (what cluster jobs call)")
@@ -33,7 +40,7 @@ def _parse() -> tuple[str, Request]:
     )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="config of every run")
     parser.add_argument("--only", nargs="+", default=[], help="runs, settings or models; patterns such as '*x2*'")
-    parser.add_argument("--seeds", nargs="+", type=int, help="in place of the file's")
+    parser.add_argument("--seeds", nargs="+", type=_seed, help="in place of the file's")
     parser.add_argument("--scale", choices=SCALES, help="default: paper; tiny: an eighth as wide, on two cores")
     parser.add_argument("--out", type=Path, help="default: runs/sweep/NAME[-tiny]")
     parser.add_argument("--data", help="prepared data, for all runs")
@@ -49,12 +56,12 @@ def _parse() -> tuple[str, Request]:
     parser.add_argument("--claim", metavar="PVC:PATH", help="k8s: volume with checkout, data and runs, and where it is")
     parser.add_argument("--once", action="store_true", help="status: print the table once")
     options = vars(parser.parse_intermixed_args())
-    options["overrides"] += [
-        word for word in options["only"] if "=" in word
-    ]  # that follow --only, which takes all it can
-    options["only"] = [word for word in options["only"] if "=" not in word]
-    for name in ("overrides", "only", "seeds"):
-        options[name] = None if options[name] is None else tuple(options[name])
+    overrides = list(options["overrides"])
+    for name in ("only", "seeds"):  # they take every word that follows, key=value too
+        words = options[name] or []
+        overrides += [word for word in words if "=" in str(word)]
+        options[name] = tuple(word for word in words if "=" not in str(word))
+    options |= {"overrides": tuple(overrides), "seeds": options["seeds"] or None}
     return options.pop("command"), Request(**options)
 
 
