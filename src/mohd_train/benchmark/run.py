@@ -26,7 +26,7 @@ from mohd_train.config.plan import ModelPlan
 from mohd_train.errors import UserError
 from mohd_train.kernels.ops import resolve_backend
 
-SWEEPS = {"tokens": None, "sub_dims": "sub_dims", "expansion": "expansion"}
+SWEEPS = ("tokens", "sub_dims", "expansion")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -72,7 +72,7 @@ def main(configs: Path, arguments: argparse.Namespace) -> int:
 
 def show(rows: list[dict[str, Any]], picture: Path | None) -> int:
     """The table, and the picture where one is asked for."""
-    Console().print(render(rows))
+    Console(width=max(100, Console().width)).print(render(rows))  # whole columns in a pipe too
     if picture:
         plot(rows, picture)
     return 0
