@@ -122,6 +122,12 @@ def test_order_and_models_that_the_paper_lacks(suite: Suite) -> None:
     ]
 
 
+def test_models_beside_the_papers_stand_in_its_order_of_settings(suite: Suite) -> None:
+    names = ["tiny-x2", "tiny-50", "tiny-mine", "tiny-dense", "small-x4"]
+    table = build_table(suite, {}, [result(suite, "sciq", 50.0, model=name) for name in names])
+    assert [row.label for row in table.rows] == ["small-x4", "tiny-dense", "tiny-50", "tiny-x2", "tiny-mine"]
+
+
 def test_two_checkpoints_of_one_name_keep_their_own_rows(suite: Suite) -> None:
     one = result(suite, "sciq", 0.5, model="tiny-x2")
     other = replace(one, model={**one.model, "fingerprint": "fedcba9876543210"}, path=Path("other.json"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from mohd_train.config.catalogue import SETTINGS
 from mohd_train.errors import UserError
 from mohd_train.evaluate.paper import PaperRow
 from mohd_train.evaluate.results import Result
@@ -95,11 +96,10 @@ def build_table(
         table.rows = [_paper_row(suite, row) for row in paper.values()]
         return table
     models = _by_model(results)
-    order = list(paper)
     names = [tasks[next(iter(tasks))].model["name"] for tasks in models.values()]
     keyed = sorted(
         zip(names, models.values(), strict=True),
-        key=lambda item: (order.index(item[0].lower()) if item[0].lower() in paper else len(order), item[0]),
+        key=lambda item: _place(item[0], list(paper)),
     )
     for name, tasks in keyed:
         ours = _our_row(suite, name, tasks, twin=names.count(name) > 1)
@@ -108,6 +108,14 @@ def build_table(
             theirs = _paper_row(suite, row)
             table.rows += [theirs, _difference(ours, theirs)]
     return table
+
+
+def _place(name: str, order: list[str]) -> tuple[int, str, int, str]:
+    """Where a model stands: as in the paper, then by base model with the settings in the paper's order."""
+    if name.lower() in order:
+        return order.index(name.lower()), "", 0, name
+    base, _, setting = name.rpartition("-")
+    return len(order), base, SETTINGS.index(setting) if setting in SETTINGS else len(SETTINGS), name
 
 
 def _by_model(results: Sequence[Result]) -> dict[tuple[str, str], dict[str, Result]]:
