@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import matplotlib.pyplot as plt
 import numpy as np
 
 from mohd_train.analysis.plotting import PAPER, SHADES, finish, panels, percent_scale, save, style
@@ -293,17 +294,18 @@ def _draw_load(
     layers = sorted({layer for layer, _ in load})
     shown = layers if len(layers) <= 4 else [layers[round(i * (len(layers) - 1) / 3)] for i in range(4)]
     components = sorted({component for _, component in load})
-    figure, axes = panels(len(shown) * len(components), width=2.6, height=2.8)
+    size = (2.4 * len(shown) + 0.8, 2.4 * len(components) + 0.4)
+    figure, grid = plt.subplots(len(components), len(shown), figsize=size, layout="constrained", squeeze=False)
     places = [(layer, component) for component in components for layer in shown]
-    for axis, place in zip(axes, places, strict=True):
+    for axis, place in zip(grid.flat, places, strict=True):
         tokens, shares = load[place]
         extent = (tokens[0] / 1e6, tokens[-1] / 1e6, shares.shape[1] - 0.5, -0.5) if len(tokens) > 1 else None
         image = axis.imshow(
             shares.T, aspect="auto", cmap=SHADES, vmin=0, vmax=1, extent=extent, interpolation="nearest"
         )
-        finish(axis, f"{place[1]}, layer {place[0]}", "tokens (M)", "sub-dimension" if axis is axes[0] else "")
+        finish(axis, f"{place[1]}, layer {place[0]}", "tokens (M)", "sub-dimension" if place[0] == shown[0] else "")
         axis.grid(False)
-    figure.colorbar(image, ax=axes, label="share of tokens", fraction=0.02)
+    figure.colorbar(image, ax=grid, label="share of tokens", fraction=0.02)
     figure.suptitle(_title(found, f"{run.name}: sub-dimension load over time"), fontsize=10)
     return save(figure, output, f"load_{run.name}")
 
@@ -330,6 +332,6 @@ def _curves(
         tokens, values = run.series(key)
         axis.plot(np.array(tokens) / 1e6, values, label=_label(run), **style(i, every=max(1, len(tokens) // 12)))
     finish(axis, _title(found, title), "tokens (millions)", unit)
-    axis.set_ylim(bottom=0)
+    axis.set_ylim(0, 1.15 * max(max(run.series(key)[1]) for run in runs))
     axis.legend(frameon=False, fontsize=7)
     return save(figure, output, name)

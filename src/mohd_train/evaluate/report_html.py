@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import html
 import json
+import struct
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ th, td { padding: .25rem .6rem; text-align: right; border-bottom: 1px solid var(
 th:first-child, td:first-child { text-align: left; } tr.paper td { color: var(--faint); }
 .note { color: var(--faint); font-size: .84rem; margin: .2rem 0; }
 .figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(30rem, 100%), 1fr)); gap: 1rem; }
+.figures .wide { grid-column: 1 / -1; }
 .figures img { width: 100%; background: #fff; border: 1px solid var(--line); border-radius: 4px; }
 details { background: var(--card); border: 1px solid var(--line); border-radius: 4px; padding: .4rem .8rem; margin: .4rem 0; }
 pre { overflow-x: auto; font-size: .8rem; }
@@ -121,7 +123,7 @@ def _differences(found: SweepResults) -> str:
         return "<p>No run has begun.</p>"
     config, world = configs[0], _processes(found)
     theirs = {
-        "steps": (settings["steps"], config["max_duration"]),
+        "steps": (settings["steps"], config["max_duration"].removesuffix("ba")),
         "sequence length": (settings["sequence_length"], config["max_seq_len"]),
         "global batch (samples)": (settings["global_batch_size"], config["global_train_batch_size"]),
         "learning rate": (settings["learning_rate"], config["optimizer"]["lr"]),
@@ -194,7 +196,9 @@ def _images(images: list[Path]) -> str:
     def one(path: Path) -> str:
         data = base64.b64encode(path.read_bytes()).decode()
         name = html.escape(path.stem.replace("_", " "))
-        return f'<figure><figcaption>{name}</figcaption><img alt="{name}" src="data:image/png;base64,{data}"></figure>'
+        width, height = struct.unpack(">II", path.read_bytes()[16:24])  # of the PNG's header
+        wide = " class=wide" if width > 2 * height else ""
+        return f'<figure{wide}><figcaption>{name}</figcaption><img alt="{name}" src="data:image/png;base64,{data}"></figure>'
 
     return f"<div class=figures>{''.join(map(one, images))}</div>"
 

@@ -96,7 +96,9 @@ class SweepResults:
         finished = [run for run in self.runs if run.status.state == "finished"]
         settings = {json.dumps(run.measured and run.measured["settings"], sort_keys=True) for run in finished}
         if finished and len(settings) == 1 and all(run.measured for run in finished):
-            return "run_eval.py --perplexity", lambda run: run.measured and run.measured[TOTAL]["perplexity"]
+            limit = finished[0].measured and finished[0].measured["settings"].get("limit")
+            part = f", the first {limit} batches of each domain" if limit else ""
+            return f"run_eval.py --perplexity{part}", lambda run: run.measured and run.measured[TOTAL]["perplexity"]
         return "the last validation within training", lambda run: run.status.perplexity
 
     def perplexity(self, runs: list[RunResult]) -> Mean | None:
