@@ -128,9 +128,9 @@ class MemoryModel:
         return (WIDE + self.compute) * hidden + (WIDE + cast) * self.counts.head
 
     def working(self, tokens: int) -> int:
-        """Temporaries of one block's backward pass: the residual stream's gradients, an FFN's, and one weight's."""
+        """Temporaries of one block's backward pass: the gradients of the residual stream, of two FFN tensors and of one weight."""
         d, f = self.plan.hidden_size, self.plan.intermediate_size
-        return tokens * (2 * WIDE * d + 3 * self.compute * f) + WIDE * d * max(f, self.plan.query_width)
+        return tokens * (WIDE * d + 2 * self.compute * f) + WIDE * d * max(f, self.plan.query_width)
 
     def _step(self) -> int:
         """The optimizer's temporaries: the decoupled one goes parameter by parameter, torch's takes all at once."""
@@ -173,7 +173,7 @@ class MemoryModel:
                 **standing,
                 "gradients": before,
                 "gathered by FSDP": self.gathered(backward=True),
-                "activations": activations + recomputed + samples * saved.per_sample,
+                "activations": activations + recomputed,
                 "weights in half precision": copies + copied,
                 "temporaries": self.working(tokens),
             },
