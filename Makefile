@@ -8,12 +8,12 @@ export PYTHONNOUSERSITE := 1
 export PATH := $(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check format data train eval tables clean
+.PHONY: help setup demo test test-faults check format data train eval tables clean
 
 help:  ## this list
 	@echo "mohd_train: pretraining MoHD (Mixture of Hidden Dimensions) transformers on MosaicML Composer"
 	@echo
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1~\2/p' Makefile | awk -F'~' '{printf "%-14s %s\n", $$1, $$2}'
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1~\2/p' Makefile | awk -F'~' '{printf "%-14s %s\n", $$1, $$2}'
 	@echo
 	@echo "  VENV=$(VENV) names the environment; every target but help and clean sets it up first."
 
@@ -27,6 +27,9 @@ demo: setup  ## raw text -> shards -> three models -> ten tasks -> table and fig
 
 test: setup  ## every test: under 10 minutes on two cores
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist worksteal $(ARGS)
+
+test-faults: setup  ## every fault that is injected: what happened, steps lost, recovered (about 10 minutes)
+	OMP_NUM_THREADS=1 $(PY) -m pytest tests/faults tests/train tests/data -m "fault" $(ARGS)
 
 check: setup  ## ruff and mypy
 	$(BIN)/ruff check .

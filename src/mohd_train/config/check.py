@@ -17,7 +17,7 @@ CHOICES = {
     "optimizer.name": ("decoupled_adamw", "adamw"),
     "scheduler.name": ("cosine_with_warmup", "linear_decay_with_warmup", "constant_with_warmup"),
     "nonfinite_loss": ("stop", "skip"),
-    "router_collapse": ("warn", "stop", "off"),
+    "router_collapse": ("warn", "stop", "ignore"),
     "python_log_level": ("debug", "info", "warning", "error"),
 }
 # Durations, and the units each may be given in.

@@ -12,7 +12,7 @@ FREE_KEYS = (
     "eval_interval", "eval_first", "eval_subset_num_batches", "device_eval_batch_size", "data.local", "data.remote",
     "data.num_workers", "data.predownload", "data.download_retry", "data.download_timeout", "data.verify", "data.optional_domains",
     "data.worker_timeout", "save_keep_every", "nonfinite_loss", "loss_spike_factor", "router_collapse", "router_collapse_share",
-    "router_collapse_time", "start_timeout",
+    "router_collapse_time", "start_timeout", "device_train_microbatch_size",
 )  # fmt: skip
 
 

@@ -144,7 +144,7 @@ class Config:
     # Faults while running (docs/faults.md)
     nonfinite_loss: str = "stop"  # a NaN or infinite loss or gradient: stop | skip (leaves the batch's update out)
     loss_spike_factor: Optional[float] = 1.5  # warns of a loss above this multiple of the recent median; null: off
-    router_collapse: str = "warn"  # warn | stop | off
+    router_collapse: str = "warn"  # warn | stop | ignore
     router_collapse_share: float = 0.98  # one specialized sub-dimension is active for this share of the tokens...
     router_collapse_time: str = "1000ba"  # ...for this long
     start_timeout: float = 1800.0  # seconds to the first batch, after which every rank's stack is reported and it exits

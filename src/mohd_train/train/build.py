@@ -186,7 +186,7 @@ def build_callbacks(run: Run, data: TrainData, notice: Notices, saver: Checkpoin
     if run.plan.components:
         statistics = RoutingStatistics(run.plan, int(Time.from_timestring(config.routing_log_interval).value))
         callbacks.append(statistics)
-        if config.router_collapse != "off":
+        if config.router_collapse != "ignore":
             batches, stop = (
                 int(Time.from_timestring(config.router_collapse_time).value),
                 config.router_collapse == "stop",
@@ -248,7 +248,8 @@ def build_trainer(run: Run, data: TrainData, record: RunRecord | None, run_id: s
     model = build_model(run)
     metrics = MetricsFile(run.folder / "metrics.jsonl")
     saver = build_saver(run)
-    recorder, preemption = RunRecorder(record, saver, metrics), Preemption(stop, saver)
+    recorder = RunRecorder(record, saver, metrics)
+    preemption = Preemption(stop, saver, recorder)
     clipping = config.gradient_clipping
     trainer = Trainer(
         model=model,

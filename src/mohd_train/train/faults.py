@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import multiprocessing
 import re
 import sys
 
@@ -37,7 +38,7 @@ class Notices:
             self.record.update(warnings=[*self.record.data.get("warnings", []), entry][-KEPT:])
 
 
-def explain(error: BaseException, microbatch: int | str, newest: str | None) -> UserError | None:
+def explain(error: BaseException, microbatch: int | float | str, newest: str | None) -> UserError | None:
     """The line for a fault that a user can act on; None for a bug, which keeps its traceback.
 
     Args:
@@ -67,7 +68,14 @@ def explain(error: BaseException, microbatch: int | str, newest: str | None) -> 
     return None
 
 
-def _memory_advice(microbatch: int | str, resume: str) -> str:
+def end_workers() -> None:
+    """Kills data workers for good: one that is stopped or hangs in a read would keep this process from ending."""
+    for child in multiprocessing.active_children():
+        if child.daemon:
+            child.kill()
+
+
+def _memory_advice(microbatch: int | float | str, resume: str) -> str:
     if isinstance(microbatch, int) and microbatch > 1:
         advice = f"set device_train_microbatch_size={microbatch // 2} (it is {microbatch}), or auto on a GPU"
     else:

@@ -18,6 +18,7 @@ from composer.core import Callback, State
 from composer.loggers import Logger
 from composer.utils import dist
 
+from mohd_train.train.callbacks.run_recorder import RunRecorder
 from mohd_train.train.saver import CheckpointSaver
 
 log = logging.getLogger(__name__)
@@ -70,10 +71,11 @@ class Preemption(Callback):
     Args:
         stop: this rank's signal.
         saver: the run's saver.
+        recorder: notes the checkpoint.
     """
 
-    def __init__(self, stop: StopSignal, saver: CheckpointSaver) -> None:
-        self.stop, self.saver = stop, saver
+    def __init__(self, stop: StopSignal, saver: CheckpointSaver, recorder: RunRecorder) -> None:
+        self.stop, self.saver, self.recorder = stop, saver, recorder
         self.validation_due = False
 
     def fit_start(self, state: State, logger: Logger) -> None:
@@ -97,6 +99,7 @@ class Preemption(Callback):
         log.info("SIGTERM: saving batch %s", state.timestamp.batch.value)
         self.validation_due = validation_due
         self.saver.save_now(state, logger)
+        self.recorder.batch_checkpoint(state, logger)
         raise Preempted
 
     def state_dict(self) -> dict[str, Any]:

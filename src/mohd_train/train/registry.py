@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import logging
 import netrc
 import os
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,18 +20,41 @@ from composer.loggers import Logger, LoggerDestination
 from mohd_train.config.load import nearest
 from mohd_train.errors import UserError
 
+log = logging.getLogger(__name__)
+
 
 class WandBLogger(composer_loggers.WandBLogger):
     """Composer's, for W&B of today: from 0.20 on a run has ``url`` in place of the ``get_url()`` that Composer 0.32 calls."""
 
     def init(self, state: State, logger: Logger) -> None:
-        """Gives W&B's run class the older name before Composer asks for it."""
+        """Gives W&B's run class the older name before Composer asks for it; records offline where W&B can't be reached."""
+        import wandb
         from wandb.sdk.wandb_run import Run
 
         run_class: Any = Run
         if not hasattr(run_class, "get_url"):
             run_class.get_url = lambda run: run.url
-        super().init(state, logger)
+        try:
+            super().init(state, logger)
+        except (wandb.errors.Error, OSError) as error:
+            if self._init_kwargs.get("mode") == "offline":
+                raise
+            print(
+                f"warning: W&B can't be reached ({str(error).splitlines()[0]}); this session is recorded offline: upload it later "
+                f"with `wandb sync {self._init_kwargs.get('dir', '.')}/wandb/offline-run-*`",
+                file=sys.stderr,
+                flush=True,
+            )
+            self._init_kwargs["mode"] = "offline"
+            super().init(state, logger)
+
+    def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
+        """A logger that fails must not end a run of weeks: it is switched off, once and aloud. ``metrics.jsonl`` has everything."""
+        try:
+            super().log_metrics(metrics, step)
+        except Exception as error:  # whatever W&B's service raises when it is gone
+            self._enabled = False
+            log.error("W&B takes no more metrics (%s: %s): switched off for this session", type(error).__name__, error)
 
 
 LOGGERS: dict[str, type[LoggerDestination]] = {

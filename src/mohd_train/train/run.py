@@ -12,7 +12,7 @@ from mohd_train.train.build import Built, Run, build_model, build_trainer, prepa
 from mohd_train.train.callbacks import FirstBatchWatchdog
 from mohd_train.train.callbacks.progress import short
 from mohd_train.train.data import TrainData, build_data
-from mohd_train.train.faults import explain
+from mohd_train.train.faults import end_workers, explain
 from mohd_train.train.optimizer import build_optimizer
 from mohd_train.train.preemption import Preempted, StopSignal, stop_signal
 from mohd_train.train.record import RunRecord
@@ -128,7 +128,7 @@ def _fit(run: Run, data: TrainData, built: Built) -> None:
 
 def _close(run: Run, built: Built | None, record: RunRecord | None, error: BaseException) -> UserError | None:
     """Leaves an unfinished run in order, and says what ``error`` means, where a user can do something about it."""
-    microbatch: int | str = "auto"
+    microbatch: int | float | str = "auto"
     if built is not None:
         microbatch = built.trainer.state.device_train_microbatch_size or "auto"
     newest = built.saver.newest if built is not None else run.source or None
@@ -143,4 +143,5 @@ def _close(run: Run, built: Built | None, record: RunRecord | None, error: BaseE
             log.error("%s can't be written: %s", record.path, problem.strerror)
     if built is not None:
         built.trainer.engine.close()
+    end_workers()
     return fault

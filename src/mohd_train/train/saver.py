@@ -40,7 +40,7 @@ def _cause(error: BaseException) -> OSError | None:
     return found
 
 
-def write_whole(state: dict[str, Any], filename: str) -> None:
+def write_whole(state_dict: dict[str, Any], filename: str) -> None:
     """Writes a checkpoint under a temporary name, flushed to disk, and then renames it. Tries again where it may help.
 
     Raises:
@@ -52,7 +52,7 @@ def write_whole(state: dict[str, Any], filename: str) -> None:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with open(temporary, "wb") as file:
-                torch.save(state, file)
+                torch.save(state_dict, file)
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, path)

@@ -6,8 +6,6 @@ import dataclasses
 import re
 from typing import Any, cast
 
-from omegaconf import OmegaConf
-
 from mohd_train.config.schema import Config
 
 # Endings of keys such as api_key, aws_secret_access_key, hub_token
@@ -18,6 +16,8 @@ HIDDEN = "(hidden)"
 
 def without_secrets(value: Any) -> Any:
     """``value`` with every string under a key such as ``api_key`` hidden, and what stands in a URL before ``@``."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return dataclasses.replace(value, **without_secrets(dict(vars(value))))
     if isinstance(value, dict):
         return {
             key: HIDDEN if isinstance(child, str) and SECRET.search(str(key)) else without_secrets(child)
@@ -30,5 +30,4 @@ def without_secrets(value: Any) -> Any:
 
 def shown(config: Config) -> Config:
     """The config as it may be written to files, checkpoints and loggers."""
-    plain = without_secrets(dataclasses.asdict(config))
-    return cast(Config, OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), plain)))
+    return cast(Config, without_secrets(config))

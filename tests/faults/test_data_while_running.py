@@ -1,0 +1,135 @@
+"""Data that breaks after the check at the start, and workers that die or hang."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from composer.core import State
+from faults.faults_support import At, batches_of, config_of, fails, inject, record_of, recovers
+
+MOHD_SHARDS = "shard.*.mds"
+
+
+@pytest.fixture
+def own(data: Path, tmp_path: Path) -> Path:
+    """A copy of the data that may be broken; nothing of it is unpacked."""
+    return shutil.copytree(data, tmp_path / "data", ignore=shutil.ignore_patterns("*.mds", ".lock"))
+
+
+def of_workers(number: int) -> None:
+    workers = [child for child in multiprocessing.active_children() if child.daemon]
+    assert workers
+    for worker in workers:
+        os.kill(worker.pid or 0, number)
+
+
+@pytest.mark.fault("a data worker is killed", happened="stopped with one line, goes on from the checkpoint", lost=1)
+def test_a_worker_dies(tmp_path: Path, data: Path, whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def kill(_: State) -> None:
+        of_workers(signal.SIGKILL)
+        time.sleep(0.2)
+
+    with monkeypatch.context() as patch:
+        inject(patch, At("batch_start", 5, kill))
+        options = ("data.num_workers=1", "max_duration=40ba", "run_name=long", "eval_interval=40ba")
+        text = fails(config_of(tmp_path, data, *options), "a data worker died .*killed by signal: Killed")
+    assert "autoresume=true" in text
+    assert not multiprocessing.active_children()
+    recovers(tmp_path, data, whole, "data.num_workers=1")
+
+
+@pytest.mark.fault("a data worker hangs", happened="stopped after data.worker_timeout, worker ended", lost=1)
+def test_a_worker_hangs(tmp_path: Path, data: Path, whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        inject(patch, At("batch_start", 5, lambda _: of_workers(signal.SIGSTOP)))
+        options = ("data.num_workers=1", "max_duration=40ba", "eval_interval=40ba", "data.worker_timeout=1")
+        fails(config_of(tmp_path, data, "run_name=long", *options), "no batch came from the data workers within")
+    assert not multiprocessing.active_children()
+    recovers(tmp_path, data, whole, "data.num_workers=1")
+
+
+@pytest.mark.fault("SIGTERM to the data workers too", happened="they work on until the run has saved", lost=0)
+def test_workers_outlive_sigterm(tmp_path: Path, data: Path, whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def terminate(_: State) -> None:
+        of_workers(signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.1)
+
+    with monkeypatch.context() as patch:
+        inject(patch, At("after_forward", 4, terminate))
+        from mohd_train.train.run import train
+
+        train(config_of(tmp_path, data, "data.num_workers=1"))
+    assert record_of(tmp_path)["status"] == "preempted"
+    assert batches_of(tmp_path)[-1] == 5
+    recovers(tmp_path, data, whole, "data.num_workers=1")
+
+
+def damage(path: Path, kind: str) -> None:
+    content = path.read_bytes()
+    if kind == "removed":
+        path.unlink()
+    elif kind == "truncated":
+        path.write_bytes(content[:10])
+    else:
+        path.write_bytes(content[:40] + bytes([content[40] ^ 1]) + content[41:])
+
+
+@pytest.mark.fault(
+    "unpacked shard breaks while running", happened="stopped, shard named; goes on once it is unpacked again", lost=1
+)
+@pytest.mark.parametrize("kind", ["removed", "truncated"])
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_unpacked_shard_breaks(
+    kind: str, workers: int, tmp_path: Path, data: Path, own: Path, whole: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken: list[Path] = []
+
+    def act(_: State) -> None:
+        for path in (own / "cc" / "train").glob("shard.*.mds"):
+            damage(path, kind)
+            broken.append(path)
+        for path in (own / "cc" / "train").glob("shard.*.zstd"):
+            path.rename(path.with_name(f"away-{path.name}"))
+
+    with monkeypatch.context() as patch:
+        inject(patch, At("batch_end", 5, act))
+        options = ("max_duration=40ba", "eval_interval=40ba", "run_name=long", f"data.num_workers={workers}")
+        text = fails(config_of(tmp_path, own, *options), r"cc/train/shard\.\d+\.mds: can't be read")
+    assert "Traceback" not in text
+    assert broken
+    for path in (own / "cc" / "train").glob("away-*"):
+        path.rename(path.with_name(path.name.removeprefix("away-")))
+    for path in broken:
+        path.unlink(missing_ok=True)
+    recovers(tmp_path, own, whole, f"data.num_workers={workers}")
+
+
+@pytest.mark.fault(
+    "packed shard breaks while running", happened="stopped, shard named; the epoch does not end in silence", lost=1
+)
+@pytest.mark.parametrize("kind", ["removed", "flipped"])
+def test_a_packed_shard_breaks(
+    kind: str, tmp_path: Path, own: Path, whole: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Shards are unpacked just before they are needed here, so most of them still lie packed."""
+    saved = shutil.copytree(own, tmp_path / "saved")
+
+    def act(_: State) -> None:
+        for path in (own / "cc" / "train").glob("shard.*.zstd"):
+            damage(path, kind)
+
+    with monkeypatch.context() as patch:
+        inject(patch, At("batch_end", 1, act))
+        options = ("max_duration=40ba", "eval_interval=40ba", "run_name=long", "data.predownload=1")
+        text = fails(config_of(tmp_path, own, *options), r"cc/train/shard\.\d+\.mds|a shard can't be fetched")
+    assert "shard." in text
+    shutil.rmtree(own)
+    shutil.copytree(saved, own)
+    recovers(tmp_path, own, whole)
