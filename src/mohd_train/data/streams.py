@@ -140,9 +140,9 @@ class TokenStreams(StreamingDataset):
                 raise
             if self._event.is_set() and self._fault is not None:
                 raise self._named(self._fault) from error
-            shard = self.shards[self.spanner[sample_id][0]]
+            reader = self.shards[self.spanner[sample_id][0]]
             raise UserError(
-                f"{Path(shard.dirname) / shard.file_pairs[0][0].basename}: can't be read ({str(error).splitlines()[0]}); "
+                f"{Path(reader.dirname) / reader.file_pairs[0][0].basename}: can't be read ({str(error).splitlines()[0]}); "
                 "copy the shard again, or prepare the data again"
             ) from error
         shard, _ = self.spanner[sample_id]
