@@ -34,3 +34,17 @@ for name, (tokens, n, k, s, c) in CASES.items():
         error = (a.double() - b).norm() / b.norm().clamp(min=1e-20)
         assert error < 2e-6, f"{name}: {key} differs by {error:.1e}"  # sums of some ten float32 terms, six ops deep
     print(name, "agrees", flush=True)
+
+torch.manual_seed(0)
+values = {"x": torch.randn(21, 40), "gain": torch.randn(40), "centroids": torch.randn(5, 40)}
+inputs = {key: value.requires_grad_() for key, value in values.items()}
+exact = {key: value.detach().double().requires_grad_() for key, value in values.items()}
+gots = [*ops.norm_router(*inputs.values(), 1e-6, backend="triton")]
+wants = [*ops.norm_router(*exact.values(), 1e-6, backend="reference")]
+slopes = [torch.randn_like(part) for part in gots]
+gots += torch.autograd.grad(gots, list(inputs.values()), slopes)
+wants += torch.autograd.grad(wants, list(exact.values()), [slope.double() for slope in slopes])
+for key, a, b in zip(("normed", "logits", *inputs), gots, wants, strict=True):
+    error = (a.double() - b).norm() / b.norm()
+    assert error < 2e-6, f"norm and router: {key} differs by {error:.1e}"
+print("norm and router agrees")

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from mohd_train.errors import UserError
 from mohd_train.kernels import fusion, grouped_gemm, layout, reference
+from mohd_train.kernels import norm_router as norm
 from mohd_train.kernels.selection import Selection, select
 
 BACKENDS = ("reference", "grouped", "triton")
@@ -50,6 +51,22 @@ def make_selection(indices_TK: Tensor, *, sub_dims: int, shared: int, backend: s
     return select(indices_TK, sub_dims, shared, TRITON_TILE if backend == "triton" else None)
 
 
+def norm_router(
+    x_TD: Tensor, gain_D: Tensor, centroids_ND: Tensor, eps: float, *, backend: str
+) -> tuple[Tensor, Tensor]:
+    """RMSNorm and the router's logits in one pass over x (eqs. 6-7): ``n = x / rms(x) * gain`` [T, D] in x's dtype, and
+    ``E n`` [T, N] in float32 or wider, autocast or not, from n before it is rounded. The backward pass keeps x and
+    ``1 / rms(x)``, not n.
+    """
+    if backend == "reference":
+        return norm.reference(x_TD, gain_D, centroids_ND, eps)
+    if backend == "triton":
+        from mohd_train.kernels import triton_ops
+
+        return triton_ops.norm_router(x_TD, gain_D, centroids_ND, eps)
+    return norm.norm_router(x_TD, gain_D, centroids_ND, eps)
+
+
 def up_projection(
     x_TD: Tensor,
     weights: Sequence[Tensor],
@@ -64,13 +81,11 @@ def up_projection(
     """
     if backend == "reference":
         return reference.up_projection(x_TD, weights, selection.indices_TK, selection.sub_dims, input_weights_TK)
-    x_TKC = layout.gather_active(x_TD, selection.rows, selection.slots_TN)
-    if input_weights_TK is not None:
-        x_TKC = _scale(x_TKC, input_weights_TK)
+    x_TKC = _active_inputs(x_TD, selection, input_weights_TK)
     if backend == "triton":
         from mohd_train.kernels import triton_ops
 
-        return tuple(triton_ops.up(x_TKC, weight, selection) for weight in weights)
+        return triton_ops.up(x_TKC, weights, selection)
     chosen = (selection.pairs, selection.ends, selection.sub_dims, selection.shared)
     return tuple(grouped_gemm.up(x_TKC, weight, *chosen) for weight in weights)
 
@@ -84,7 +99,7 @@ def down_projection(
     if backend == "triton":
         from mohd_train.kernels import triton_ops
 
-        return _scale(triton_ops.down(h_TF, weight_DF, selection), weights_TK)
+        return triton_ops.down(h_TF, weight_DF, selection, weights_TK)
     chosen = (selection.pairs, selection.ends, selection.sub_dims, selection.shared)
     return _scale(grouped_gemm.down(h_TF, weight_DF, *chosen, selection.indices_TK.shape[1]), weights_TK)
 
@@ -101,6 +116,11 @@ def swiglu_ffn(
     backend: str,
 ) -> Tensor:
     """``down(silu(gate x~) * up x~)``: both projections of a feed-forward layer in one. Compact: [T, K*C]."""
+    if backend == "triton":
+        from mohd_train.kernels import triton_ops
+
+        x_TKC = _active_inputs(x_TD, selection, input_weights_TK)
+        return triton_ops.ffn(x_TKC, w_gate_FD, w_up_FD, w_down_DF, selection, weights_TK)
     gate_TF, up_TF = up_projection(
         x_TD, (w_gate_FD, w_up_FD), selection, input_weights_TK=input_weights_TK, backend=backend
     )
@@ -126,6 +146,11 @@ def fuse_residual(
         return triton_ops.fuse_residual(z_TKC, mixing_CNN.permute(2, 1, 0), selection, residual_TD)
     chosen = (selection.indices_TK, selection.pairs, selection.ends, selection.shared)
     return fusion.fuse_residual(z_TKC, mixing_CNN.permute(2, 1, 0), *chosen, residual_TD)
+
+
+def _active_inputs(x_TD: Tensor, selection: Selection, input_weights_TK: Tensor | None) -> Tensor:
+    x_TKC = layout.gather_active(x_TD, selection.rows, selection.slots_TN)
+    return x_TKC if input_weights_TK is None else _scale(x_TKC, input_weights_TK)
 
 
 def _scale(compact_TKC: Tensor, weights_TK: Tensor) -> Tensor:
