@@ -14,8 +14,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
 
 from mohd_train.config.plan import ModelPlan
 from mohd_train.model.transformer import Transformer
@@ -80,8 +82,33 @@ def autocast(precision: str) -> Any:
     return torch.autocast("cpu", dtype=torch.bfloat16, enabled=COMPUTE_BYTES[precision] == 2)
 
 
-def _trace(plan: ModelPlan, layers: int, samples: int, precision: str, kernels: str) -> int:
-    with FakeTensorMode():
+class _FlashAttention(torch.autograd.Function):
+    """Keeps what flash attention does: queries, keys, values, their result and the log-sum-exp. It computes nothing."""
+
+    @staticmethod
+    def forward(ctx: Any, q_BHTE: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        y_BHTE = torch.empty_like(q_BHTE)
+        ctx.save_for_backward(q_BHTE, k, v, y_BHTE, q_BHTE.new_empty(q_BHTE.shape[:3], dtype=torch.float32))
+        return y_BHTE
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> None:
+        raise AssertionError("a trace has no backward pass")
+
+
+class _GroupedQueriesAsOnGPU(TorchFunctionMode):
+    """A GPU's flash attention takes grouped queries; a CPU's does not, and torch falls back to keeping all T x T scores."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is F.scaled_dot_product_attention and kwargs.get("enable_gqa"):
+            return _FlashAttention.apply(*args)
+        return func(*args, **kwargs)
+
+
+def _trace(plan: ModelPlan, layers: int, samples: int, precision: str, kernels: str, gpu: bool) -> int:
+    flash = gpu and COMPUTE_BYTES[precision] == 2  # in float32 a GPU has none either
+    with FakeTensorMode(), _GroupedQueriesAsOnGPU() if flash else contextlib.nullcontext():
         model = Transformer(dataclasses.replace(plan, num_hidden_layers=layers), kernels, seed=0)
         tokens = torch.zeros(samples, plan.max_seq_len, dtype=torch.int64)
         with counting_saved(model) as saved, autocast(precision):
@@ -90,16 +117,17 @@ def _trace(plan: ModelPlan, layers: int, samples: int, precision: str, kernels: 
             return saved()
 
 
-def trace(plan: ModelPlan, precision: str, kernels: str = "auto") -> SavedBytes:
+def trace(plan: ModelPlan, precision: str, kernels: str = "auto", *, gpu: bool = True) -> SavedBytes:
     """Bytes saved for backward at the plan's sequence length.
 
     Args:
         plan: the model.
         precision: ``amp_bf16``, ``amp_fp16`` or ``fp32``.
         kernels: as in the config; ``triton`` is traced as ``grouped``, since it saves the same tensors and refuses a CPU.
+        gpu: whether attention is a GPU's: it differs from a CPU's where query heads share keys.
     """
     kernels = "grouped" if kernels == "triton" else kernels
-    points = {(n, b): _trace(plan, n, b, precision, kernels) for n in (1, 2) for b in (1, 2)}
+    points = {(n, b): _trace(plan, n, b, precision, kernels, gpu) for n in (1, 2) for b in (1, 2)}
     block = {b: points[2, b] - points[1, b] for b in (1, 2)}
     ends = {b: points[1, b] - block[b] for b in (1, 2)}
     per_sample, block_per_sample = ends[2] - ends[1], block[2] - block[1]

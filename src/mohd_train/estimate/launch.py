@@ -103,16 +103,25 @@ def run_steps(config: Config, manifest: Manifest | None) -> int:
     )
 
 
-def checkpoints(config: Config, steps: int, manifest: Manifest | None) -> int:
-    """Checkpoints that a run writes: one every ``save_interval``, and one at its end."""
+def checkpoints(config: Config, steps: int, manifest: Manifest | None) -> tuple[int, int]:
+    """Checkpoints that a run writes, one every ``save_interval`` and one at its end; and how many lie on disk at most.
+
+    The last K stay, those of ``save_keep_every`` besides, and one more is there while it is written.
+    """
     interval = Time.from_timestring(config.save_interval)
     if interval.unit == TimeUnit.DURATION:
         every = max(1, int(steps * interval.value))
     elif interval.unit == TimeUnit.EPOCH and manifest is None:
-        return 1
+        every = steps
     else:
         every = run_steps(dataclasses.replace(config, max_duration=config.save_interval), manifest)
-    return math.ceil(steps / every)
+    written, keep = math.ceil(steps / every), config.save_num_checkpoints_to_keep
+    if keep < 0:
+        return written, written
+    for_good = 0
+    if config.save_keep_every is not None:
+        for_good = steps // math.lcm(every, int(Time.from_timestring(config.save_keep_every).value))
+    return written, min(written, keep + 1 + for_good)
 
 
 def checkpoint_bytes(counts: Counts) -> int:
@@ -213,7 +222,7 @@ def estimate(config: Config, gpu: GPU, gpus: int, mfu: float | None = None) -> E
     if mfu is None:
         mfu, source = default_mfu(gpu, plan, memory.sharding.checkpointing)
     seconds = flops / (gpus * gpu.peak(config.precision) * mfu)
-    written, size, keep = checkpoints(config, steps, manifest), checkpoint_bytes(memory.counts), _keep(config)
+    size, (written, held) = checkpoint_bytes(memory.counts), checkpoints(config, steps, manifest)
     needed, available = _tokens(config, manifest, steps * config.global_train_batch_size)
     return Estimate(
         run_name=str(config.run_name), gpu=gpu.name, gpus=gpus,
@@ -223,15 +232,10 @@ def estimate(config: Config, gpu: GPU, gpus: int, mfu: float | None = None) -> E
         stage=stage, parts=parts, needed=memory.needed(max(microbatch, 1)), memory=gpu.memory,
         mfu=mfu, mfu_source=source, step_seconds=seconds, tokens_per_second=tokens_per_step / seconds,
         days=steps * seconds / 86400,
-        checkpoint=size, checkpoints=written, disk=size * (written if keep is None else min(written, keep + 1)),
+        checkpoint=size, checkpoints=written, disk=size * held,
         free_disk=_free(config.save_folder), tokens_needed=needed, tokens_available=available,
         notes=_notes(config, manifest, _fsdp(config)),
     )  # fmt: skip
-
-
-def _keep(config: Config) -> int | None:
-    """Checkpoints that stay; None: all."""
-    return None if config.save_num_checkpoints_to_keep < 0 else config.save_num_checkpoints_to_keep
 
 
 MEMORY_BESIDE = f"{FRAGMENTATION:.0%} for the allocator's loss and {CONTEXT / 2**30:.0f} GiB for CUDA, cuBLAS and NCCL"
