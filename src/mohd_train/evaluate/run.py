@@ -18,6 +18,7 @@ from mohd_train.evaluate import checkpoint as checkpoints
 from mohd_train.evaluate import report, results
 from mohd_train.evaluate.harness import BOOTSTRAP_ITERS, HarnessLM, score
 from mohd_train.evaluate.options import EvalOptions
+from mohd_train.evaluate.prefetch import why_missing
 from mohd_train.evaluate.rows import RowFile
 from mohd_train.evaluate.suite import Suite, TaskSpec, load_suite
 from mohd_train.evaluate.tasks import BuiltTask, build_task, stock_manager
@@ -77,16 +78,23 @@ def _check(options: EvalOptions, suite: Suite) -> None:
 def _build(
     specs: list[TaskSpec], options: EvalOptions, cache: Path, console: Console
 ) -> tuple[list[BuiltTask], dict[str, str]]:
-    """The tasks, and the reasons for those that the hub does not give. A local file that is wrong ends the run instead."""
+    """The tasks, and the reasons for those that the hub does not give, or did not give eval/prefetch.py.
+
+    A local file that is wrong, or missing for another reason, ends the run instead.
+    """
     manager, built, failed = stock_manager(specs), [], {}
     for spec in specs:
+        why = why_missing(options.data_dir, spec.name) if options.data_dir is not None else None
         try:
-            built.append(build_task(spec, manager, options.data_dir, cache))
+            if why is None:
+                built.append(build_task(spec, manager, options.data_dir, cache))
         except UserError as error:
             if options.data_dir is not None:
                 raise
-            failed[spec.name] = str(error)
-            console.print(f"[red]skipped[/red] {spec.name}: {error}", soft_wrap=True)
+            why = str(error)
+        if why is not None:
+            failed[spec.name] = why
+            console.print(f"skipped {spec.name}: {why}", markup=False, soft_wrap=True)
     if not built:
         raise UserError(f"none of the tasks can be had; the first said: {next(iter(failed.values()))}")
     return built, failed

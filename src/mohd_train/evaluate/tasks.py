@@ -89,7 +89,7 @@ def _from_files(spec: TaskSpec, manager: TaskManager, data_dir: Path, cache_dir:
     if not spec.subjects:
         task, files = _local_task(spec, manager, spec.name, folder, cache_dir)
         return BuiltTask(spec, task, files)
-    subjects = _subjects(spec.name, manager)
+    subjects = subject_tasks(spec.name, manager)
     present = {path.name for path in folder.iterdir() if path.is_dir()}
     for name in sorted(present - set(subjects)):
         raise UserError(f"{folder / name}: {spec.name} has no subject {name!r}{nearest(name, subjects)}")
@@ -104,7 +104,7 @@ def _local_task(
     spec: TaskSpec, manager: TaskManager, name: str, folder: Path, cache_dir: Path | None
 ) -> tuple[Task, dict[str, RowFile]]:
     """The stock task ``name`` with its rows replaced by those of ``folder``."""
-    config = _stock_config(manager, name)
+    config = stock_config(manager, name)
     evaluated = config.get("test_split") or config["validation_split"]
     drawn = (
         (config.get("fewshot_config") or {}).get("split") or config.get("fewshot_split") or config.get("training_split")
@@ -131,7 +131,8 @@ def _local_task(
     return ConfigurableTask(config=config), files
 
 
-def _stock_config(manager: TaskManager, name: str) -> dict[str, Any]:
+def stock_config(manager: TaskManager, name: str) -> dict[str, Any]:
+    """lm-eval's own YAML of a task, includes and functions resolved. Raises :class:`UserError` where it has none."""
     path = manager.task_index[name].yaml_path
     if path is None:
         raise UserError(f"lm-eval's task {name} has no YAML of its own; local rows cannot be given to it")
@@ -150,11 +151,13 @@ def _children(manager: TaskManager, name: str) -> list[str]:
     return names
 
 
-def _subjects(name: str, manager: TaskManager) -> dict[str, str]:
+def subject_tasks(name: str, manager: TaskManager) -> dict[str, str]:
     """Subject (its folder, the hub's configuration name) -> lm-eval's task name, for every task of a group."""
     if manager.task_index[name].kind != Kind.GROUP:
-        return {_stock_config(manager, name)["dataset_name"]: name}
-    return {subject: task for child in _children(manager, name) for subject, task in _subjects(child, manager).items()}
+        return {stock_config(manager, name)["dataset_name"]: name}
+    return {
+        subject: task for child in _children(manager, name) for subject, task in subject_tasks(child, manager).items()
+    }
 
 
 def _local_group(
