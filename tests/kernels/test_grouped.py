@@ -21,6 +21,7 @@ SHAPES = [  # tokens, N, K, S, C
     pytest.param(1, 8, 4, 3, 2, id="one-token"),
     pytest.param(9, 4, 4, 4, 2, id="shared-only"),
     pytest.param(9, 4, 4, 3, 2, id="all-active"),
+    pytest.param(21, 13, 6, 1, 2, id="too-many-choices-to-sort-by"),
 ]
 
 
@@ -88,8 +89,10 @@ def test_every_token_in_one_group_and_the_others_empty() -> None:
 
 def test_wide_slices(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mohd_train.kernels.grouped.NARROW", 0)
-    indices = choose(37, 16, 12, 9)
-    compare(component, indices, 16, 9, operands(indices, 16, 4))
+    monkeypatch.setattr("mohd_train.kernels.spans.NARROW", 0)
+    for tokens, n, k, s in ((37, 16, 12, 9), (21, 13, 6, 1), (5, 16, 12, 9)):
+        indices = choose(tokens, n, k, s)
+        compare(component, indices, n, s, operands(indices, n, 4))
 
 
 def test_blocks_of_several_tokens(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,62 +1,70 @@
 """The grouped GEMMs as `torch.library` ops: opaque to torch.compile, with shapes under fake tensors, and with autograd.
 
+Tokens are sorted where there are few choices (`token_order`), else their runs are gathered (`grouped`).
 Without autograd and outside torch.compile (decoding) they are plain calls: a registered op costs tens of microseconds.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from mohd_train.kernels import grouped
+from mohd_train.kernels import grouped, spans, token_order
+from mohd_train.kernels.selection import Selection
 
 _up = torch.library.custom_op("mohd::up", grouped.up, mutates_args=())
 _up_backward = torch.library.custom_op("mohd::up_backward", grouped.up_backward, mutates_args=())
 _down = torch.library.custom_op("mohd::down", grouped.down, mutates_args=())
 _down_backward = torch.library.custom_op("mohd::down_backward", grouped.down_backward, mutates_args=())
+_up_sorted = torch.library.custom_op("mohd::up_sorted", spans.up, mutates_args=())
+_up_sorted_backward = torch.library.custom_op("mohd::up_sorted_backward", spans.up_backward, mutates_args=())
+_down_sorted = torch.library.custom_op("mohd::down_sorted", spans.down, mutates_args=())
+_down_sorted_backward = torch.library.custom_op("mohd::down_sorted_backward", spans.down_backward, mutates_args=())
 
 
-@_up.register_fake
-def _(x_TKC: Tensor, weight_OD: Tensor, pairs: Tensor, ends: Tensor, sub_dims: int, shared: int) -> Tensor:
+def _up_shape(x_TKC: Tensor, weight_OD: Tensor, *rest: Any) -> Tensor:
     return x_TKC.new_empty(x_TKC.shape[0], weight_OD.shape[0])
 
 
-@_up_backward.register_fake
-def _(
-    grad_TO: Tensor, x_TKC: Tensor, weight_OD: Tensor, pairs: Tensor, ends: Tensor, sub_dims: int, shared: int
-) -> tuple[Tensor, Tensor]:
-    return x_TKC.new_empty(x_TKC.shape), weight_OD.new_empty(weight_OD.shape)
-
-
-@_down.register_fake
-def _(h_TF: Tensor, weight_DF: Tensor, pairs: Tensor, ends: Tensor, sub_dims: int, shared: int, active: int) -> Tensor:
+def _down_shape(h_TF: Tensor, weight_DF: Tensor, *rest: Any) -> Tensor:
+    sub_dims, _, active = rest[-3:]
     return h_TF.new_empty(h_TF.shape[0], active * (weight_DF.shape[0] // sub_dims))
 
 
-@_down_backward.register_fake
-def _(
-    grad_TKC: Tensor, h_TF: Tensor, weight_DF: Tensor, pairs: Tensor, ends: Tensor, sub_dims: int, shared: int
-) -> tuple[Tensor, Tensor]:
-    return h_TF.new_empty(h_TF.shape), weight_DF.new_empty(weight_DF.shape)
+def _gradient_shapes(grad: Tensor, inputs: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    return inputs.new_empty(inputs.shape), weight.new_empty(weight.shape)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(*inputs[:4])
-    ctx.sizes = inputs[4:6]  # N and S
+    ctx.sizes, ctx.rest = inputs[4:6], (None,) * (len(inputs) - 2)  # N and S
 
 
-def _up_grad(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    return *_up_backward(grad, *ctx.saved_tensors, *ctx.sizes), None, None, None, None
+def _save_sorted(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:3])
+    ctx.sizes, ctx.rest = inputs[3:5], (None,) * (len(inputs) - 2)
 
 
-def _down_grad(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    return *_down_backward(grad, *ctx.saved_tensors, *ctx.sizes), None, None, None, None, None
+def _gradient_by(backward: Any) -> Any:
+    def gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return *backward(grad, *ctx.saved_tensors, *ctx.sizes), *ctx.rest
+
+    return gradient
 
 
-_up.register_autograd(_up_grad, setup_context=_save)
-_down.register_autograd(_down_grad, setup_context=_save)
+for _forward, _backward, _shape, _keep in (
+    (_up, _up_backward, _up_shape, _save),
+    (_down, _down_backward, _down_shape, _save),
+    (_up_sorted, _up_sorted_backward, _up_shape, _save_sorted),
+    (_down_sorted, _down_sorted_backward, _down_shape, _save_sorted),
+):
+    _forward.register_fake(_shape)
+    _backward.register_fake(_gradient_shapes)
+    _forward.register_autograd(_gradient_by(_backward), setup_context=_keep)
 
 
 def _plain() -> bool:
@@ -72,15 +80,46 @@ def cast_for_autocast(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     return x, weight
 
 
-def up(x_TKC: Tensor, weight_OD: Tensor, pairs: Tensor, ends: Tensor, sub_dims: int, shared: int) -> Tensor:
-    """See `grouped.up`; differentiable in `x_TKC` and `weight_OD`."""
+def _up_one(x_TKC: Tensor, weight_OD: Tensor, s: Selection) -> Tensor:
+    """Rows as in `x_TKC`, which is sorted where the selection has an order."""
     x_TKC, weight_OD = cast_for_autocast(x_TKC, weight_OD)
-    return (grouped.up if _plain() else _up)(x_TKC, weight_OD, pairs, ends, sub_dims, shared)
+    if s.order is None:
+        return (grouped.up if _plain() else _up)(x_TKC, weight_OD, s.pairs, s.ends, s.sub_dims, s.shared)
+    return (spans.up if _plain() else _up_sorted)(x_TKC, weight_OD, s.order.ends, s.sub_dims, s.shared)
 
 
-def down(
-    h_TF: Tensor, weight_DF: Tensor, pairs: Tensor, ends: Tensor, sub_dims: int, shared: int, active: int
-) -> Tensor:
-    """See `grouped.down`; differentiable in `h_TF` and `weight_DF`."""
+def _down_one(h_TF: Tensor, weight_DF: Tensor, s: Selection) -> Tensor:
+    """Compact [T, K*C]; rows as in `h_TF`, sorted where the selection has an order."""
     h_TF, weight_DF = cast_for_autocast(h_TF, weight_DF)
-    return (grouped.down if _plain() else _down)(h_TF, weight_DF, pairs, ends, sub_dims, shared, active)
+    sizes = (s.sub_dims, s.shared, s.indices_TK.shape[1])
+    if s.order is None:
+        return (grouped.down if _plain() else _down)(h_TF, weight_DF, s.pairs, s.ends, *sizes)
+    return (spans.down if _plain() else _down_sorted)(h_TF, weight_DF, s.order.ends, *sizes)
+
+
+def _sorted_inputs(x_TKC: Tensor, s: Selection) -> Tensor:
+    return x_TKC if s.order is None else token_order.sort_compact(x_TKC, s.order, s.indices_TK.shape[1])
+
+
+def up(x_TKC: Tensor, weights_OD: Sequence[Tensor], selection: Selection) -> tuple[Tensor, ...]:
+    """``W x~`` from the compact active inputs: [T, O_i] each."""
+    x_TKC, order = _sorted_inputs(x_TKC, selection), selection.order
+    outs = tuple(_up_one(x_TKC, weight, selection) for weight in weights_OD)
+    return outs if order is None else tuple(token_order.permute(out, order.places, order.tokens) for out in outs)
+
+
+def down(h_TF: Tensor, weight_DF: Tensor, selection: Selection) -> Tensor:
+    """The active slices of ``W h``, compact: [T, K*C]."""
+    order = selection.order
+    if order is None:
+        return _down_one(h_TF, weight_DF, selection)
+    y_TKC = _down_one(token_order.permute(h_TF, order.tokens, order.places), weight_DF, selection)
+    return token_order.unsort_compact(y_TKC, order, selection.indices_TK.shape[1])
+
+
+def ffn(x_TKC: Tensor, w_gate_FD: Tensor, w_up_FD: Tensor, w_down_DF: Tensor, selection: Selection) -> Tensor:
+    """``down(silu(gate x~) * up x~)``, compact: [T, K*C]. Sorted tokens stay sorted in between."""
+    x_TKC, order = _sorted_inputs(x_TKC, selection), selection.order
+    gate_TF, up_TF = (_up_one(x_TKC, weight, selection) for weight in (w_gate_FD, w_up_FD))
+    y_TKC = _down_one(F.silu(gate_TF) * up_TF, w_down_DF, selection)
+    return y_TKC if order is None else token_order.unsort_compact(y_TKC, order, selection.indices_TK.shape[1])

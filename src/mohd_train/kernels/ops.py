@@ -48,7 +48,8 @@ def _triton_refusal(device: torch.device, dtype: torch.dtype, width: int | None)
 
 def make_selection(indices_TK: Tensor, *, sub_dims: int, shared: int, backend: str) -> Selection:
     """Wraps a router's choice [T, K] for `backend`: once per component, used by all of its ops."""
-    return select(indices_TK, sub_dims, shared, TRITON_TILE if backend == "triton" else None)
+    tile = TRITON_TILE if backend == "triton" else None
+    return select(indices_TK, sub_dims, shared, tile, sort=backend == "grouped")
 
 
 def norm_router(
@@ -86,8 +87,7 @@ def up_projection(
         from mohd_train.kernels import triton_ops
 
         return triton_ops.up(x_TKC, weights, selection)
-    chosen = (selection.pairs, selection.ends, selection.sub_dims, selection.shared)
-    return tuple(grouped_gemm.up(x_TKC, weight, *chosen) for weight in weights)
+    return grouped_gemm.up(x_TKC, weights, selection)
 
 
 def down_projection(
@@ -100,8 +100,7 @@ def down_projection(
         from mohd_train.kernels import triton_ops
 
         return triton_ops.down(h_TF, weight_DF, selection, weights_TK)
-    chosen = (selection.pairs, selection.ends, selection.sub_dims, selection.shared)
-    return _scale(grouped_gemm.down(h_TF, weight_DF, *chosen, selection.indices_TK.shape[1]), weights_TK)
+    return _scale(grouped_gemm.down(h_TF, weight_DF, selection), weights_TK)
 
 
 def swiglu_ffn(
@@ -116,15 +115,17 @@ def swiglu_ffn(
     backend: str,
 ) -> Tensor:
     """``down(silu(gate x~) * up x~)``: both projections of a feed-forward layer in one. Compact: [T, K*C]."""
+    if backend == "reference":
+        gate_TF, up_TF = up_projection(
+            x_TD, (w_gate_FD, w_up_FD), selection, input_weights_TK=input_weights_TK, backend=backend
+        )
+        return down_projection(F.silu(gate_TF) * up_TF, w_down_DF, selection, weights_TK, backend=backend)
+    x_TKC = _active_inputs(x_TD, selection, input_weights_TK)
     if backend == "triton":
         from mohd_train.kernels import triton_ops
 
-        x_TKC = _active_inputs(x_TD, selection, input_weights_TK)
         return triton_ops.ffn(x_TKC, w_gate_FD, w_up_FD, w_down_DF, selection, weights_TK)
-    gate_TF, up_TF = up_projection(
-        x_TD, (w_gate_FD, w_up_FD), selection, input_weights_TK=input_weights_TK, backend=backend
-    )
-    return down_projection(F.silu(gate_TF) * up_TF, w_down_DF, selection, weights_TK, backend=backend)
+    return _scale(grouped_gemm.ffn(x_TKC, w_gate_FD, w_up_FD, w_down_DF, selection), weights_TK)
 
 
 def fuse_residual(

@@ -12,6 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from mohd_train.kernels.token_order import TokenOrder, serves, token_order
+
 TILE = 16  # pairs in a tile: a tile holds pairs of one sub-dimension, so reductions over a run need no data-dependent shape
 
 
@@ -26,13 +28,17 @@ class Selection(NamedTuple):
     pairs: Tensor  # int64 [T*P]: specialized pairs (token * K + slot), by sub-dimension, then by token
     ends: Tensor  # int64 [N-S]: where each specialized sub-dimension's run of `pairs` ends
     tile_tokens: Tensor | None = None  # int64 [M, B], for triton: tiles of tokens with the same choice, -1 fills up
+    order: TokenOrder | None = None  # for grouped: tokens sorted by choice, where there are few choices
 
 
-def select(indices_TK: Tensor, sub_dims: int, shared: int, tile: int | None = None) -> Selection:
+def select(indices_TK: Tensor, sub_dims: int, shared: int, tile: int | None = None, sort: bool = False) -> Selection:
     """A selection with its sort: one stable sort over all specialized pairs, run ends as a tensor, no host sync.
 
-    `tile` adds tiles of so many tokens of the same choice.
+    `tile` adds tiles of so many tokens of the same choice, `sort` the tokens' order by choice.
     """
+    order = (
+        token_order(indices_TK, sub_dims, shared) if sort and serves(sub_dims, indices_TK.shape[1], shared) else None
+    )
     tile_tokens = None if tile is None else same_choice(indices_TK, sub_dims, shared, tile)
     tokens, active = indices_TK.shape
     chosen, device = active - shared, indices_TK.device
@@ -44,10 +50,10 @@ def select(indices_TK: Tensor, sub_dims: int, shared: int, tile: int | None = No
         return Selection(
             indices_TK, sub_dims, shared, rows, slots_TN, indices_TK.new_zeros(0), torch.zeros_like(ids), tile_tokens
         )
-    keys, order = torch.sort(indices_TK[:, shared:].reshape(-1), stable=True)
-    pairs = order // chosen * active + shared + order % chosen
+    keys, by_id = torch.sort(indices_TK[:, shared:].reshape(-1), stable=True)
+    pairs = by_id // chosen * active + shared + by_id % chosen
     ends = torch.searchsorted(keys, ids, right=True)
-    return Selection(indices_TK, sub_dims, shared, rows, slots_TN, pairs, ends, tile_tokens)
+    return Selection(indices_TK, sub_dims, shared, rows, slots_TN, pairs, ends, tile_tokens, order)
 
 
 def same_choice(indices_TK: Tensor, sub_dims: int, shared: int, size: int) -> Tensor:

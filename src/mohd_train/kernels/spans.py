@@ -1,0 +1,123 @@
+"""The GEMMs of the `grouped` backend on sorted tokens (`token_order`): every operand is a view, nothing is gathered.
+
+A span's product is added to the shared product's rows in place; every slice of a weight's gradient is written by one op.
+Host sync: none on CPU; on CUDA each op reads its group ends once.
+
+Shapes: T tokens, D hidden, N sub-dimensions, K active, S shared, C = D / N, O and F widths; compact tensors [T, K*C], sorted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from mohd_train.kernels import token_order
+
+NARROW = 64  # up to this width a GEMM on a strided slice of a weight is slower than one on a copy of the slice
+
+
+def _spans(ends: Tensor, sub_dims: int, shared: int, active: int) -> Iterator[tuple[int, int, slice]]:
+    """(sub-dimension, slot, its tokens) of every span that holds a token."""
+    bounds = [0, *ends.tolist()]
+    for choice, slot, first, last in token_order.spans(sub_dims - shared, active - shared):
+        if bounds[last + 1] > bounds[first]:
+            yield shared + choice, shared + slot, slice(bounds[first], bounds[last + 1])
+
+
+def _columns(place: int, width: int) -> slice:
+    return slice(place * width, (place + 1) * width)
+
+
+def up(x_TKC: Tensor, weight_OD: Tensor, ends: Tensor, sub_dims: int, shared: int) -> Tensor:
+    """``W x~`` from sorted compact inputs: sorted [T, O]."""
+    width = weight_OD.shape[1] // sub_dims
+    inner, active = shared * width, x_TKC.shape[1] // width
+    out = x_TKC.new_empty(x_TKC.shape[0], weight_OD.shape[0])
+    if shared:
+        torch.mm(x_TKC[:, :inner], weight_OD[:, :inner].t(), out=out)
+    else:
+        out.zero_()
+    slices: dict[int, Tensor] = {}
+    for i, slot, rows in _spans(ends, sub_dims, shared, active):
+        if i not in slices:
+            piece = weight_OD[:, _columns(i, width)]
+            slices[i] = piece.contiguous() if width <= NARROW else piece
+        out[rows].addmm_(x_TKC[rows, _columns(slot, width)], slices[i].t())
+    return out
+
+
+def up_backward(
+    grad_TO: Tensor, x_TKC: Tensor, weight_OD: Tensor, ends: Tensor, sub_dims: int, shared: int
+) -> tuple[Tensor, Tensor]:
+    """Gradients of `up`: sorted compact [T, K*C], and [O, D]."""
+    width = weight_OD.shape[1] // sub_dims
+    inner, active = shared * width, x_TKC.shape[1] // width
+    grad_x = torch.empty(x_TKC.shape, dtype=x_TKC.dtype, device=x_TKC.device)
+    grad_weight = torch.empty(weight_OD.shape, dtype=weight_OD.dtype, device=weight_OD.device)
+    if shared:
+        torch.mm(grad_TO, weight_OD[:, :inner], out=grad_x[:, :inner])
+        torch.mm(grad_TO.t(), x_TKC[:, :inner], out=grad_weight[:, :inner])
+    slices: dict[int, Tensor] = {}
+    sums: dict[int, Tensor] = {}
+    for i, slot, rows in _spans(ends, sub_dims, shared, active):
+        columns, x_part, grad_part = _columns(slot, width), x_TKC[rows, _columns(slot, width)], grad_TO[rows]
+        if i not in slices:
+            piece = weight_OD[:, _columns(i, width)]
+            slices[i] = piece.contiguous() if width <= NARROW else piece
+        torch.mm(grad_part, slices[i], out=grad_x[rows, columns])
+        if width > NARROW and i not in sums:
+            sums[i] = grad_weight[:, _columns(i, width)].t()
+            torch.mm(grad_part.t(), x_part, out=sums[i].t())
+        elif width > NARROW:
+            sums[i].t().addmm_(grad_part.t(), x_part)
+        elif i not in sums:
+            sums[i] = x_part.t() @ grad_part
+        else:
+            sums[i].addmm_(x_part.t(), grad_part)
+    for i in range(shared, sub_dims):
+        if i not in sums:
+            grad_weight[:, _columns(i, width)].zero_()
+        elif width <= NARROW:
+            grad_weight[:, _columns(i, width)] = sums[i].t()
+    return grad_x, grad_weight
+
+
+def down(h_TF: Tensor, weight_DF: Tensor, ends: Tensor, sub_dims: int, shared: int, active: int) -> Tensor:
+    """The active slices of ``W h`` from sorted tokens: sorted compact [T, K*C]."""
+    width = weight_DF.shape[0] // sub_dims
+    inner = shared * width
+    y = h_TF.new_empty(h_TF.shape[0], active * width)
+    if shared:
+        torch.mm(h_TF, weight_DF[:inner].t(), out=y[:, :inner])
+    for i, slot, rows in _spans(ends, sub_dims, shared, active):
+        torch.mm(h_TF[rows], weight_DF[_columns(i, width)].t(), out=y[rows, _columns(slot, width)])
+    return y
+
+
+def down_backward(
+    grad_TKC: Tensor, h_TF: Tensor, weight_DF: Tensor, ends: Tensor, sub_dims: int, shared: int
+) -> tuple[Tensor, Tensor]:
+    """Gradients of `down`: sorted [T, F], and [D, F]."""
+    width = weight_DF.shape[0] // sub_dims
+    inner, active = shared * width, grad_TKC.shape[1] // width
+    grad_h = torch.empty(h_TF.shape, dtype=h_TF.dtype, device=h_TF.device)
+    grad_weight = torch.empty(weight_DF.shape, dtype=weight_DF.dtype, device=weight_DF.device)
+    if shared:
+        torch.mm(grad_TKC[:, :inner], weight_DF[:inner], out=grad_h)
+        torch.mm(grad_TKC[:, :inner].t(), h_TF, out=grad_weight[:inner])
+    else:
+        grad_h.zero_()
+    written: set[int] = set()
+    for i, slot, rows in _spans(ends, sub_dims, shared, active):
+        part, of_weight = grad_TKC[rows, _columns(slot, width)], grad_weight[_columns(i, width)]
+        grad_h[rows].addmm_(part, weight_DF[_columns(i, width)])
+        if i in written:
+            of_weight.addmm_(part.t(), h_TF[rows])
+        else:
+            torch.mm(part.t(), h_TF[rows], out=of_weight)
+            written.add(i)
+    for i in set(range(shared, sub_dims)) - written:
+        grad_weight[_columns(i, width)].zero_()
+    return grad_h, grad_weight

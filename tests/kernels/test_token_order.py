@@ -1,0 +1,43 @@
+"""The order of tokens by choice: what spans promise to the GEMMs."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import torch
+from support.routing import choose
+
+from mohd_train.kernels import token_order
+
+
+@pytest.mark.parametrize(("count", "chosen"), [(1, 1), (5, 1), (7, 3), (6, 2), (4, 4)])
+def test_choices_differ_in_one_from_the_one_before(count: int, chosen: int) -> None:
+    choices = token_order._choices(count, chosen)
+    assert sorted(choices) == sorted(itertools.combinations(range(count), chosen))
+    assert all(len(set(a) & set(b)) == chosen - 1 for a, b in itertools.pairwise(choices))
+    assert len(token_order.spans(count, chosen)) == chosen + math.comb(count, chosen) - 1
+
+
+@pytest.mark.parametrize(("tokens", "n", "k", "s"), [(50, 16, 12, 9), (50, 8, 4, 3), (1, 16, 12, 9), (9, 6, 2, 0)])
+def test_a_span_holds_the_pairs_of_its_sub_dimension(tokens: int, n: int, k: int, s: int) -> None:
+    indices = choose(tokens, n, k, s)
+    order = token_order.token_order(indices, n, s)
+    assert torch.equal(order.tokens[order.places], torch.arange(tokens))
+    assert torch.equal(order.pairs[order.pair_places], torch.arange(tokens * k))
+    assert torch.equal(order.pairs.view(tokens, k) // k, order.tokens.unsqueeze(1).expand(tokens, k))
+    held = indices.reshape(-1)[order.pairs].view(tokens, k)
+    assert torch.equal(held[:, :s], torch.arange(s).expand(tokens, s))
+    bounds, seen = [0, *order.ends.tolist()], 0
+    for choice, slot, first, last in token_order.spans(n - s, k - s):
+        part = held[bounds[first] : bounds[last + 1], s + slot]
+        assert (part == s + choice).all()
+        seen += part.numel()
+    assert seen == tokens * (k - s)
+
+
+def test_too_many_choices_are_not_sorted_by() -> None:
+    assert token_order.serves(16, 12, 9)
+    assert not token_order.serves(16, 4, 0)
+    assert not token_order.serves(4, 4, 4)
