@@ -41,6 +41,7 @@ def main() -> int:
         )
     else:
         console = Console()
+        console.width = max(console.width, 160)  # rather than cut numbers off in a narrow window or a pipe
         console.print(render_counts(counted))
     return 0
 
