@@ -1,7 +1,7 @@
 """The GEMMs of the `grouped` backend on sorted tokens (`token_order`): every operand is a view, nothing is gathered.
 
 A span's product is added to the shared product's rows in place; every slice of a weight's gradient is written by one op.
-Host sync: none on CPU; on CUDA each op reads its group ends once.
+Host sync: none on CPU; on CUDA each op reads its group ends once, except where `device_groups` serves.
 
 Shapes: T tokens, D hidden, N sub-dimensions, K active, S shared, C = D / N, O and F widths; compact tensors [T, K*C], sorted.
 """
@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from mohd_train.kernels import token_order
+from mohd_train.kernels import device_groups, token_order
 
 NARROW = 64  # up to this width a GEMM on a strided slice of a weight is slower than one on a copy of the slice
 
@@ -34,6 +34,8 @@ def up(x_TKC: Tensor, weight_OD: Tensor, ends: Tensor, sub_dims: int, shared: in
     """``W x~`` from sorted compact inputs: sorted [T, O]."""
     width = weight_OD.shape[1] // sub_dims
     inner, active = shared * width, x_TKC.shape[1] // width
+    if device_groups.serves(x_TKC, active - shared, width):
+        return device_groups.up(x_TKC, weight_OD, ends, sub_dims, shared)
     out = x_TKC.new_empty(x_TKC.shape[0], weight_OD.shape[0])
     if shared:
         torch.mm(x_TKC[:, :inner], weight_OD[:, :inner].t(), out=out)
@@ -54,6 +56,8 @@ def up_backward(
     """Gradients of `up`: sorted compact [T, K*C], and [O, D]."""
     width = weight_OD.shape[1] // sub_dims
     inner, active = shared * width, x_TKC.shape[1] // width
+    if device_groups.serves(x_TKC, active - shared, width):
+        return device_groups.up_backward(grad_TO, x_TKC, weight_OD, ends, sub_dims, shared)
     grad_x = torch.empty(x_TKC.shape, dtype=x_TKC.dtype, device=x_TKC.device)
     grad_weight = torch.empty(weight_OD.shape, dtype=weight_OD.dtype, device=weight_OD.device)
     if shared:
@@ -88,6 +92,8 @@ def down(h_TF: Tensor, weight_DF: Tensor, ends: Tensor, sub_dims: int, shared: i
     """The active slices of ``W h`` from sorted tokens: sorted compact [T, K*C]."""
     width = weight_DF.shape[0] // sub_dims
     inner = shared * width
+    if device_groups.serves(h_TF, active - shared, width):
+        return device_groups.down(h_TF, weight_DF, ends, sub_dims, shared, active)
     y = h_TF.new_empty(h_TF.shape[0], active * width)
     if shared:
         torch.mm(h_TF, weight_DF[:inner].t(), out=y[:, :inner])
@@ -102,6 +108,8 @@ def down_backward(
     """Gradients of `down`: sorted [T, F], and [D, F]."""
     width = weight_DF.shape[0] // sub_dims
     inner, active = shared * width, grad_TKC.shape[1] // width
+    if device_groups.serves(h_TF, active - shared, width):
+        return device_groups.down_backward(grad_TKC, h_TF, weight_DF, ends, sub_dims, shared)
     grad_h = torch.empty(h_TF.shape, dtype=h_TF.dtype, device=h_TF.device)
     grad_weight = torch.empty(weight_DF.shape, dtype=weight_DF.dtype, device=weight_DF.device)
     if shared:
