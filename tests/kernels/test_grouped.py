@@ -149,12 +149,16 @@ def test_bit_for_bit_from_run_to_run() -> None:
         assert torch.equal(a, b)
 
 
-def test_without_gradients_the_same_output() -> None:
-    indices = choose(12, 8, 4, 3)
-    inputs = operands(indices, 8, 4)
+@pytest.mark.parametrize("tokens", [1, 8, 40])
+@pytest.mark.parametrize(("n", "k", "s"), [(8, 4, 3), (16, 12, 9), (13, 6, 1), (5, 1, 0), (4, 4, 4)])
+def test_without_gradients_the_same_output(tokens: int, n: int, k: int, s: int) -> None:
+    """Few tokens take a way of their own."""
+    indices = choose(tokens, n, k, s)
+    inputs = operands(indices, n, 4)
     with torch.no_grad():
-        plain = component("grouped", indices, 8, 3, inputs)
-    assert torch.equal(plain, component("grouped", indices, 8, 3, inputs))
+        plain = component("grouped", indices, n, s, inputs)
+        assert (ops.make_selection(indices, sub_dims=n, shared=s, backend="grouped").choices is None) == (tokens == 40)
+    assert relative(plain, component("reference", indices, n, s, inputs)) < 1e-10
 
 
 @pytest.mark.parametrize(("dtype", "unit"), [(torch.float32, 2.0**-24), (torch.bfloat16, 2.0**-8)])

@@ -1,6 +1,7 @@
 """The grouped GEMMs as `torch.library` ops: opaque to torch.compile, with shapes under fake tensors, and with autograd.
 
-Tokens are sorted where there are few choices (`token_order`), else their runs are gathered (`grouped`).
+Tokens are sorted where there are few choices (`token_order`), else their runs are gathered (`grouped`); a few tokens that are
+being decoded need neither (`few_tokens`).
 Without autograd and outside torch.compile (decoding) they are plain calls: a registered op costs tens of microseconds.
 """
 
@@ -13,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mohd_train.kernels import grouped, spans, token_order
+from mohd_train.kernels import few_tokens, grouped, spans, token_order
 from mohd_train.kernels.selection import Selection
 
 _up = torch.library.custom_op("mohd::up", grouped.up, mutates_args=())
@@ -83,6 +84,8 @@ def cast_for_autocast(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
 def _up_one(x_TKC: Tensor, weight_OD: Tensor, s: Selection) -> Tensor:
     """Rows as in `x_TKC`, which is sorted where the selection has an order."""
     x_TKC, weight_OD = cast_for_autocast(x_TKC, weight_OD)
+    if s.choices is not None:
+        return few_tokens.up(x_TKC, weight_OD, s.choices, s.sub_dims, s.shared)
     if s.order is None:
         return (grouped.up if _plain() else _up)(x_TKC, weight_OD, s.pairs, s.ends, s.sub_dims, s.shared)
     return (spans.up if _plain() else _up_sorted)(x_TKC, weight_OD, s.order.ends, s.sub_dims, s.shared)
@@ -92,6 +95,8 @@ def _down_one(h_TF: Tensor, weight_DF: Tensor, s: Selection) -> Tensor:
     """Compact [T, K*C]; rows as in `h_TF`, sorted where the selection has an order."""
     h_TF, weight_DF = cast_for_autocast(h_TF, weight_DF)
     sizes = (s.sub_dims, s.shared, s.indices_TK.shape[1])
+    if s.choices is not None:
+        return few_tokens.down(h_TF, weight_DF, s.choices, *sizes)
     if s.order is None:
         return (grouped.down if _plain() else _down)(h_TF, weight_DF, s.pairs, s.ends, *sizes)
     return (spans.down if _plain() else _down_sorted)(h_TF, weight_DF, s.order.ends, *sizes)

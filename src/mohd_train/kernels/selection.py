@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from mohd_train.kernels import few_tokens
 from mohd_train.kernels.token_order import TokenOrder, serves, token_order
 
 TILE = 16  # pairs in a tile: a tile holds pairs of one sub-dimension, so reductions over a run need no data-dependent shape
@@ -29,16 +30,17 @@ class Selection(NamedTuple):
     ends: Tensor  # int64 [N-S]: where each specialized sub-dimension's run of `pairs` ends
     tile_tokens: Tensor | None = None  # int64 [M, B], for triton: tiles of tokens with the same choice, -1 fills up
     order: TokenOrder | None = None  # for grouped: tokens sorted by choice, where there are few choices
+    choices: few_tokens.Choices | None = None  # for grouped, in place of any sort: a few tokens without gradients
 
 
 def select(indices_TK: Tensor, sub_dims: int, shared: int, tile: int | None = None, sort: bool = False) -> Selection:
     """A selection with its sort: one stable sort over all specialized pairs, run ends as a tensor, no host sync.
 
-    `tile` adds tiles of so many tokens of the same choice, `sort` the tokens' order by choice.
+    `tile` adds tiles of so many tokens of the same choice, `sort` the tokens' order by choice (or, decoding, the choices).
     """
-    order = (
-        token_order(indices_TK, sub_dims, shared) if sort and serves(sub_dims, indices_TK.shape[1], shared) else None
-    )
+    few = sort and indices_TK.shape[0] <= few_tokens.MOST_TOKENS and _decoding()
+    by_choice = sort and not few and serves(sub_dims, indices_TK.shape[1], shared)
+    order = token_order(indices_TK, sub_dims, shared) if by_choice else None
     tile_tokens = None if tile is None else same_choice(indices_TK, sub_dims, shared, tile)
     tokens, active = indices_TK.shape
     chosen, device = active - shared, indices_TK.device
@@ -46,14 +48,18 @@ def select(indices_TK: Tensor, sub_dims: int, shared: int, tile: int | None = No
     slots_TN = torch.full((tokens, sub_dims), -1, dtype=torch.int64, device=device)
     slots_TN = slots_TN.scatter(1, indices_TK, torch.arange(active, device=device).expand(tokens, active))
     ids = torch.arange(shared, sub_dims, device=device)
-    if chosen == 0:
-        return Selection(
-            indices_TK, sub_dims, shared, rows, slots_TN, indices_TK.new_zeros(0), torch.zeros_like(ids), tile_tokens
-        )
+    if chosen == 0 or few:
+        choices = few_tokens.choices_of(indices_TK, shared) if few else None
+        none, ends = indices_TK.new_zeros(0), torch.zeros_like(ids)
+        return Selection(indices_TK, sub_dims, shared, rows, slots_TN, none, ends, tile_tokens, None, choices)
     keys, by_id = torch.sort(indices_TK[:, shared:].reshape(-1), stable=True)
     pairs = by_id // chosen * active + shared + by_id % chosen
     ends = torch.searchsorted(keys, ids, right=True)
     return Selection(indices_TK, sub_dims, shared, rows, slots_TN, pairs, ends, tile_tokens, order)
+
+
+def _decoding() -> bool:
+    return not (torch.is_grad_enabled() or torch.compiler.is_compiling())
 
 
 def same_choice(indices_TK: Tensor, sub_dims: int, shared: int, size: int) -> Tensor:

@@ -1,0 +1,58 @@
+"""The products of a few tokens, as in decoding: bound by the bytes of the weights read, so each slice is read once, in place.
+
+No sort: the choices are on the host already (`Selection.choices`). Without gradients.
+Shapes: T tokens, D hidden, N sub-dimensions, K active, S shared, C = D / N, O and F widths.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+MOST_TOKENS = 16
+
+Choices = tuple[tuple[int, tuple[int, ...], tuple[int, ...]], ...]
+
+
+def choices_of(indices_TK: Tensor, shared: int) -> Choices:
+    """(sub-dimension, tokens, their slots) of each specialized sub-dimension that is chosen. On CUDA waits for the device."""
+    found: dict[int, list[tuple[int, int]]] = {}
+    for token, row in enumerate(indices_TK[:, shared:].tolist()):
+        for place, i in enumerate(row):
+            found.setdefault(i, []).append((token, shared + place))
+    return tuple((i, *zip(*pairs, strict=True)) for i, pairs in found.items())
+
+
+def up(x_TKC: Tensor, weight_OD: Tensor, choices: Choices, sub_dims: int, shared: int) -> Tensor:
+    """``W x~`` from the compact active inputs. Returns [T, O]."""
+    width = weight_OD.shape[1] // sub_dims
+    out = _product(x_TKC[:, : shared * width], weight_OD[:, : shared * width])
+    for i, tokens, slots in choices:
+        piece = weight_OD[:, i * width : (i + 1) * width]
+        rows = [x_TKC[token, slot * width : (slot + 1) * width] for token, slot in zip(tokens, slots, strict=True)]
+        if len(tokens) == 1:
+            out[tokens[0]].addmv_(piece, rows[0])
+        else:
+            for token, part in zip(tokens, _product(torch.stack(rows), piece), strict=True):
+                out[token] += part
+    return out
+
+
+def down(h_TF: Tensor, weight_DF: Tensor, choices: Choices, sub_dims: int, shared: int, active: int) -> Tensor:
+    """The active slices of ``W h``, compact: [T, K*C]."""
+    width = weight_DF.shape[0] // sub_dims
+    y_TKC = h_TF.new_empty(h_TF.shape[0], active * width)
+    y_TKC[:, : shared * width] = _product(h_TF, weight_DF[: shared * width])
+    for i, tokens, slots in choices:
+        piece = weight_DF[i * width : (i + 1) * width]
+        rows = h_TF if len(tokens) == h_TF.shape[0] else torch.stack([h_TF[token] for token in tokens])
+        for token, slot, part in zip(tokens, slots, _product(rows, piece), strict=True):
+            y_TKC[token, slot * width : (slot + 1) * width] = part
+    return y_TKC
+
+
+def _product(x_TX: Tensor, weight_OX: Tensor) -> Tensor:
+    """``x W^T``; of one token as a matrix-vector product, which reads a strided slice of W at full speed."""
+    if x_TX.shape[0] == 1:
+        return torch.mv(weight_OX, x_TX[0]).unsqueeze(0)
+    return x_TX @ weight_OX.t()
