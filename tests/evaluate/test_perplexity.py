@@ -98,6 +98,11 @@ def test_stored_perplexity_is_reused_or_refused(
     with pytest.raises(UserError, match="another checkpoint"):
         run_perplexity(replace(asked, checkpoint=make_llama(seed=1)))
     assert run_perplexity(replace(asked, limit=1, overwrite=True)) == 0
+    path = next(tmp_path.rglob("perplexity.json"))
+    path.write_text(path.read_text(encoding="utf-8")[:50], encoding="utf-8")
+    capsys.readouterr()
+    assert run_perplexity(replace(asked, limit=1)) == 0
+    assert "set aside as perplexity.json.broken" in capsys.readouterr().out
     with pytest.raises(UserError, match="holds no results"):  # no result of a task
         results.find([tmp_path])
 

@@ -9,6 +9,7 @@ import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import datasets
 import pytest
@@ -23,6 +24,7 @@ from mohd_train.evaluate import results
 from mohd_train.evaluate.options import EvalOptions
 from mohd_train.evaluate.run import run_eval
 from mohd_train.evaluate.suite import Suite
+from mohd_train.evaluate.table_text import table_text
 from mohd_train.model.count import count
 from mohd_train.model.transformer import Transformer
 
@@ -52,7 +54,7 @@ def test_stores_one_file_a_task_with_its_origin(options: EvalOptions, llama: Pat
     assert (ours["questions"], ours["questions_available"]) == (4, 8)
     result = results.read(stored(options))
     assert set(result.scores) >= {"acc", "acc_stderr", "acc_norm", "acc_norm_stderr"}
-    assert results.find([options.output]) == [results.read(stored(options, "boolq")), result]
+    assert results.find([options.output]).results == [results.read(stored(options, "boolq")), result]
 
 
 def test_reuses_what_is_stored(options: EvalOptions, suite: Suite, capsys: pytest.CaptureFixture[str]) -> None:
@@ -93,13 +95,31 @@ def test_changed_rows_are_another_measurement(options: EvalOptions, suite: Suite
         run_eval(options, suite)
 
 
-def test_a_broken_result_is_named(options: EvalOptions, suite: Suite) -> None:
-    stored(options).parent.mkdir(parents=True)
-    stored(options).write_text('{"mohd_train": ', encoding="utf-8")
-    with pytest.raises(UserError, match=r"sciq\.json is no valid JSON"):
-        run_eval(options, suite)
-    with pytest.raises(UserError, match=r"sciq\.json is no valid JSON"):
-        results.find([options.output])
+def test_a_broken_result_is_named_and_set_aside(
+    options: EvalOptions, suite: Suite, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_eval(options, suite)
+    whole = stored(options).read_text(encoding="utf-8")
+    for broken in (
+        whole[:40],
+        whole.replace('"fingerprint"', '"finger"'),
+        whole.replace('"acc": ', '"acc": "x", "a": '),
+    ):
+        stored(options).write_text(broken, encoding="utf-8")
+        found = results.find([options.output])
+        assert [one.settings.task for one in found.results] == ["boolq"]
+        assert "sciq.json" in found.notes[0]
+        assert found.notes[0].endswith("(set aside)")
+        with pytest.raises(UserError, match=r"sciq\.json"):
+            results.find([stored(options)])
+        capsys.readouterr()
+        assert run_eval(options, suite) == 0
+        shown = capsys.readouterr().out
+        assert "set aside as sciq.json.broken, evaluated again" in shown
+        assert shown.count("reused") == 1
+        assert stored(options).with_name("sciq.json.broken").read_text(encoding="utf-8") == broken
+        assert results.read(stored(options)).questions == 4
+    assert "broken" not in table_text(2, [options.output], "md")
 
 
 def test_no_place_to_write(options: EvalOptions, suite: Suite, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -114,14 +134,22 @@ def test_no_place_to_write(options: EvalOptions, suite: Suite, monkeypatch: pyte
 
 
 def test_hub_rows_and_a_task_that_cannot_be_had(
-    options: EvalOptions, suite: Suite, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    options: EvalOptions,
+    suite: Suite,
+    demo_questions: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """The hub answers with rows for one task, and refuses the other as it does script data sets."""
     text = (Path(str(options.data_dir)) / "sciq" / "test.jsonl").read_text(encoding="utf-8")
     questions = datasets.Dataset.from_list([json.loads(line) for line in text.splitlines()])
     rows = dict.fromkeys(("train", "validation", "test"), questions)
 
-    def hub(path: str, name: str | None = None, **_: object) -> datasets.DatasetDict:
+    real = datasets.load_dataset
+
+    def hub(path: str, name: str | None = None, **words: Any) -> datasets.DatasetDict:
+        if path == "json":
+            return real(path, name, **words)
         if path == "EleutherAI/logiqa":
             raise RuntimeError("Dataset scripts are no longer supported, but found logiqa.py")
         assert path == "allenai/sciq"
@@ -134,9 +162,14 @@ def test_hub_rows_and_a_task_that_cannot_be_had(
     assert not stored(options, "logiqa").exists()
     shown = capsys.readouterr().out
     assert "logiqa: – (the rows of task logiqa cannot be had from the hub: Dataset scripts are no longer" in shown
+    assert "logiqa could not be had: the rows of task logiqa" in table_text(2, [options.output], "md")
     options.tasks = ["logiqa"]
     with pytest.raises(UserError, match="none of the tasks can be had"):
         run_eval(options, suite)
+    options.data_dir, options.overwrite = demo_questions, True
+    assert run_eval(options, suite) == 0
+    assert "could not be had" not in table_text(2, [options.output], "md")
+    assert results.find([options.output]).missing == []
 
 
 def test_other_harness_version_is_refused(options: EvalOptions, suite: Suite) -> None:
@@ -159,6 +192,30 @@ def test_native_checkpoint(setting: str, suite: Suite, demo_questions: Path, tmp
     assert (result.model["activated"], result.model["total"]) == (count(plan).activated, count(plan).total)
     assert (result.model["bos"], result.model["max_length"], result.model["run"]) == ("prepended", 96, "run")
     assert result.truncated["requests"] == 16
+
+
+def test_a_run_that_is_not_at_its_end_is_marked(suite: Suite, demo_questions: Path, tmp_path: Path) -> None:
+    plan = small_plan("x2", max_seq_len=96)
+    torch.manual_seed(0)
+    path = save_native(tmp_path / "run", plan, Transformer(plan))
+    path.with_name("latest-rank0.pt").symlink_to(path.name)
+    record = tmp_path / "run" / "run.json"
+
+    def unfinished(status: str, checkpoint: Path = path) -> str | None:
+        record.write_text(json.dumps({"status": status, "batch": 30}), encoding="utf-8")
+        return checkpoints.load(checkpoints.locate(checkpoint), device="cpu").info.get("unfinished")
+
+    assert unfinished("finished") is None
+    assert unfinished("finished", Path(shutil.copy(path, path.with_name("ep0-ba1-rank0.pt")))) == (
+        "ep0-ba1-rank0.pt, not the last"
+    )
+    assert unfinished("interrupted") == "interrupted, batch 30"
+    options = EvalOptions(path, tmp_path / "out", ["sciq"], demo_questions, device="cpu")
+    assert run_eval(options, suite) == 0
+    assert f"not trained to its end: {plan.name} interrupted, batch 30" in table_text(2, [options.output], "md")
+    record.write_text("{", encoding="utf-8")
+    with pytest.raises(UserError, match=r"run\.json is no record of a run"):
+        checkpoints.load(checkpoints.locate(path), device="cpu")
 
 
 def test_checkpoints_that_cannot_be_read(llama: Path, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import dataclasses
 import io
 import json
 import re
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 import pytest
 
 from mohd_train.errors import UserError
-from mohd_train.evaluate import figures, options, results
+from mohd_train.evaluate import figures, options, results, sweep_eval
 from mohd_train.evaluate.grid import FORMATS, Grid, to_csv, to_markdown
 from mohd_train.evaluate.paper_tables import TABLES, load_numbers, sweep_grid
 from mohd_train.evaluate.perplexity import FORMAT as PERPLEXITY_FORMAT
@@ -221,6 +222,61 @@ def test_broken_results_are_named_and_set_aside(tmp_path: Path) -> None:
     assert re.search(r"piqa.json is broken and set aside", found.notes[0])
 
 
+def test_the_suite_s_own_settings_decide_and_a_task_of_fewer_seeds_is_named(tmp_path: Path) -> None:
+    folder = make_sweep(tmp_path / "s", "table4", lambda s, seed: 10.0, (1, 2), ("x2",))
+    for task in load_suite().tasks:
+        store(folder, "tiny-355m-x2-s1", task, 0.9, **({"shots": 3} if task == "sciq" else {}))
+        store(folder, "tiny-355m-x2-s2", task, 0.3)
+    found = read_sweep_results(folder.path)
+    merged = {one.settings.task: one for one in merged_tasks(found)}
+    assert (merged["sciq"].scores["acc"], merged["piqa"].scores["acc"]) == (0.3, pytest.approx(0.6))
+    assert "x2-s1/sciq.json was asked in another way" in found.notes[0]
+    assert "355m-x2 sciq: of 1 seeds, not 2" in found.notes
+    text = table_text(2, [folder.path], "csv")
+    (ours,) = (row for row in csv.DictReader(io.StringIO(text)) if row["row"] == "ours")  # one row, whatever its seeds
+    assert (ours["sciq"], ours["piqa"], ours["label"]) == ("30.0", "60.0", "355m-x2")
+    assert figures.draw_scores(found, tmp_path / "f")
+    store(folder, "tiny-355m-x2-s1", "sciq", 0.9, lm_eval="0.4.0")
+    store(folder, "tiny-355m-x2-s2", "sciq", 0.9, lm_eval="0.4.0")
+    text = table_text(2, [folder.path], "csv")
+    (ours,) = (row for row in csv.DictReader(io.StringIO(text)) if row["row"] == "ours")
+    assert (ours["sciq"], ours["average"]) == ("–", "–")
+    assert figures.draw_scores(read_sweep_results(folder.path), tmp_path / "f") == []  # no average of nine tasks
+
+
+def test_scores_of_half_finished_runs_are_marked_and_left_out_of_means(tmp_path: Path) -> None:
+    folder = make_sweep(
+        tmp_path / "s", "table4", lambda s, seed: -9.0 if (s, seed) == ("x2", 1) or s == "dense" else 9.0, (1, 2)
+    )
+    for run in ("x2-s1", "x2-s2", "dense-s1", "dense-s2"):
+        store(folder, f"tiny-355m-{run}", "sciq", 0.2 if run.endswith("1") else 0.4)
+    found = read_sweep_results(folder.path)
+    merged = {one.model["name"]: one for one in merged_tasks(found)}
+    assert merged["355m-x2"].scores["acc"] == 0.4
+    assert merged["355m-dense"].scores["acc"] == pytest.approx(0.3)
+    assert any("x2-s1/sciq.json is not of a finished run" in note for note in found.notes)
+    assert "not trained to its end: 355m-dense stopped, batch 30" in table_text(2, [folder.path], "md")
+
+
+def test_why_a_task_is_missing_stands_below_the_table(tmp_path: Path) -> None:
+    folder = make_sweep(tmp_path / "s", "table4", lambda s, seed: 10.0, only=("x2",))
+    store(folder, "tiny-355m-x2-s1", "sciq", 0.3)
+    place = folder.path / "eval" / "tiny-355m-x2-s1"
+    model = results.read(place / "sciq.json").model
+    results.write_missing(place, "logiqa", model, "script data set")
+    results.write_missing(place, "sciq", model, "no network")  # there already: stands
+    (place / "boolq.missing.json").write_text("{")
+    text = table_text(2, [folder.path], "md")
+    assert "logiqa could not be had: script data set" in text
+    assert "no network" not in text
+    assert re.search(r"boolq\.missing\.json cannot be read .* \(set aside\)", text)
+    metrics = folder.path / "tiny-355m-x2-s1" / "metrics.jsonl"
+    metrics.write_text('{"batch": 1, "tok\n[]\n' + metrics.read_text() + '{"batch": 9')  # the last: being written
+    found = read_sweep_results(folder.path)
+    assert len(found.runs[0].metrics) == 3
+    assert [note for note in found.notes if "metrics.jsonl, line 1 and 1 more: no valid JSON of a batch" in note]
+
+
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
@@ -316,6 +372,34 @@ def test_sweep_evaluation_commands(tmp_path: Path) -> None:
     other = make_sweep(tmp_path / "t", "table4", lambda s, seed: None, only=("x2",))
     with pytest.raises(UserError, match="has no finished run"):
         run_sweep(options.SweepEvalOptions(other.path, 1, []))
+
+
+def test_sweep_evaluation_gives_each_job_a_gpu_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two GPUs, four runs: never two at once on one, one that fails does not stop the others."""
+    folder = make_sweep(tmp_path / "s", "table4", lambda s, seed: 10.0)
+    names = list(folder.runs)[:4]
+    log = tmp_path / "used"
+    program = (
+        "import os, sys, time, pathlib; gpu = os.environ['CUDA_VISIBLE_DEVICES']; lock = pathlib.Path(sys.argv[1] + gpu);"
+        "lock.mkdir(); time.sleep(0.3); lock.rmdir(); open(sys.argv[1], 'a').write(gpu + '\\n');"
+        "sys.exit('error: out of rows' if sys.argv[2] == 'fail' else 0)"
+    )
+    asked = {name: [sys.executable, "-c", program, str(log), "fail" if name == names[0] else "go"] for name in names}
+    monkeypatch.setattr(sweep_eval, "commands", lambda folder, words: dict(asked))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
+    assert run_sweep(options.SweepEvalOptions(folder.path, None, [])) == 1  # one a GPU without --jobs
+    assert sorted(set(log.read_text().split())) == ["3", "5"]
+    assert len(log.read_text().split()) == 4
+    shown = capsys.readouterr().out
+    assert f"{names[0]}: failed: error: out of rows" in shown
+    assert shown.count(": evaluated") == 3
+    log.unlink()
+    assert run_sweep(options.SweepEvalOptions(folder.path, 1, [])) == 1
+    assert log.read_text().split() == ["3"] * 4
+    with pytest.raises(UserError, match="and there are 2"):
+        run_sweep(options.SweepEvalOptions(folder.path, 3, []))
 
 
 @pytest.mark.parametrize(

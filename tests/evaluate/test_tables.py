@@ -25,6 +25,7 @@ def result(suite: Suite, task: str, value: float | None, model: str = "355m-x2",
     spec = suite.tasks[task]
     settings = results.Settings(task, spec.shots, "acc", suite.seed, None, suite.lm_eval, "auto", "float32", "hub")
     known = {key: changes.pop(key) for key in list(changes) if hasattr(settings, key)}
+    unfinished = {"unfinished": changes.pop("unfinished")} if "unfinished" in changes else {}
     made = results.Result(
         path=Path(f"{model}/{task}.json"),
         settings=replace(settings, **known),
@@ -34,6 +35,7 @@ def result(suite: Suite, task: str, value: float | None, model: str = "355m-x2",
             "activated": 289406976,
             "total": 709885952,
             "checkpoint": "c",
+            **unfinished,
         },
         scores={"acc": value, "acc_stderr": 0.01},
         questions=spec.questions,
@@ -83,10 +85,9 @@ def test_missing_is_a_dash_and_never_zero(suite: Suite, whole: list[results.Resu
     [
         ({"limit": 8, "questions": 8}, "run with --limit: boolq 8 of 3270 questions"),
         ({"questions": 120}, "not all of the task's questions: boolq 120 of 3270"),
-        ({"shots": 0}, "other shots: boolq 0, not 32"),
-        ({"lm_eval": "0.4.2"}, "another harness version than lm-eval 0.4.13: 0.4.2"),
         ({"seed": 7}, "other shots drawn: seed 7, not 1234"),
         ({"scores": {"acc_norm": 0.5}}, "the result has no acc: boolq"),
+        ({"unfinished": "interrupted, batch 30"}, "not trained to its end: 355m-x2 interrupted, batch 30"),
         ({"demo": True, "questions": 8}, "demo questions, not the task's own: the number means nothing"),
         (
             {"truncated": {"requests": 12, "of": 6540, "tokens": 9, "longest": 5000}},
@@ -105,6 +106,42 @@ def test_what_cannot_be_compared_is_marked(
     ours = next(line for line in markdown.splitlines() if line.startswith("| **355m-x2**"))
     assert ours.count("<sup>a</sup>") == (1 if "scores" in changes else 2)  # the cell, and the average over it
     assert "{a}" in formats.to_latex(table)
+
+
+@pytest.mark.parametrize(
+    ("changes", "note"),
+    [
+        ({"shots": 0}, "other shots: left out: boolq 0, not 32, 355m-x2: 50.0"),
+        ({"lm_eval": "0.4.2"}, "another harness version than lm-eval 0.4.13: left out: boolq 0.4.2, 355m-x2: 50.0"),
+    ],
+)
+def test_what_was_asked_otherwise_is_named_and_never_in_the_column(
+    suite: Suite, whole: list[results.Result], changes: dict[str, Any], note: str
+) -> None:
+    whole = [result(suite, "boolq", 0.5, **changes) if r.settings.task == "boolq" else r for r in whole]
+    table = build_table(suite, PAPER, whole)
+    found = rows(formats.to_csv(table))
+    ours, difference = found["ours:355m-x2"], found["difference"]
+    assert ours["boolq"] == ours["average"] == difference["boolq"] == difference["average"] == "–"
+    assert note in ours["notes"]
+    assert f"<sup>a</sup> {note}" in formats.to_markdown(table)
+    better = [result(suite, "boolq", 0.9, model="355m-x3", **changes), result(suite, "boolq", 0.2, model="355m-x4")]
+    best = build_table(suite, PAPER, [*whole, *better]).best()
+    assert not {column for _, column in best if column == list(suite.tasks).index("boolq")}
+
+
+def test_a_task_that_could_not_be_had_is_a_dash_with_the_reason(suite: Suite, whole: list[results.Result]) -> None:
+    part = [one for one in whole if one.settings.task != "logiqa"]
+    missing = [
+        results.Missing("logiqa", part[0].model, "script data set"),
+        results.Missing("logiqa", {**part[0].model, "fingerprint": "another"}, "no network"),
+        results.Missing("piqa", part[0].model, "had later"),
+    ]
+    table = build_table(suite, PAPER, part, missing=missing)
+    ours = rows(formats.to_csv(table))["ours:355m-x2"]
+    assert (ours["logiqa"], ours["notes"]) == ("–", "logiqa could not be had: script data set")
+    assert "| – <sup>a</sup> |" in formats.to_markdown(table)
+    assert "<sup>a</sup> logiqa could not be had: script data set" in formats.to_markdown(table)
 
 
 def test_mmlu_of_some_subjects_is_marked(suite: Suite) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -147,10 +148,27 @@ def load(
         "total": total,
         "plan": plan.to_dict() if plan is not None else None,
         "run": location.run_folder.name if location.kind == "native" else None,
+        **({"unfinished": unfinished} if (unfinished := _unfinished(location)) else {}),
         "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
         "tokenizer": str(tokenizer or default),
     }
     return LoadedModel(model, loaded_tokenizer, info, vocabulary, ours=plan is not None)
+
+
+def _unfinished(location: Location) -> str | None:
+    """How far the run of a native checkpoint had come, if not to its end; None too where no record of a run is beside it."""
+    record = location.run_folder / "run.json"
+    if location.kind != "native" or not record.is_file():
+        return None
+    try:
+        run = json.loads(record.read_text(encoding="utf-8"))
+        status, batch = str(run["status"]), run.get("batch", 0)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{record} is no record of a run ({error}); restore it, or move the checkpoint away") from None
+    if status != "finished":
+        return f"{status}, batch {batch}"
+    latest = location.path.parent / "latest-rank0.pt"
+    return f"{location.path.name}, not the last" if latest.exists() and latest.resolve() != location.path else None
 
 
 def _load_tokenizer(path: Path) -> PreTrainedTokenizerBase:

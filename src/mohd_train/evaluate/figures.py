@@ -16,6 +16,7 @@ import numpy as np
 from mohd_train.analysis.plotting import PAPER, SHADES, finish, panels, percent_scale, save, style
 from mohd_train.evaluate.paper import PaperRow, load_paper
 from mohd_train.evaluate.paper_tables import load_numbers
+from mohd_train.evaluate.results import asked_otherwise
 from mohd_train.evaluate.suite import load_suite
 from mohd_train.evaluate.sweep_results import (
     PERPLEXITY,
@@ -94,12 +95,13 @@ def draw_curves(found: SweepResults, output: Path) -> list[Path]:
 
 def draw_scores(found: SweepResults, output: Path) -> list[Path]:
     """Figs. 9a and 9b: the average of the ten tasks against activated and total parameters; the paper's points hollow."""
-    tasks = list(load_suite().tasks.values())
+    suite = load_suite()
+    tasks = list(suite.tasks.values())
     by_name: dict[str, dict[str, float]] = {}
     sizes: dict[str, tuple[int, int]] = {}
     for one in merged_tasks(found):
-        value = one.scores.get(one.settings.metric)
-        if value is not None:
+        value = one.scores.get(suite.tasks[one.settings.task].metric)
+        if value is not None and not asked_otherwise(suite, one.settings):
             by_name.setdefault(one.model["name"], {})[one.settings.task] = 100 * value
             sizes[one.model["name"]] = (one.model["activated"], one.model["total"])
     ours = {name: sum(s.values()) / len(s) for name, s in by_name.items() if len(s) == len(tasks)}

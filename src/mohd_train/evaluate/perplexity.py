@@ -28,7 +28,7 @@ from mohd_train.data.tokenize import tokenizer_sha256
 from mohd_train.errors import UserError
 from mohd_train.evaluate import checkpoint as checkpoints
 from mohd_train.evaluate.options import PerplexityOptions
-from mohd_train.evaluate.results import KEY, check_writable, hardware, versions, write_json
+from mohd_train.evaluate.results import KEY, check_writable, hardware, rename_broken, versions, write_json
 
 FORMAT = "mohd_train.perplexity/1"
 TOTAL = "total"
@@ -94,7 +94,7 @@ def run_perplexity(options: PerplexityOptions, console: Console | None = None) -
         "limit": options.limit,
         "dtype": loaded.info["dtype"],
     }
-    parts = None if options.overwrite else _stored(path, settings, location.fingerprint)
+    parts = None if options.overwrite else _stored(path, settings, location.fingerprint, console)
     if parts is None:
         check_writable(path.parent)
         loaders = build_eval_loaders(data, manifest, device_batch_size=options.batch_size)
@@ -136,16 +136,19 @@ def _measure(name: str, loader: DataLoader[Any], model: nn.Module, limit: int | 
     return likelihood(model, shown if console.is_terminal else counted)
 
 
-def _stored(path: Path, settings: dict[str, Any], fingerprint: str) -> dict[str, Likelihood] | None:
-    """The domains of the stored result if it is this very measurement, None if there is no result."""
+def _stored(path: Path, settings: dict[str, Any], fingerprint: str, console: Console) -> dict[str, Likelihood] | None:
+    """The domains of the stored result if it is this very measurement, None if there is none that can be read."""
     if not path.exists():
         return None
     try:
         ours = json.loads(path.read_text(encoding="utf-8"))[KEY]
-        before, before_model = ours["settings"], ours["model"]
+        before, before_model = dict(ours["settings"]), {"checkpoint": "unknown"} | ours["model"]
+        before_model["fingerprint"]
         parts = {name: Likelihood(entry["tokens"], entry["nll"]) for name, entry in ours["domains"].items()}
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is no perplexity result ({error}); remove it or say --overwrite") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        said = rename_broken(path, f"{path} is no perplexity result ({error})")
+        console.print(said, markup=False, highlight=False, soft_wrap=True)
+        return None
     if before_model["fingerprint"] != fingerprint:
         raise UserError(
             f"{path} holds the result of another checkpoint ({before_model['checkpoint']}); "

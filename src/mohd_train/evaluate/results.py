@@ -1,7 +1,8 @@
 """The store of results: `OUT/<model>/<task>.json`, one file a checkpoint and task.
 
 A file is lm-eval's own JSON with one more key, `mohd_train`, that says where the numbers come from: the model and its
-checkpoint, shots, metric, limit, rows, truncated requests, versions, hardware.
+checkpoint, shots, metric, limit, rows, truncated requests, versions, hardware. A task whose rows could not be had leaves
+`<task>.missing.json` with the reason. A file that cannot be read is named and set aside, never counted.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import json
 import os
 import platform
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -21,11 +22,12 @@ from lm_eval.utils import handle_non_serializable
 
 import mohd_train
 from mohd_train.errors import UserError
-from mohd_train.evaluate.suite import TaskSpec
+from mohd_train.evaluate.suite import Suite, TaskSpec
 from mohd_train.evaluate.text_file import write_text
 
 KEY = "mohd_train"
 FORMAT = "mohd_train.evaluation/1"
+MISSING_FORMAT = "mohd_train.evaluation.missing/1"
 _PACKAGES = ("lm_eval", "torch", "transformers", "datasets", "tokenizers")
 
 
@@ -57,6 +59,34 @@ class Result:
     truncated: dict[str, int]  # requests, of, tokens, longest
     subjects: int  # of a group
     lm_eval_results: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Missing:
+    """A task whose rows could not be had when a checkpoint was evaluated."""
+
+    task: str
+    model: dict[str, Any]
+    reason: str
+
+
+@dataclass
+class Found:
+    """What a store holds. ``notes`` name the files that cannot be read, which are set aside."""
+
+    results: list[Result] = field(default_factory=list)
+    missing: list[Missing] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def asked_otherwise(suite: Suite, settings: Settings) -> list[tuple[str, str]]:
+    """(reason, detail) why a result cannot stand in the suite's column: other shots, another version of the harness."""
+    spec, found = suite.tasks[settings.task], []
+    if settings.shots != spec.shots:
+        found.append(("other shots", f"{settings.task} {settings.shots}, not {spec.shots}"))
+    if settings.lm_eval != suite.lm_eval:
+        found.append((f"another harness version than lm-eval {suite.lm_eval}", f"{settings.task} {settings.lm_eval}"))
+    return found
 
 
 def versions() -> dict[str, str]:
@@ -134,41 +164,103 @@ def read(path: Path) -> Result:
         return Result(
             path=path,
             settings=Settings(**ours["settings"]),
-            model=ours["model"],
-            scores=ours["scores"],
+            model=_model(ours),
+            scores={str(name): value if value is None else float(value) for name, value in ours["scores"].items()},
             questions=ours["questions"],
             truncated=ours["truncated"],
             subjects=ours["subjects"],
             lm_eval_results=data["results"],
         )
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{path} lacks a part of a result ({error}); run the evaluation again") from None
 
 
-def find(paths: Iterable[Path]) -> list[Result]:
-    """Every result in the given files and, recursively, folders.
+def _model(ours: dict[str, Any]) -> dict[str, Any]:
+    """The model of a result, if it says who it is."""
+    model = ours["model"]
+    for key in ("name", "fingerprint", "checkpoint", "activated", "total"):
+        model[key]
+    return dict(model)
+
+
+def find(paths: Iterable[Path]) -> Found:
+    """Everything in the given files and, recursively, folders.
 
     Raises:
-        UserError: a path that is not there, a folder without results, or a file that cannot be read.
+        UserError: a path that is not there, a folder without results, or a file, given by its own name, that cannot be read.
     """
-    found: dict[Path, Result] = {}
+    found, seen = Found(), set()
     for path in paths:
         files = [path] if not path.is_dir() else sorted(p for p in path.rglob("*.json") if is_result(p))
+        for file in files:
+            if file.resolve() in seen:
+                continue
+            seen.add(file.resolve())
+            try:
+                found.results.append(read(file))
+            except UserError as error:
+                if file == path:
+                    raise
+                found.notes.append(f"{error} (set aside)")
         if not files:
             raise UserError(f"{path} holds no results; eval/run_eval.py --output writes them")
-        found.update({file.resolve(): read(file) for file in files})
-    return list(found.values())
+        found.missing += read_missing(path, found.notes) if path.is_dir() else []
+    return found
+
+
+def missing_path(folder: Path, task: str) -> Path:
+    """Where the reason is kept why a model in ``folder`` has no result for ``task``."""
+    return folder / f"{task}.missing.json"
+
+
+def write_missing(folder: Path, task: str, model: dict[str, Any], reason: str) -> None:
+    """Keeps the reason; a result that is stored there already stands, and nothing is written."""
+    if not (folder / f"{task}.json").exists():
+        when = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        ours = {"format": MISSING_FORMAT, "task": task, "reason": reason, "model": model, "date": when}
+        write_json(missing_path(folder, task), {KEY: ours})
+
+
+def read_missing(folder: Path, notes: list[str]) -> list[Missing]:
+    """The reasons kept under ``folder``; a broken file is named in ``notes``."""
+    found = []
+    for file in sorted(folder.rglob("*.missing.json")):
+        try:
+            ours = json.loads(file.read_text(encoding="utf-8"))[KEY]
+            found.append(Missing(ours["task"], _model(ours), str(ours["reason"])))
+        except (ValueError, KeyError, TypeError) as error:
+            notes.append(f"{file} cannot be read ({error}) (set aside)")
+    return found
+
+
+def set_aside(path: Path) -> str | None:
+    """Renames a stored result that cannot be read to `<name>.broken`. Returns what was done; None where nothing was wrong."""
+    if not path.exists():
+        return None
+    try:
+        read(path)
+    except UserError as error:
+        return rename_broken(path, str(error))
+    return None
+
+
+def rename_broken(path: Path, why: str) -> str:
+    """`<name>` -> `<name>.broken`. Returns what was done, in words."""
+    broken = path.with_name(f"{path.name}.broken")
+    os.replace(path, broken)
+    return f"{why.partition(';')[0]}: set aside as {broken.name}, evaluated again"
 
 
 def is_result(path: Path) -> bool:
     """Whether a file in a results folder is to be read: not hidden, and either of this store or broken (which must be named)."""
-    if path.name.startswith("."):
+    if path.name.startswith(".") or path.name.endswith(".missing.json"):
         return False
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError):
         return True
-    return isinstance(data, dict) and KEY in data and str(data[KEY].get("format", "")) == FORMAT
+    ours = data.get(KEY) if isinstance(data, dict) else None
+    return isinstance(ours, dict) and ours.get("format") == FORMAT
 
 
 def reusable(path: Path, settings: Settings, fingerprint: str, overwrite: bool) -> Result | None:

@@ -47,6 +47,9 @@ def run_eval(options: EvalOptions, suite: Suite | None = None, console: Console 
         info = {**loaded.info, "max_length": lm.max_length, "bos": lm.bos}
         folder = options.output / str(info["name"])
         jobs = [(task, _settings(task, options, suite, str(info["dtype"]))) for task in built]
+        for task in built:
+            if said := results.set_aside(folder / f"{task.spec.name}.json"):
+                console.print(said, markup=False, highlight=False, soft_wrap=True)
         kept = {
             task.spec.name: results.reusable(
                 folder / f"{task.spec.name}.json", settings, location.fingerprint, options.overwrite
@@ -54,6 +57,8 @@ def run_eval(options: EvalOptions, suite: Suite | None = None, console: Console 
             for task, settings in jobs
         }
         results.check_writable(folder)
+        for name, reason in failed.items():
+            results.write_missing(folder, name, info, reason)
         done = _run(jobs, kept, lm, info, folder, options, console)
     console.print(f"{info['name']}: {info['checkpoint']}", soft_wrap=True, highlight=False)
     console.print(report.results_table(suite, done, failed))
@@ -160,6 +165,7 @@ def _run(
             seconds=round(seconds, 2),
         )
         results.write_json(path, data)
+        results.missing_path(folder, name).unlink(missing_ok=True)
         done[name] = results.read(path)
         console.print(place, report.one_line(done[name], seconds), markup=False, highlight=False, soft_wrap=True)
     return done

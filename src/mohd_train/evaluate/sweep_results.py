@@ -15,6 +15,7 @@ from mohd_train.errors import UserError
 from mohd_train.evaluate import results
 from mohd_train.evaluate.perplexity import FORMAT as PERPLEXITY_FORMAT
 from mohd_train.evaluate.perplexity import TOTAL
+from mohd_train.evaluate.suite import load_suite
 from mohd_train.sweep.folder import RECORD, SweepFolder
 from mohd_train.sweep.status import RunStatus, run_status
 
@@ -55,6 +56,12 @@ class RunResult:
     metrics: list[dict[str, Any]]
     tasks: dict[str, results.Result]
     measured: dict[str, Any] | None
+    missing: list[results.Missing] = field(default_factory=list)
+
+    @property
+    def row(self) -> str:
+        """Its row in Table 2, named as the paper's are: ``355m-x2``, whatever the scale and seed."""
+        return f"{self.base}-{self.setting}"
 
     @property
     def name(self) -> str:
@@ -126,6 +133,7 @@ def read_sweep_results(path: Path) -> SweepResults:
     for name, entry in folder.runs.items():
         status = run_status(folder, name)
         tasks, measured = _stored(path / RESULTS / name, found.notes)
+        missing = results.read_missing(path / RESULTS / name, found.notes)
         if status.state != "finished" and status.batch:
             total = f" of {status.batches}" if status.batches else ""
             found.notes.append(f"{name} is not finished ({status.state}, batch {status.batch}{total})")
@@ -139,31 +147,42 @@ def read_sweep_results(path: Path) -> SweepResults:
                 ModelPlan.from_dict(entry["plan"]),
                 path / name,
                 folder.run_record(name),
-                _metrics(path / name / "metrics.jsonl"),
+                _metrics(path / name / "metrics.jsonl", found.notes),
                 tasks,
                 measured,
+                missing,
             )
         )
     return found
 
 
-def _metrics(path: Path) -> list[dict[str, Any]]:
-    """Whole lines; the last may be half-written by a run under way."""
+def _metrics(path: Path, notes: list[str]) -> list[dict[str, Any]]:
+    """Whole lines; the last may be half-written by a run under way. Broken ones are named and set aside."""
     if not path.exists():
         return []
-    lines = path.read_bytes().splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith(b"\n")]
+    found, broken = [], []
+    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
+        try:
+            values = json.loads(line)
+            found.append({"batch": values["batch"], "tokens": values["tokens"], **values})
+        except (ValueError, KeyError, TypeError):
+            broken.append(number)
+    if broken:
+        others = f" and {len(broken) - 1} more" if len(broken) > 1 else ""
+        notes.append(f"{path}, line {broken[0]}{others}: no valid JSON of a batch, set aside")
+    return found
 
 
 def _stored(folder: Path, notes: list[str]) -> tuple[dict[str, results.Result], dict[str, Any] | None]:
     tasks: dict[str, results.Result] = {}
     measured = None
     for file in sorted(folder.glob("*.json")) if folder.is_dir() else []:
-        if file.name.startswith("."):
+        if file.name.startswith(".") or file.name.endswith(".missing.json"):
             continue
         try:
             content = json.loads(file.read_text(encoding="utf-8"))[results.KEY]
             if content["format"] == PERPLEXITY_FORMAT:
+                content["settings"], content[TOTAL]["perplexity"]
                 measured = content
             elif content["format"] == results.FORMAT:
                 result = results.read(file)
@@ -176,21 +195,48 @@ def _stored(folder: Path, notes: list[str]) -> tuple[dict[str, results.Result], 
 def merged_tasks(found: SweepResults) -> list[results.Result]:
     """One result for each model, setting and task: the mean over seeds, named as the paper's rows are (``355m-x2``).
 
-    Results asked in another way than the first seed's (shots, metric, harness, rows) are not averaged with it but named in
-    the notes.
+    Results asked in another way than the suite or the first seed's (shots, metric, harness, rows) are not averaged with it but
+    named in the notes; those of runs that are not finished count, marked, where no finished run has one.
     """
-    merged = []
+    suite, merged = load_suite(), []
     for runs in found.groups().values():
-        for task in dict.fromkeys(task for run in runs for task in run.tasks):
-            all_of = [run.tasks[task] for run in runs if task in run.tasks]
-            alike = [one for one in all_of if one.settings == all_of[0].settings]
+        parts: dict[str, list[results.Result]] = {}
+        for task in dict.fromkeys(task for run in runs for task in run.tasks if task in suite.tasks):
+            all_of = [_marked(run, run.tasks[task]) for run in runs if task in run.tasks]
+            all_of.sort(key=lambda one: (bool(results.asked_otherwise(suite, one.settings)), "unfinished" in one.model))
+            first = all_of[0]
+            parts[task] = [one for one in all_of if _alike(one, first)]
             for other in all_of:
-                if other not in alike:
-                    found.notes.append(
-                        f"{other.path} was asked in another way than {all_of[0].path}; left out of the mean"
-                    )
-            merged.append(_merge(runs[0], alike))
+                if not _alike(other, first):
+                    how = "is not of a finished run" if other.settings == first.settings else "was asked in another way"
+                    found.notes.append(f"{other.path} {how}, unlike {first.path}; left out of the mean")
+        seeds = max(map(len, parts.values()), default=0)
+        for task, some in parts.items():
+            if len(some) < seeds:
+                found.notes.append(f"{runs[0].row} {task}: of {len(some)} seeds, not {seeds}")
+            merged.append(_merge(runs[0], some))
     return merged
+
+
+def missing_tasks(found: SweepResults) -> list[results.Missing]:
+    """Why rows of Table 2 lack a task, named as :func:`merged_tasks` names them."""
+    return [
+        replace(one, model={**one.model, "name": run.row, "fingerprint": run.row})
+        for run in found.runs
+        for one in run.missing
+    ]
+
+
+def _marked(run: RunResult, one: results.Result) -> results.Result:
+    """The result; one of a run that has not reached its end says so."""
+    if run.status.state == "finished":
+        return one
+    return replace(one, model={**one.model, "unfinished": f"{run.status.state}, batch {run.status.batch}"})
+
+
+def _alike(one: results.Result, other: results.Result) -> bool:
+    """Whether two seeds' results may stand in one mean."""
+    return one.settings == other.settings and ("unfinished" in one.model) == ("unfinished" in other.model)
 
 
 def _merge(run: RunResult, alike: list[results.Result]) -> results.Result:
@@ -201,10 +247,4 @@ def _merge(run: RunResult, alike: list[results.Result]) -> results.Result:
     spread = mean([value for one in alike if (value := one.scores.get(one.settings.metric)) is not None])
     if spread is not None and spread.error is not None:
         scores[f"{alike[0].settings.metric}_seeds_stderr"] = spread.error
-    name = f"{run.base}-{run.setting}"
-    fingerprint = "+".join(sorted(one.model["fingerprint"] for one in alike))
-    return replace(
-        alike[0],
-        scores=scores,
-        model={**alike[0].model, "name": name, "fingerprint": name if len(alike) > 1 else fingerprint},
-    )
+    return replace(alike[0], scores=scores, model={**alike[0].model, "name": run.row, "fingerprint": run.row})

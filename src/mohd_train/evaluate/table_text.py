@@ -9,7 +9,7 @@ from mohd_train.errors import UserError
 from mohd_train.evaluate import formats, grid, paper, results, tables
 from mohd_train.evaluate.paper_tables import TABLES, load_numbers
 from mohd_train.evaluate.suite import load_suite
-from mohd_train.evaluate.sweep_results import SweepResults, merged_tasks, read_sweep_results
+from mohd_train.evaluate.sweep_results import SweepResults, merged_tasks, missing_tasks, read_sweep_results
 from mohd_train.sweep.folder import RECORD
 
 
@@ -35,7 +35,12 @@ def table2(sources: Sequence[Path]) -> tables.Table:
     """Table 2 of a sweep, of results, or the paper's own."""
     if len(sources) == 1 and (sources[0] / RECORD).is_file():
         return table2_of(read_sweep_results(sources[0]))
-    return tables.build_table(load_suite(), paper.load_paper(), results.find(sources), paper_only=not sources)
+    found = results.find(sources)
+    table = tables.build_table(
+        load_suite(), paper.load_paper(), found.results, paper_only=not sources, missing=found.missing
+    )
+    table.remarks = found.notes
+    return table
 
 
 def table2_of(found: SweepResults) -> tables.Table:
@@ -45,7 +50,7 @@ def table2_of(found: SweepResults) -> tables.Table:
         raise UserError(
             f"{found.folder} has no results of the ten tasks yet; python eval/run_eval.py --sweep {found.folder}"
         )
-    table = tables.build_table(load_suite(), paper.load_paper(), merged)
+    table = tables.build_table(load_suite(), paper.load_paper(), merged, missing=missing_tasks(found))
     scale = (
         []
         if found.scale == "paper"

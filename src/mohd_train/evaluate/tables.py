@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from mohd_train.config.catalogue import SETTINGS
 from mohd_train.errors import UserError
 from mohd_train.evaluate.paper import PaperRow
-from mohd_train.evaluate.results import Result
+from mohd_train.evaluate.results import Missing, Result, asked_otherwise
 from mohd_train.evaluate.suite import Suite, TaskSpec
 
 
@@ -80,12 +80,17 @@ def _letter(index: int) -> str:
 
 
 def build_table(
-    suite: Suite, paper: Mapping[str, PaperRow], results: Sequence[Result], paper_only: bool = False
+    suite: Suite,
+    paper: Mapping[str, PaperRow],
+    results: Sequence[Result],
+    paper_only: bool = False,
+    missing: Sequence[Missing] = (),
 ) -> Table:
     """Table 2.
 
     Args:
         results: of any number of models; each model's tasks make one row.
+        missing: why models that have a row lack a task.
         paper_only: the paper's own table; ``results`` are not looked at.
 
     Raises:
@@ -96,13 +101,14 @@ def build_table(
         table.rows = [_paper_row(suite, row) for row in paper.values()]
         return table
     models = _by_model(results)
+    why = {(one.model["name"], one.model["fingerprint"], one.task): one.reason for one in missing}
     names = [tasks[next(iter(tasks))].model["name"] for tasks in models.values()]
     keyed = sorted(
         zip(names, models.values(), strict=True),
         key=lambda item: _place(item[0], list(paper)),
     )
     for name, tasks in keyed:
-        ours = _our_row(suite, name, tasks, twin=names.count(name) > 1)
+        ours = _our_row(suite, name, tasks, why, twin=names.count(name) > 1)
         table.rows.append(ours)
         if (row := paper.get(name.lower())) is not None:
             theirs = _paper_row(suite, row)
@@ -131,23 +137,32 @@ def _by_model(results: Sequence[Result]) -> dict[tuple[str, str], dict[str, Resu
     return models
 
 
-def _our_row(suite: Suite, name: str, tasks: Mapping[str, Result], twin: bool) -> Row:
+def _our_row(
+    suite: Suite, name: str, tasks: Mapping[str, Result], why: Mapping[tuple[str, str, str], str], twin: bool
+) -> Row:
     model = next(iter(tasks.values())).model
     label = f"{name} [{model['fingerprint'][:6]}]" if twin else name
-    cells = tuple(_cell(suite, spec, tasks.get(task)) for task, spec in suite.tasks.items())
+    lacking = {task: why.get((name, model["fingerprint"], task)) for task in suite.tasks}
+    cells = tuple(_cell(suite, spec, tasks.get(task), lacking[task]) for task, spec in suite.tasks.items())
     return Row(label, "ours", name, count(model["activated"]), count(model["total"]), cells, _average(cells))
 
 
-def _cell(suite: Suite, spec: TaskSpec, result: Result | None) -> Cell:
+def _cell(suite: Suite, spec: TaskSpec, result: Result | None, why: str | None) -> Cell:
+    """A score asked in another way than the column's is named below the table, not shown in it."""
     if result is None:
-        return Cell()
+        return Cell(reasons=((f"{spec.name} could not be had", why),) if why else ())
     value = result.scores.get(spec.metric)
+    shown = "" if value is None else f", {result.model['name']}: {100 * value:.1f}"
+    if otherwise := asked_otherwise(suite, result.settings):
+        return Cell(reasons=tuple((f"{reason}: left out", detail + shown) for reason, detail in otherwise))
     return Cell(None if value is None else 100 * value, tuple(_reasons(suite, spec, result)))
 
 
 def _reasons(suite: Suite, spec: TaskSpec, result: Result) -> list[tuple[str, str]]:
-    """Why this score is not the one that the paper's table shows."""
+    """What sets this score apart from the one that the paper's table shows, though it is asked in the same way."""
     used, found = result.settings, []
+    if result.model.get("unfinished"):
+        found.append(("not trained to its end", f"{result.model['name']} {result.model['unfinished']}"))
     if result.scores.get(spec.metric) is None:
         found.append((f"the result has no {spec.metric}", spec.name))
     if used.demo:
@@ -156,10 +171,6 @@ def _reasons(suite: Suite, spec: TaskSpec, result: Result) -> list[tuple[str, st
         found.append(("run with --limit", f"{spec.name} {result.questions} of {spec.questions} questions"))
     elif result.questions < spec.questions:
         found.append(("not all of the task's questions", f"{spec.name} {result.questions} of {spec.questions}"))
-    if used.shots != spec.shots:
-        found.append(("other shots", f"{spec.name} {used.shots}, not {spec.shots}"))
-    if used.lm_eval != suite.lm_eval:
-        found.append((f"another harness version than lm-eval {suite.lm_eval}", used.lm_eval))
     if used.seed != suite.seed and used.shots:
         found.append(("other shots drawn", f"seed {used.seed}, not {suite.seed}"))
     if spec.subjects and result.subjects < spec.subjects and not used.demo:
