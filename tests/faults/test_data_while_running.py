@@ -8,12 +8,13 @@ import shutil
 import signal
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from composer.core import State
 from faults.faults_support import At, batches_of, config_of, fails, inject, record_of, recovers
 
-MOHD_SHARDS = "shard.*.mds"
+from mohd_train.data.streams import TokenStreams
 
 
 @pytest.fixture
@@ -46,8 +47,16 @@ def test_a_worker_dies(tmp_path: Path, data: Path, whole: Path, monkeypatch: pyt
 
 @pytest.mark.fault("a data worker hangs", happened="stopped after data.worker_timeout, worker ended", lost=1)
 def test_a_worker_hangs(tmp_path: Path, data: Path, whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    theirs, flag = TokenStreams.get_item, tmp_path / "hang"
+
+    def get_item(self: TokenStreams, sample_id: int, retry: int = 7) -> dict[str, Any]:
+        if flag.exists():
+            time.sleep(100)
+        return theirs(self, sample_id, retry)
+
     with monkeypatch.context() as patch:
-        inject(patch, At("batch_start", 5, lambda _: of_workers(signal.SIGSTOP)))
+        patch.setattr(TokenStreams, "get_item", get_item)
+        inject(patch, At("batch_start", 5, lambda _: flag.touch()))
         options = ("data.num_workers=1", "max_duration=40ba", "eval_interval=40ba", "data.worker_timeout=1")
         fails(config_of(tmp_path, data, "run_name=long", *options), "no batch came from the data workers within")
     assert not multiprocessing.active_children()
@@ -85,7 +94,7 @@ def damage(path: Path, kind: str) -> None:
     "unpacked shard breaks while running", happened="stopped, shard named; goes on once it is unpacked again", lost=1
 )
 @pytest.mark.parametrize("kind", ["removed", "truncated"])
-@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("workers", [1])
 def test_an_unpacked_shard_breaks(
     kind: str, workers: int, tmp_path: Path, data: Path, own: Path, whole: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -101,7 +110,7 @@ def test_an_unpacked_shard_breaks(
     with monkeypatch.context() as patch:
         inject(patch, At("batch_end", 5, act))
         options = ("max_duration=40ba", "eval_interval=40ba", "run_name=long", f"data.num_workers={workers}")
-        text = fails(config_of(tmp_path, own, *options), r"cc/train/shard\.\d+\.mds: can't be read")
+        text = fails(config_of(tmp_path, own, *options), r"cc/train/shard\.\d+\.mds: can't be (read|fetched)")
     assert "Traceback" not in text
     assert broken
     for path in (own / "cc" / "train").glob("away-*"):
@@ -126,8 +135,8 @@ def test_a_packed_shard_breaks(
             damage(path, kind)
 
     with monkeypatch.context() as patch:
-        inject(patch, At("batch_end", 1, act))
-        options = ("max_duration=40ba", "eval_interval=40ba", "run_name=long", "data.predownload=1")
+        inject(patch, At("fit_start", 0, act))
+        options = ("max_duration=40ba", "eval_interval=40ba", "run_name=long", "data.num_workers=1")
         text = fails(config_of(tmp_path, own, *options), r"cc/train/shard\.\d+\.mds|a shard can't be fetched")
     assert "shard." in text
     shutil.rmtree(own)

@@ -15,6 +15,7 @@ from filelock import FileLock
 from numpy.typing import NDArray
 from streaming import Stream, StreamingDataset
 from streaming.base.compression import decompress
+from streaming.base.dataset import _ShardState
 from streaming.base.format.base.reader import FileInfo
 from streaming.base.hashing import get_hash
 from streaming.base.spanner import Spanner
@@ -108,6 +109,23 @@ class TokenStreams(StreamingDataset):
             )
             ids[mine] = self.sample_offset_per_stream[index] + within
         return np.ones(1, np.int64), ids
+
+    def prepare_shard(self, shard_id: int, blocking: bool = True) -> None:
+        """As streaming's; but where it fails, nobody is left waiting for the shard for ever, the end of the process included.
+
+        Raises UserError for a shard that can't be fetched or unpacked.
+        """
+        try:
+            super().prepare_shard(shard_id, blocking)
+        except Exception as error:  # each storage has exceptions of its own
+            self._shard_states[shard_id] = _ShardState.REMOTE
+            if isinstance(error, UserError):
+                raise
+            shard = self.shards[shard_id]
+            raise UserError(
+                f"{Path(shard.dirname) / shard.file_pairs[0][0].basename}: can't be fetched or unpacked "
+                f"({str(error).splitlines()[0]}); copy the shard again, or prepare the data again"
+            ) from error
 
     def on_exception(self, future: Future[Any]) -> None:
         """Keeps what went wrong in the thread that fetches shards: its executor only prints it."""

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import errno
+import gc
 import logging
 import multiprocessing
 import re
 import sys
+import traceback
 
 from composer.core import State
 from composer.utils import dist
@@ -18,7 +20,7 @@ log = logging.getLogger(__name__)
 KEPT = 50  # notices in run.json: the latest
 PLACE = (errno.ENOSPC, errno.EDQUOT, errno.ENOENT, errno.EIO, errno.EROFS, errno.ESTALE, errno.ENOTCONN, errno.EFBIG)
 MEMORY = re.compile(r"out of memory|can't allocate memory|DefaultCPUAllocator", re.IGNORECASE)
-NESTED = re.compile(r"^(?:mohd_train\.errors\.)?UserError: (.*)", re.MULTILINE)  # as a data worker passes it on
+NESTED = re.compile(r"mohd_train\.errors\.UserError: ")  # as a data worker passes it on, after its traceback
 
 
 class Notices:
@@ -48,8 +50,8 @@ def explain(error: BaseException, microbatch: int | float | str, newest: str | N
     """
     text = str(error)
     resume = f"the last whole checkpoint is {newest or 'none yet'}; go on with autoresume=true"
-    if nested := NESTED.findall(text):
-        return UserError(f"{nested[-1]} ({resume})")
+    if NESTED.search(text):
+        return UserError(f"{NESTED.split(text)[-1].strip()} ({resume})")
     if isinstance(error, UserError):
         return error
     if isinstance(error, MemoryError) or MEMORY.search(text):
@@ -68,11 +70,21 @@ def explain(error: BaseException, microbatch: int | float | str, newest: str | N
     return None
 
 
-def end_workers() -> None:
-    """Kills data workers for good: one that is stopped or hangs in a read would keep this process from ending."""
+def end_workers(error: BaseException) -> None:
+    """Ends data workers and the threads that fetch shards, so that this process can end too.
+
+    The traceback holds the loader's iterator, whose end torch waits for: else it takes the workers' end for another fault, and
+    raises it anywhere. One that is stopped or hangs in a read is killed.
+    """
+    found: BaseException | None = error
+    while found is not None:
+        traceback.clear_frames(found.__traceback__)
+        found = found.__cause__ or found.__context__
+    gc.collect()
     for child in multiprocessing.active_children():
         if child.daemon:
             child.kill()
+            child.join(10)
 
 
 def _memory_advice(microbatch: int | float | str, resume: str) -> str:

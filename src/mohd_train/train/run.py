@@ -143,5 +143,5 @@ def _close(run: Run, built: Built | None, record: RunRecord | None, error: BaseE
             log.error("%s can't be written: %s", record.path, problem.strerror)
     if built is not None:
         built.trainer.engine.close()
-    end_workers()
+    end_workers(error)
     return fault
