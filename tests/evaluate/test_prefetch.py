@@ -19,7 +19,8 @@ from lm_eval.api.task import Task
 
 from mohd_train.errors import UserError
 from mohd_train.evaluate.options import EvalOptions
-from mohd_train.evaluate.prefetch import MANIFEST, prefetch, read_manifest, sources, verify
+from mohd_train.evaluate.prefetch import prefetch, sources, verify
+from mohd_train.evaluate.row_manifest import MANIFEST, read_manifest
 from mohd_train.evaluate.run import run_eval
 from mohd_train.evaluate.suite import Suite
 from mohd_train.evaluate.tasks import build_task, stock_manager
@@ -161,6 +162,8 @@ def test_what_cannot_be_had_is_named_and_asked_once(hub: FakeHub, suite: Suite, 
     ):
         prefetch(tmp_path / "none", suite, ["mmlu"])
     assert not any(name.startswith("cais") for name in hub.asked)
+    problems, remarks = verify(tmp_path / "none", suite, ["mmlu"])
+    assert (len(problems), len(remarks)) == (1, 57)  # nothing there is not "every file is whole"
 
 
 def test_rows_that_the_task_cannot_use_are_not_kept(hub: FakeHub, suite: Suite, tmp_path: Path) -> None:
@@ -168,10 +171,10 @@ def test_rows_that_the_task_cannot_use_are_not_kept(hub: FakeHub, suite: Suite, 
     path.write_text(path.read_text().replace('"answer": "1"', '"answer": ""'))
     assert prefetch(tmp_path / "rows", suite, ["winogrande", "sciq"]) == 1
     assert not (tmp_path / "rows" / "winogrande" / "validation.jsonl").exists()
-    problems, (remark,) = verify(tmp_path / "rows", suite, ["winogrande"])
+    (problem,), (remark,) = verify(tmp_path / "rows", suite, ["winogrande"])
     assert "field 'answer' is ''" in remark
     assert [path.name for path in (tmp_path / "rows" / "winogrande").iterdir()] == []
-    assert problems == []
+    assert problem.endswith("holds no rows of winogrande")
 
 
 def test_rows_of_a_user_are_never_replaced(hub: FakeHub, suite: Suite, tmp_path: Path) -> None:

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
-from importlib.metadata import version
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +19,12 @@ import huggingface_hub
 from lm_eval.tasks import TaskManager
 
 from mohd_train.errors import UserError
+from mohd_train.evaluate.row_manifest import MANIFEST, Entry, RowsManifest, read_manifest
 from mohd_train.evaluate.rows import check_file
 from mohd_train.evaluate.suite import Suite, TaskSpec
 from mohd_train.evaluate.tasks import stock_config, stock_manager, subject_tasks
 from mohd_train.evaluate.text_file import write_text
 
-FORMAT = "mohd_train.task_rows/1"
-MANIFEST = "manifest.json"
 CONVERSION = "refs/convert/parquet"  # where the hub keeps a Parquet copy of what it could convert
 
 
@@ -38,49 +37,6 @@ class Source:
     dataset: str  # on the hub
     config: str | None
     splits: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One file, as the manifest keeps it. ``revision`` is the commit; ``conversion``: of the hub's Parquet copy."""
-
-    task: str
-    split: str
-    rows: int
-    sha256: str
-    dataset: str
-    config: str | None
-    revision: str
-    conversion: bool
-
-
-@dataclass
-class RowsManifest:
-    """``files``: path under DIR -> entry; ``missing``: a place (``logiqa``, ``mmlu/astronomy``) -> why it could not be had."""
-
-    files: dict[str, Entry]
-    missing: dict[str, str]
-
-    def save(self, folder: Path) -> None:
-        """Writes `DIR/manifest.json`, whole or not at all."""
-        about = {"format": FORMAT, "lm_eval": version("lm_eval"), "datasets": version("datasets")}
-        files = {name: asdict(entry) for name, entry in sorted(self.files.items())}
-        text = json.dumps({**about, "files": files, "missing": dict(sorted(self.missing.items()))}, indent=1)
-        write_text(folder / MANIFEST, text + "\n")
-
-
-def read_manifest(folder: Path) -> RowsManifest | None:
-    """The manifest of a folder of rows; None where it has none (rows from elsewhere). Raises UserError for a broken one."""
-    path = folder / MANIFEST
-    if not path.exists():
-        return None
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-        if data["format"] != FORMAT:
-            raise ValueError(f"its format is {data['format']!r}, not {FORMAT!r}")
-        return RowsManifest({name: Entry(**entry) for name, entry in data["files"].items()}, dict(data["missing"]))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} is no manifest of eval/prefetch.py ({error}); remove it and fetch again") from None
 
 
 def sources(spec: TaskSpec, manager: TaskManager) -> list[Source]:
@@ -175,7 +131,7 @@ def prefetch(folder: Path, suite: Suite, names: list[str], say: Callable[[str], 
     manager, hub = stock_manager(specs), Hub()
     known = read_manifest(folder) or RowsManifest({}, {})
     wanted = [source for spec in specs for source in sources(spec, manager)]
-    failed: list[str] = []
+    failed: dict[str, str] = {}
     datasets.disable_progress_bars()
     for number, source in enumerate(wanted, start=1):
         place = f"[{number}/{len(wanted)}] {source.place}"
@@ -186,12 +142,12 @@ def prefetch(folder: Path, suite: Suite, names: list[str], say: Callable[[str], 
             say(f"{place}: {_fetch(folder, source, hub, known)}")
             known.missing.pop(source.place, None)
         except _NotHad as error:
-            failed.append(str(error))
-            known.missing[source.place] = str(error)
-            say(f"{place}: – ({error})")
+            said = "the same" if str(error) in failed.values() else error
+            known.missing[source.place] = failed[source.place] = str(error)
+            say(f"{place}: – ({said})")
         known.save(folder)
     if len(failed) == len(wanted):
-        raise UserError(f"nothing can be had from the hub; the first answer was: {failed[0]}")
+        raise UserError(f"nothing can be had from the hub; the first answer was: {next(iter(failed.values()))}")
     return 1 if failed else 0
 
 
@@ -254,7 +210,8 @@ def verify(folder: Path, suite: Suite, names: list[str]) -> tuple[list[str], lis
     if known is None:
         raise UserError(f"{folder} has no {MANIFEST}; eval/prefetch.py {folder} fetches rows into it")
     tasks = {spec.name for spec in specs}
-    problems = []
+    had = {entry.task for entry in known.files.values()}
+    problems = [] if had & tasks else [f"{folder} holds no rows of {', '.join(spec.name for spec in specs)}"]
     for name, entry in known.files.items():
         if entry.task not in tasks:
             continue
@@ -265,16 +222,9 @@ def verify(folder: Path, suite: Suite, names: list[str]) -> tuple[list[str], lis
     present = sorted(path.relative_to(folder).as_posix() for task in tasks for path in (folder / task).rglob("*.jsonl"))
     problems += [f"{folder / name} was not fetched into this folder" for name in present if name not in known.files]
     remarks = [f"{place}: – ({why})" for place, why in known.missing.items() if place.partition("/")[0] in tasks]
-    had = {entry.task for entry in known.files.values()} | {place.partition("/")[0] for place in known.missing}
+    had |= {place.partition("/")[0] for place in known.missing}
     remarks += [f"{spec.name}: not fetched yet" for spec in specs if spec.name not in had]
     return problems, remarks
-
-
-def why_missing(folder: Path, task: str) -> str | None:
-    """Why a folder of rows has none of ``task``, where eval/prefetch.py could not have them; None where it says nothing of it."""
-    known = None if (folder / task).is_dir() else read_manifest(folder)
-    missing = known.missing if known else {}
-    return next((why for place, why in missing.items() if place.partition("/")[0] == task), None)
 
 
 def _name(source: Source, split: str) -> str:
@@ -299,4 +249,10 @@ def _jsonl(rows: datasets.Dataset) -> str:
 
 
 def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__
+    text = " ".join(str(error).split())
+    if "Max retries exceeded" in text:  # a page of nested exceptions
+        why = re.search(
+            r"Failed to resolve '[^']*'|\w* ?timed out|Connection refused|unreachable", text.replace("\\'", "'")
+        )
+        return f"no connection to the hub ({why.group() if why else text[:200]})"
+    return text[:300] or type(error).__name__

@@ -18,7 +18,7 @@ from mohd_train.evaluate import checkpoint as checkpoints
 from mohd_train.evaluate import report, results
 from mohd_train.evaluate.harness import BOOTSTRAP_ITERS, HarnessLM, score
 from mohd_train.evaluate.options import EvalOptions
-from mohd_train.evaluate.prefetch import why_missing
+from mohd_train.evaluate.row_manifest import why_missing
 from mohd_train.evaluate.rows import RowFile
 from mohd_train.evaluate.suite import Suite, TaskSpec, load_suite
 from mohd_train.evaluate.tasks import BuiltTask, build_task, stock_manager
