@@ -2,6 +2,7 @@
 
 python scripts/benchmark.py --models 355m:dense,355m:50,355m:x2 --mode layer --device cpu --threads 1 --tokens 2048
 python scripts/benchmark.py --models 355m:x4 --mode decode --batch 1 --tokens 256 --json benchmarks/decode.json
+python scripts/benchmark.py --models 355m:x4 --mode projections --layers 4
 python scripts/benchmark.py --models 355m:x4 --sweep tokens=512,1024,2048 --profile
 """
 

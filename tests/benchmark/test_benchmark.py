@@ -21,7 +21,7 @@ def run(root: Path, *words: str) -> int:
     return main(root / "configs", parser.parse_args([*fixed, *words]))
 
 
-@pytest.mark.parametrize("mode", ["layer", "train", "forward", "decode"])
+@pytest.mark.parametrize("mode", ["layer", "train", "forward", "decode", "projections"])
 def test_rows_of_every_mode(mode: str, root: Path, tmp_path: Path) -> None:
     file = tmp_path / "out.json"
     assert run(root, "--models", "tiny:dense,tiny:x2", "--mode", mode, "--json", str(file)) == 0

@@ -5,19 +5,24 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import DynamicCache
 
 from mohd_train.config.load import load_model_plan
 from mohd_train.config.plan import ModelPlan
 from mohd_train.errors import UserError
+from mohd_train.kernels import ops
+from mohd_train.model.attention import Attention
 from mohd_train.model.count import count
 from mohd_train.model.rope import rotary_table
+from mohd_train.model.router import Routing
 from mohd_train.model.transformer import Block, Transformer
 
-MODES = ("train", "forward", "decode", "layer")
+MODES = ("train", "forward", "decode", "projections", "layer")
 Step = Callable[[], list[Tensor]]
 
 
@@ -27,7 +32,7 @@ class Settings:
 
     Attributes:
         mode: train (loss and gradients of the whole model), forward, decode (one more token on a cache), layer (one block,
-            output and gradients).
+            output and gradients), projections (decode's products of the blocks alone, the choices given).
         tokens: tokens of a step; for decode the context that the cache holds.
         seq_len: tokens of a sequence.
         batch: sequences decoded at once.
@@ -68,6 +73,8 @@ def flops(plan: ModelPlan, settings: Settings) -> float:
     per_token = float(counts.flops_per_token)
     if settings.mode == "layer":
         per_token = (per_token - 2 * counts.head) / plan.num_hidden_layers
+    if settings.mode == "projections":
+        return (per_token - 2 * counts.head) * settings.batch
     if settings.mode == "decode":
         return per_token * settings.batch
     return per_token * settings.tokens * (3 if settings.mode in ("train", "layer") else 1)
@@ -83,14 +90,14 @@ def build(plan: ModelPlan, settings: Settings) -> tuple[Step, nn.Module, Callabl
         block = model.blocks[0]
         assert isinstance(block, Block)
         module = block
-    if settings.mode == "decode":
+    if settings.mode in ("decode", "projections"):
         module = module.to(settings.dtype)
-    make = {"layer": _layer, "decode": _decode}.get(settings.mode, _whole)
+    make = {"layer": _layer, "decode": _decode, "projections": _projections}.get(settings.mode, _whole)
 
     def step_of(other: nn.Module, compiled: bool = False) -> Step:
         return make(other, plan, settings, compiled)
 
-    return step_of(module, settings.compile and settings.mode != "decode"), module, step_of
+    return step_of(module, settings.compile and settings.mode not in ("decode", "projections")), module, step_of
 
 
 def _autocast(settings: Settings) -> torch.autocast:
@@ -159,3 +166,35 @@ def _decode(model: nn.Module, plan: ModelPlan, settings: Settings, compiled: boo
         return [logits]
 
     return step
+
+
+def _projections(model: nn.Module, plan: ModelPlan, settings: Settings, compiled: bool) -> Step:
+    """What decode multiplies by in its blocks, and nothing else: q, k, v, o, gate, up and down of one token a sequence."""
+    x_TD = _random((settings.batch, plan.hidden_size), settings).to(settings.dtype)
+    h_TA = _random((settings.batch, plan.query_width), settings).to(settings.dtype)
+    parts = [part for block in model.blocks for part in (block.attention, block.ffn)]  # type: ignore[union-attr, operator]
+    with torch.no_grad():
+        routed = [part.sub_dimensions and part.sub_dimensions.route(x_TD, None) for part in parts]
+
+    @torch.no_grad()
+    def step() -> list[Tensor]:
+        return [_products(part, chosen, x_TD, h_TA) for part, chosen in zip(parts, routed, strict=True)]
+
+    return step
+
+
+def _products(part: Any, routed: tuple[Routing, ops.Selection] | None, x_TD: Tensor, h_TA: Tensor) -> Tensor:
+    inputs = (part.q_proj, part.k_proj, part.v_proj) if isinstance(part, Attention) else (part.gate_proj, part.up_proj)
+    if routed is None:
+        outs = [linear(x_TD) for linear in inputs]
+        if isinstance(part, Attention):
+            return torch.cat([*outs, part.o_proj(h_TA)], 1)
+        return part.down_proj(F.silu(outs[0]) * outs[1])
+    (routing, selection), weights = routed, [linear.weight for linear in inputs]
+    backend = part.sub_dimensions.backend(x_TD)
+    if not isinstance(part, Attention):
+        down = part.down_proj.weight
+        return ops.swiglu_ffn(x_TD, *weights, down, selection, routing.weights, backend=backend)
+    qkv = ops.up_projection(x_TD, weights, selection, backend=backend)
+    out = ops.down_projection(h_TA, part.o_proj.weight, selection, routing.weights, backend=backend)
+    return torch.cat([*qkv, out], 1)

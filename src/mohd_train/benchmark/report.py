@@ -38,7 +38,7 @@ def row(name: str, baseline: str, models: dict[str, Measured], settings: Setting
     own, base = models[name], models[baseline]
     ratios = [a / b for a, b in zip(own.times, base.times, strict=True)]
     seconds = min(own.times)
-    tokens = settings.batch if settings.mode == "decode" else settings.tokens
+    tokens = settings.batch if settings.mode in ("decode", "projections") else settings.tokens
     both = own.activation_bytes and base.activation_bytes
     return {
         "model": name,

@@ -26,14 +26,15 @@ def choices_of(indices_TK: Tensor, shared: int) -> Choices:
 def up(x_TKC: Tensor, weight_OD: Tensor, choices: Choices, sub_dims: int, shared: int) -> Tensor:
     """``W x~`` from the compact active inputs. Returns [T, O]."""
     width = weight_OD.shape[1] // sub_dims
-    out = _product(x_TKC[:, : shared * width], weight_OD[:, : shared * width])
+    # mm, not mv: on a strided slice of a weight a CPU's matrix-vector product takes 1.4 times as long
+    out = x_TKC[:, : shared * width] @ weight_OD[:, : shared * width].t()
     for i, tokens, slots in choices:
         piece = weight_OD[:, i * width : (i + 1) * width]
         rows = [x_TKC[token, slot * width : (slot + 1) * width] for token, slot in zip(tokens, slots, strict=True)]
         if len(tokens) == 1:
-            out[tokens[0]].addmv_(piece, rows[0])
+            out[tokens[0] : tokens[0] + 1].addmm_(rows[0].unsqueeze(0), piece.t())
         else:
-            for token, part in zip(tokens, _product(torch.stack(rows), piece), strict=True):
+            for token, part in zip(tokens, torch.stack(rows) @ piece.t(), strict=True):
                 out[token] += part
     return out
 
@@ -42,17 +43,10 @@ def down(h_TF: Tensor, weight_DF: Tensor, choices: Choices, sub_dims: int, share
     """The active slices of ``W h``, compact: [T, K*C]."""
     width = weight_DF.shape[0] // sub_dims
     y_TKC = h_TF.new_empty(h_TF.shape[0], active * width)
-    y_TKC[:, : shared * width] = _product(h_TF, weight_DF[: shared * width])
+    torch.mm(h_TF, weight_DF[: shared * width].t(), out=y_TKC[:, : shared * width])
     for i, tokens, slots in choices:
         piece = weight_DF[i * width : (i + 1) * width]
         rows = h_TF if len(tokens) == h_TF.shape[0] else torch.stack([h_TF[token] for token in tokens])
-        for token, slot, part in zip(tokens, slots, _product(rows, piece), strict=True):
+        for token, slot, part in zip(tokens, slots, rows @ piece.t(), strict=True):
             y_TKC[token, slot * width : (slot + 1) * width] = part
     return y_TKC
-
-
-def _product(x_TX: Tensor, weight_OX: Tensor) -> Tensor:
-    """``x W^T``; of one token as a matrix-vector product, which reads a strided slice of W at full speed."""
-    if x_TX.shape[0] == 1:
-        return torch.mv(weight_OX, x_TX[0]).unsqueeze(0)
-    return x_TX @ weight_OX.t()
