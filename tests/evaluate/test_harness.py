@@ -9,8 +9,11 @@ from typing import Any
 
 import lm_eval
 import pytest
+import torch
 from lm_eval.api.group import Group
 from lm_eval.api.task import Task
+from tokenizers import processors
+from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from mohd_train.errors import UserError
 from mohd_train.evaluate import checkpoint as checkpoints
@@ -33,29 +36,52 @@ def built(name: str, suite: Suite, data_dir: Path, cache: Path) -> BuiltTask:
     return build_task(spec, stock_manager([spec]), data_dir, cache)
 
 
+@pytest.fixture(scope="module")
+def gpt2(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Another architecture, with learned positions and tied ends; the tokenizer is the Llama's, without BOS."""
+    folder = tmp_path_factory.mktemp("gpt2") / "tiny-gpt2"
+    tokenizer = AutoTokenizer.from_pretrained(llama)
+    tokenizer.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=len(tokenizer), n_positions=512, n_embd=32, n_layer=1, n_head=2, initializer_range=0.2
+    )
+    GPT2LMHeadModel(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(("model", "names"), [("llama", COMPARED), ("gpt2", ["winogrande", "boolq", "lambada_openai"])])
 def test_equals_lm_eval_by_hand(
-    llama: Path, suite: Suite, stock: Callable[[str, Path], Task | Group], demo_questions: Path, tmp_path: Path
+    model: str,
+    names: list[str],
+    request: pytest.FixtureRequest,
+    suite: Suite,
+    stock: Callable[[str, Path], Task | Group],
+    demo_questions: Path,
+    tmp_path: Path,
 ) -> None:
-    status = run_eval(EvalOptions(llama, tmp_path, COMPARED, demo_questions, device="cpu", batch_size=4), suite)
+    path = request.getfixturevalue(model)
+    status = run_eval(EvalOptions(path, tmp_path, names, demo_questions, device="cpu", batch_size=4), suite)
     assert status == 0
     by_hand = lm_eval.simple_evaluate(
         model="hf",
-        model_args={"pretrained": str(llama)},
-        tasks=[stock(name, demo_questions) for name in COMPARED],
+        model_args={"pretrained": str(path)},
+        tasks=[stock(name, demo_questions) for name in names],
         device="cpu",
         batch_size=4,
         bootstrap_iters=BOOTSTRAP_ITERS,
         log_samples=False,
         task_manager=stock_manager([]),  # the tasks are objects; indexing all of lm-eval's would take many seconds
     )
-    for name in COMPARED:
-        ours = json.loads((tmp_path / "tiny-llama" / f"{name}.json").read_text(encoding="utf-8"))
+    for name in names:
+        ours = json.loads((tmp_path / path.name / f"{name}.json").read_text(encoding="utf-8"))
         for task, metrics in ours["results"].items():
             assert metrics == by_hand["results"][task], task
             assert ours["n-samples"].get(task) == by_hand["n-samples"].get(task)
         assert ours["n-shot"].items() <= by_hand["n-shot"].items()
         assert ours["groups" if name == "mmlu" else "results"]
-    assert len({by_hand["results"][name]["acc,none"] for name in COMPARED}) > 2  # the answers do differ
+    assert len({by_hand["results"][name]["acc,none"] for name in names}) > 2  # the answers do differ
 
 
 def test_batch_size_does_not_change_scores(llama: Path, suite: Suite, demo_questions: Path, tmp_path: Path) -> None:
