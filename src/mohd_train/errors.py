@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import sys
+import threading
 from collections.abc import Callable
+from typing import NoReturn
 
 
 class UserError(ValueError):
@@ -22,11 +25,23 @@ def run_cli(main: Callable[[], int | None]) -> None:
         status = main()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
-        sys.exit(1)
+        _leave(1)
     except PermissionError as error:
         print(f"error: no permission to write or read {error.filename}; choose another folder", file=sys.stderr)
-        sys.exit(1)
+        _leave(1)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
         sys.exit(130)
     sys.exit(status or 0)
+
+
+def _leave(status: int) -> NoReturn:
+    """Exits even where a library's thread would hold the process: streaming's outlive a shard that never came."""
+    others = [
+        thread for thread in threading.enumerate() if thread is not threading.current_thread() and not thread.daemon
+    ]
+    if others:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)

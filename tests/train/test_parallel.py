@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from support.plans import small_plan
 
 from mohd_train.config.schema import Config
 from mohd_train.errors import UserError
@@ -53,3 +54,12 @@ def test_fsdp() -> None:
     assert found is not None
     assert found["fsdp"]["state_dict_type"] == "full"
     assert found["fsdp"]["mixed_precision"] == "FULL"
+
+
+def test_kernels_are_settled_before_the_first_step() -> None:
+    x2, dense = small_plan("x2"), small_plan("dense")
+    assert parallel.resolve_kernels(config(precision="fp32"), x2, "cpu") == "grouped"
+    assert parallel.resolve_kernels(config(precision="fp32", kernels="reference"), x2, "cpu") == "reference"
+    assert parallel.resolve_kernels(config(precision="fp32", kernels="triton"), dense, "cpu") == "dense"
+    with pytest.raises(UserError, match="use kernels: grouped"):
+        parallel.resolve_kernels(config(precision="fp32", kernels="triton"), x2, "cpu")

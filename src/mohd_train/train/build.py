@@ -110,6 +110,7 @@ def prepare(config: Config) -> Run:
     if not is_remote(config.save_folder):
         check_writable(Path(config.save_folder))
     plan = make_plan(config.model, config.mohd, config.max_seq_len)
+    parallel.resolve_kernels(config, plan, device)
     manifest = check_on_nodes(config)
     run = Run(config, plan, count(plan, config.max_seq_len), manifest, device)
     _bring_remote(run)

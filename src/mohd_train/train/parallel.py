@@ -10,8 +10,10 @@ import torch
 from composer.utils.parallelism import FSDPConfig
 
 from mohd_train.config.load import nearest
+from mohd_train.config.plan import ModelPlan
 from mohd_train.config.schema import Config
 from mohd_train.errors import UserError
+from mohd_train.kernels import ops
 from mohd_train.model.transformer import Transformer
 
 # mixed_precision FULL gathers float32 parameters and leaves bfloat16 to autocast, as under DDP: with DEFAULT the router's centroids
@@ -94,6 +96,21 @@ def parallelism_config(config: Config, device: str) -> dict[str, Any] | None:
     if merged["state_dict_type"] != "full":
         raise UserError("fsdp_config.state_dict_type must be full: export and evaluation read a checkpoint as one file")
     return {"fsdp": merged}
+
+
+COMPUTE_DTYPES = {"fp32": torch.float32, "amp_bf16": torch.bfloat16, "amp_fp16": torch.float16}
+
+
+def resolve_kernels(config: Config, plan: ModelPlan, device: str) -> str:
+    """The backends that run the sparse layers, such as ``grouped``; ``dense`` where there are none.
+
+    Raises:
+        UserError: one that this device, precision or width can't run; the message names the one to use instead.
+    """
+    where = torch.device("cuda" if device == "gpu" else "cpu")
+    dtype = COMPUTE_DTYPES[config.precision]
+    chosen = {ops.resolve_backend(config.kernels, where, dtype, width=part.width) for part in plan.components}
+    return ", ".join(sorted(chosen)) or "dense"
 
 
 def mark_blocks(model: Transformer) -> None:

@@ -40,7 +40,10 @@ def summary(run: Run, data: TrainData) -> str:
         "model": f"{plan.name} · {short(counts.activated)} activated, {short(counts.total)} total parameters"
         + (f" (beside them {', '.join(extras)})" if extras else "")
         + f" · hidden {plan.hidden_size} · layers {plan.num_hidden_layers}",
-        "": f"attention {parts['attention']} · ffn {parts['ffn']}" if plan.components else "dense (LLaMA)",
+        "": f"attention {parts['attention']} · ffn {parts['ffn']}"
+        + f" · kernels {parallel.resolve_kernels(config, plan, run.device)} (kernels: {config.kernels})"
+        if plan.components
+        else "dense (LLaMA)",
         "length": f"{data.steps} batches × {batch} samples × {config.max_seq_len} tokens = {short(tokens)} tokens · "
         f"microbatch {parallel.microbatch_size(config, run.device)}",
         "optimizer": f"{config.optimizer.name} · lr {config.optimizer.lr:g} (router {config.optimizer.router_lr:g}) · "

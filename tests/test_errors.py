@@ -1,0 +1,47 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from mohd_train.errors import UserError, run_cli
+
+PROGRAM = """
+import threading
+from mohd_train.errors import UserError, run_cli
+
+def main():
+    if {thread}:
+        threading.Thread(target=threading.Event().wait).start()
+    raise UserError("one\\nline")
+
+run_cli(main)
+"""
+
+
+@pytest.mark.parametrize("thread", [False, True])
+def test_bad_input_ends_in_one_line_and_1_even_where_a_thread_hangs(thread: bool) -> None:
+    run = subprocess.run(
+        [sys.executable, "-c", PROGRAM.format(thread=thread)], capture_output=True, text=True, timeout=60
+    )
+    assert (run.returncode, run.stderr) == (1, "error: one line\n")
+
+
+def test_exit_codes() -> None:
+    def fail() -> None:
+        raise KeyboardInterrupt
+
+    for main, code in ((lambda: None, 0), (lambda: 3, 3), (fail, 130)):
+        with pytest.raises(SystemExit) as ended:
+            run_cli(main)
+        assert ended.value.code == code
+
+
+def test_bugs_keep_their_traceback() -> None:
+    def broken() -> None:
+        raise KeyError("bug")
+
+    with pytest.raises(KeyError):
+        run_cli(broken)
+    assert issubclass(UserError, ValueError)
