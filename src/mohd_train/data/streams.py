@@ -53,6 +53,8 @@ class TokenStreams(StreamingDataset):
     domain were never seen, and its order within an epoch depends on the number of nodes.
     """
 
+    _fault: BaseException | None = None  # what the thread that fetches shards ran into
+
     def __init__(
         self,
         streams: dict[str, Stream],
@@ -138,7 +140,7 @@ class TokenStreams(StreamingDataset):
 
         Raises UserError for a shard that can't be fetched, unpacked or read.
         """
-        self._fault: BaseException | None = None
+        self._fault = None
         yield from super().__iter__()
         if self._event.is_set():
             raise self._named(self._fault)
