@@ -172,7 +172,7 @@ def _projections(model: nn.Module, plan: ModelPlan, settings: Settings, compiled
     """What decode multiplies by in its blocks, and nothing else: q, k, v, o, gate, up and down of one token a sequence."""
     x_TD = _random((settings.batch, plan.hidden_size), settings).to(settings.dtype)
     h_TA = _random((settings.batch, plan.query_width), settings).to(settings.dtype)
-    parts = [part for block in model.blocks for part in (block.attention, block.ffn)]  # type: ignore[union-attr, operator]
+    parts = [part for block in model.blocks for part in (block.attention, block.ffn)]  # type: ignore[union-attr]
     with torch.no_grad():
         routed = [part.sub_dimensions and part.sub_dimensions.route(x_TD, None) for part in parts]
 
@@ -194,7 +194,7 @@ def _products(part: Any, routed: tuple[Routing, ops.Selection] | None, x_TD: Ten
     backend = part.sub_dimensions.backend(x_TD)
     if not isinstance(part, Attention):
         down = part.down_proj.weight
-        return ops.swiglu_ffn(x_TD, *weights, down, selection, routing.weights, backend=backend)
+        return ops.swiglu_ffn(x_TD, weights[0], weights[1], down, selection, routing.weights, backend=backend)
     qkv = ops.up_projection(x_TD, weights, selection, backend=backend)
     out = ops.down_projection(h_TA, part.o_proj.weight, selection, routing.weights, backend=backend)
     return torch.cat([*qkv, out], 1)

@@ -20,7 +20,7 @@ def choices_of(indices_TK: Tensor, shared: int) -> Choices:
     for token, row in enumerate(indices_TK[:, shared:].tolist()):
         for place, i in enumerate(row):
             found.setdefault(i, []).append((token, shared + place))
-    return tuple((i, *zip(*pairs, strict=True)) for i, pairs in found.items())
+    return tuple((i, tuple(t for t, _ in pairs), tuple(k for _, k in pairs)) for i, pairs in found.items())
 
 
 def up(x_TKC: Tensor, weight_OD: Tensor, choices: Choices, sub_dims: int, shared: int) -> Tensor:

@@ -81,7 +81,8 @@ def _ffn(
     x: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor, scale: Tensor, indices: Tensor, tiles: Tensor,
     pairs: Tensor, ends: Tensor, shared: int, sub_dims: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    gate, up, h = launch.swiglu(x, *_views([w_gate, w_up]), indices, tiles)
+    gate_view, up_view = _views([w_gate, w_up])
+    gate, up, h = launch.swiglu(x, gate_view, up_view, indices, tiles)
     return launch.expand([h], [w_down.contiguous()], indices, tiles, w_down.shape[0] // sub_dims, scale), gate, up
 
 
@@ -96,8 +97,8 @@ def _ffn_backward(
     (grad_down,) = launch.weight_grads(grad_y, [h], [w_down], pairs, ends, shared, active)
     grads = [grad_gate, grad_up]
     grad_x = launch.expand(grads, views, indices, tiles, x.shape[1] // active)
-    grad_weights = _contiguous(launch.weight_grads(x, grads, views, pairs, ends, shared, active))
-    return grad_x, *grad_weights, grad_down, grad_scale
+    of_gate, of_up = _contiguous(launch.weight_grads(x, grads, views, pairs, ends, shared, active))
+    return grad_x, of_gate, of_up, grad_down, grad_scale
 
 
 @torch.library.custom_op("mohd::triton_fuse", mutates_args=())
