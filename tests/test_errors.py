@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import threading
 
 import pytest
 
@@ -36,6 +37,21 @@ def test_exit_codes() -> None:
         with pytest.raises(SystemExit) as ended:
             run_cli(main)
         assert ended.value.code == code
+
+
+def test_a_program_within_a_program_goes_on() -> None:
+    """Where run_cli is called with other threads about, only SystemExit leaves it."""
+
+    def bad() -> None:
+        raise UserError("bad")
+
+    stop = threading.Event()
+    thread = threading.Thread(target=stop.wait)
+    thread.start()
+    with pytest.raises(SystemExit):
+        run_cli(bad)
+    stop.set()
+    thread.join()
 
 
 def test_bugs_keep_their_traceback() -> None:

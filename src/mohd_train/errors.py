@@ -5,8 +5,11 @@ from __future__ import annotations
 import os
 import sys
 import threading
+import time
 from collections.abc import Callable
 from typing import NoReturn
+
+GRACE = 5.0  # seconds that other threads have to end after the main one
 
 
 class UserError(ValueError):
@@ -37,11 +40,12 @@ def run_cli(main: Callable[[], int | None]) -> None:
 
 def _leave(status: int) -> NoReturn:
     """Exits even where a library's thread would hold the process: streaming's outlive a shard that never came."""
-    others = [
-        thread for thread in threading.enumerate() if thread is not threading.current_thread() and not thread.daemon
-    ]
-    if others:
-        sys.stdout.flush()
-        sys.stderr.flush()
+
+    def end() -> None:
+        threading.main_thread().join()  # over as soon as the interpreter shuts down and waits for the other threads
+        time.sleep(GRACE)
         os._exit(status)
+
+    if any(not thread.daemon for thread in threading.enumerate() if thread is not threading.main_thread()):
+        threading.Thread(target=end, daemon=True).start()
     sys.exit(status)
