@@ -87,19 +87,29 @@ def test_lengths_in_every_unit(config: Config, folder: Path) -> None:
 
 def test_the_papers_run_without_data() -> None:
     files = [str(ROOT / "configs" / name) for name in ("recipe/paper_50b.yaml", "model/355m.yaml", "mohd/dense.yaml")]
-    dense = estimate(load_config(files, ["data.local=/nowhere"]), A100, 8)
+    eight, whole = "device_train_microbatch_size=8", "fsdp_config.activation_checkpointing=false"
+    dense = estimate(load_config(files, ["data.local=/nowhere", eight, whole]), A100, 8)
     assert dense.steps * dense.tokens_per_step == 50_000 * 256 * 4096
     assert sum(dense.tokens_needed.values()) == pytest.approx(52.4e9, rel=0.001)
     assert set(dense.tokens_available.values()) == {None}
     assert any("what is available is not known" in note for note in dense.notes)
     assert dense.disk == 6 * dense.checkpoint  # 5 are kept
-    fewer = estimate(load_config(files, ["fsdp_config.activation_checkpointing=true"]), A100, 8)
+    fewer = estimate(load_config(files, [eight, "fsdp_config.activation_checkpointing=true"]), A100, 8)
     assert fewer.needed < dense.needed / 2
     assert fewer.mfu == pytest.approx(dense.mfu * 0.75)
     assert fewer.days == pytest.approx(dense.days / 0.75)
-    auto = estimate(load_config(files, ["device_train_microbatch_size=auto"]), A100, 8)
+    auto = estimate(load_config(files, ["device_train_microbatch_size=auto", whole]), A100, 8)
     assert auto.microbatch == auto.largest_microbatch == dense.largest_microbatch
     assert auto.fits
+
+
+@pytest.mark.parametrize("recipe", ["paper_50b", "ablation_10b"])
+@pytest.mark.parametrize(("model", "mohd"), [("355m", "x4"), ("1.13b", "x4"), ("2.7b", "dense")])
+def test_the_recipes_fit_80_gb(recipe: str, model: str, mohd: str) -> None:
+    files = [
+        str(ROOT / "configs" / part) for part in (f"recipe/{recipe}.yaml", f"model/{model}.yaml", f"mohd/{mohd}.yaml")
+    ]
+    assert estimate(load_config(files, ["data.local=/nowhere"]), A100, 8).fits
 
 
 def test_defaults_of_mfu_state_their_source(config: Config) -> None:

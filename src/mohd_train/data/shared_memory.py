@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import logging
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 from composer.utils import dist
@@ -19,6 +21,21 @@ def lock_path() -> Path:
     """Beside the shared memory itself, where there is such a folder: what sees the one sees the other, in containers too."""
     shared = Path("/dev/shm")
     return (shared if shared.is_dir() else Path(tempfile.gettempdir())) / f"mohd_train.{os.getuid()}.lock"
+
+
+@contextlib.contextmanager
+def one_at_a_time() -> Iterator[None]:
+    """Held while a data set takes its name in shared memory. streaming looks for a free name and then takes it: of two runs
+    that start together on one machine, one would fail on a name the other took in between."""
+    if dist.get_local_rank() != 0:  # the others wait for rank 0 inside
+        yield
+        return
+    descriptor = os.open(lock_path().with_suffix(".start"), os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def claim_shared_memory() -> None:

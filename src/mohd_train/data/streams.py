@@ -23,6 +23,7 @@ from streaming.base.world import World
 from torch.utils.data import Dataset
 
 from mohd_train.data.order import Int64s, interleave, walk
+from mohd_train.data.shared_memory import one_at_a_time
 from mohd_train.errors import UserError
 
 
@@ -82,15 +83,16 @@ class TokenStreams(StreamingDataset):
         self._block = block_size
         for stream, share in zip(streams.values(), shares, strict=True):
             stream.proportion = float(share)  # what StreamingDataset calls a relatively weighted stream
-        super().__init__(
-            streams=list(streams.values()),
-            epoch_size=epoch_size,
-            batch_size=batch_size,
-            shuffle=False,  # done in resample_streams
-            shuffle_seed=seed,
-            num_canonical_nodes=num_canonical_nodes,
-            predownload=predownload,
-        )
+        with one_at_a_time():
+            super().__init__(
+                streams=list(streams.values()),
+                epoch_size=epoch_size,
+                batch_size=batch_size,
+                shuffle=False,  # done in resample_streams
+                shuffle_seed=seed,
+                num_canonical_nodes=num_canonical_nodes,
+                predownload=predownload,
+            )
         key = [identity, self.domain_names, shares.tolist(), epoch_size, shuffle, seed, block_size, num_canonical_nodes]
         self._order = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
 

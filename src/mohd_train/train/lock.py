@@ -7,6 +7,7 @@ import fcntl
 import logging
 import os
 import socket
+import time
 from pathlib import Path
 
 from mohd_train.errors import UserError
@@ -33,7 +34,7 @@ class RunLock:
         self.path = folder / NAME
         self._descriptor: int | None = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
-            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._take(self._descriptor)
         except BlockingIOError:
             holder = os.read(self._descriptor, 200).decode(errors="replace").strip()
             self.release()
@@ -48,6 +49,16 @@ class RunLock:
         os.ftruncate(self._descriptor, 0)
         os.pwrite(self._descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
         os.register_at_fork(after_in_child=self.release)
+
+    @staticmethod
+    def _take(descriptor: int) -> None:
+        """Waits a moment before it gives up: a worker forked just before the kill may not have closed its copy yet."""
+        for wait in (0.1, 0.2, 0.4, 0.8):
+            try:
+                return fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                time.sleep(wait)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
     def release(self) -> None:
         """Gives the folder back. The file stays: removing it would let two runs lock two files of one name."""
