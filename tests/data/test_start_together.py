@@ -8,6 +8,8 @@ from pathlib import Path
 
 PROGRAM = """
 import sys, time
+import pytest
+
 from mohd_train.data.shared_memory import one_at_a_time
 
 print("ready", flush=True)
@@ -39,3 +41,12 @@ def test_one_at_a_time() -> None:
         run.stdin.flush()
     spans = sorted(tuple(map(float, run.communicate(timeout=60)[0].split())) for run in runs)
     assert spans[0][1] <= spans[1][0]
+
+
+def test_nodes_of_one_run_do_not_wait_for_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inside, nodes wait for each other: one that held the other up would hold up both for ever."""
+    with one_at_a_time():
+        monkeypatch.setenv("WORLD_SIZE", "4")
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+        with one_at_a_time():
+            pass

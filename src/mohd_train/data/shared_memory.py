@@ -26,8 +26,11 @@ def lock_path() -> Path:
 @contextlib.contextmanager
 def one_at_a_time() -> Iterator[None]:
     """Held while a data set takes its name in shared memory. streaming looks for a free name and then takes it: of two runs
-    that start together on one machine, one would fail on a name the other took in between."""
-    if dist.get_local_rank() != 0:  # the others wait for rank 0 inside
+    that start together on one machine, one would fail on a name the other took in between.
+
+    A run of several nodes takes no turn: inside, its nodes wait for each other, so that two such runs, each first on another
+    node, or a run whose "nodes" share a machine, would wait for ever."""
+    if dist.get_local_rank() != 0 or dist.get_world_size() > dist.get_local_world_size():  # the others wait for rank 0 inside
         yield
         return
     descriptor = os.open(lock_path().with_suffix(".start"), os.O_RDWR | os.O_CREAT, 0o600)
