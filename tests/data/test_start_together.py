@@ -6,10 +6,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-PROGRAM = """
-import sys, time
 import pytest
 
+from mohd_train.data.shared_memory import one_at_a_time
+
+PROGRAM = """
+import sys, time
 from mohd_train.data.shared_memory import one_at_a_time
 
 print("ready", flush=True)
