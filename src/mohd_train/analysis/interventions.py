@@ -77,8 +77,8 @@ def _removed(sub: SubDimensions, index: int) -> Iterator[None]:
     def without(weights_TK: Tensor, routing: Routing) -> Tensor:
         return weights_TK.masked_fill(routing.indices == index, 0.0)
 
-    def routed(*args: Any) -> tuple[Routing, Any]:
-        routing, selection = route(*args)
+    def routed(*args: Any, **kwargs: Any) -> tuple[Routing, Any]:
+        routing, selection = route(*args, **kwargs)
         return Routing(
             routing.indices, routing.scores, without(routing.weights, routing), routing.balance_loss
         ), selection
@@ -87,7 +87,7 @@ def _removed(sub: SubDimensions, index: int) -> Iterator[None]:
         given = input_weights(routing)
         return without(torch.ones_like(routing.weights) if given is None else given, routing)
 
-    sub.route, sub.input_weights = routed, weighted  # type: ignore[method-assign,assignment]
+    sub.route, sub.input_weights = routed, weighted  # type: ignore[method-assign]
     try:
         yield
     finally:

@@ -30,7 +30,9 @@ def one_at_a_time() -> Iterator[None]:
 
     A run of several nodes takes no turn: inside, its nodes wait for each other, so that two such runs, each first on another
     node, or a run whose "nodes" share a machine, would wait for ever."""
-    if dist.get_local_rank() != 0 or dist.get_world_size() > dist.get_local_world_size():  # the others wait for rank 0 inside
+    if (
+        dist.get_local_rank() != 0 or dist.get_world_size() > dist.get_local_world_size()
+    ):  # the others wait for rank 0 inside
         yield
         return
     descriptor = os.open(lock_path().with_suffix(".start"), os.O_RDWR | os.O_CREAT, 0o600)

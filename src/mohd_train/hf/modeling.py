@@ -16,7 +16,7 @@ from mohd_train.model.transformer import Transformer
 
 @dataclass
 class MoHDCausalLMOutput(CausalLMOutputWithPast):
-    """``loss`` is cross-entropy plus balance loss; ``balance_loss`` shows the latter alone."""
+    """``loss`` is cross-entropy plus balance loss; ``balance_loss`` shows the latter alone. Both want ``labels``."""
 
     balance_loss: Tensor | None = None
 
@@ -93,15 +93,16 @@ class MoHDForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]  
             raise ValueError(
                 f"attention_mask has shape {tuple(mask.shape)}; give [batch, positions] with 0 for padding"
             )
+        cache = past_key_values if use_cache else None
         out = self.transformer(
-            input_ids, mask, position_ids, past_key_values if use_cache else None, labels_BT=labels, logits=False
+            input_ids, mask, position_ids, cache, labels_BT=labels, logits=False, balance=labels is not None
         )
         logits = self.transformer.head(out.hidden[:, -logits_to_keep:] if logits_to_keep else out.hidden)
         result = MoHDCausalLMOutput(
             loss=None if out.cross_entropy is None else out.cross_entropy + out.balance_loss,
             logits=logits,
             past_key_values=past_key_values if use_cache else None,
-            balance_loss=out.balance_loss,
+            balance_loss=None if labels is None else out.balance_loss,
         )
         return result if return_dict is not False else result.to_tuple()
 

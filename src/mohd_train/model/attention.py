@@ -58,14 +58,19 @@ class Attention(nn.Module):
         token_mask_T: Tensor | None = None,
         cache: Any = None,
         token_keys_T: Tensor | None = None,
+        logits_TN: Tensor | None = None,
+        balance: bool = True,
     ) -> tuple[Tensor, Routing | None]:
-        """Returns the new residual stream [B, T, D] and the routing (None for a dense layer)."""
+        """Returns the new residual stream [B, T, D] and the routing (None for a dense layer).
+
+        Args: as for :meth:`mohd_train.model.sub_dimension.SubDimensions.route`, from ``token_mask_T`` on.
+        """
         if self.sub_dimensions is None:
             q, k, v = self.q_proj(x_BTD), self.k_proj(x_BTD), self.v_proj(x_BTD)
             return residual_BTD + self.o_proj(self._attend(q, k, v, rope, mask, cache)), None
         x_TD = x_BTD.flatten(0, 1)
         sub = self.sub_dimensions
-        routing, selection = sub.route(x_TD, token_mask_T, token_keys_T)
+        routing, selection = sub.route(x_TD, token_mask_T, token_keys_T, logits_TN, balance)
         backend = sub.backend(x_TD)
         weights = (self.q_proj.weight, self.k_proj.weight, self.v_proj.weight)
         qkv = ops.up_projection(

@@ -28,13 +28,18 @@ class FeedForward(nn.Module):
         residual_BTD: Tensor,
         token_mask_T: Tensor | None = None,
         token_keys_T: Tensor | None = None,
+        logits_TN: Tensor | None = None,
+        balance: bool = True,
     ) -> tuple[Tensor, Routing | None]:
-        """Returns the new residual stream [B, T, D] and the routing (None for a dense layer)."""
+        """Returns the new residual stream [B, T, D] and the routing (None for a dense layer).
+
+        Args: as for :meth:`mohd_train.model.sub_dimension.SubDimensions.route`, from ``token_mask_T`` on.
+        """
         if self.sub_dimensions is None:
             return residual_BTD + self.down_proj(F.silu(self.gate_proj(x_BTD)) * self.up_proj(x_BTD)), None
         x_TD = x_BTD.flatten(0, 1)
         sub = self.sub_dimensions
-        routing, selection = sub.route(x_TD, token_mask_T, token_keys_T)
+        routing, selection = sub.route(x_TD, token_mask_T, token_keys_T, logits_TN, balance)
         z = ops.swiglu_ffn(
             x_TD,
             self.gate_proj.weight,

@@ -18,7 +18,7 @@ class Routing:
         indices: int64 [T, K], active sub-dimensions: columns 0 .. S-1 hold 0 .. S-1, the rest the chosen ones, ascending.
         scores: [T, N] ``s = softmax(E x)`` over all N, float32 (float64 for float64 input).
         weights: [T, K] ``alpha * g`` of the active ones, in the scores' dtype.
-        balance_loss: scalar, already multiplied by its weight (eq. 13).
+        balance_loss: scalar, already multiplied by its weight (eq. 13); 0 where it was not asked for.
     """
 
     indices: Tensor
@@ -65,16 +65,20 @@ class Router(nn.Module):
         self.plan = plan
         self.centroids = nn.Parameter(torch.empty(plan.sub_dims, hidden_size))
 
-    def forward(self, x_TD: Tensor, ranks_TN: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(
+        self, x_TD: Tensor, ranks_TN: Tensor | None = None, logits_TN: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Logits ``E x`` and scores ``s`` [T, N] in float32 or wider, and the active indices [T, K].
 
         Args:
             x_TD: [T, d] normalized tokens.
             ranks_TN: [T, N] what the choice goes by in place of the logits (random routing); the scores still weigh it.
+            logits_TN: [T, N] ``E x``, where the norm has worked it out already.
         """
         dtype = torch.promote_types(x_TD.dtype, torch.float32)
         with torch.autocast(device_type=x_TD.device.type, enabled=False):
-            logits_TN = x_TD.to(dtype) @ self.centroids.to(dtype).T
+            if logits_TN is None:
+                logits_TN = x_TD.to(dtype) @ self.centroids.to(dtype).T
             scores_TN = logits_TN.softmax(dim=-1)
         ranks_TN = logits_TN if ranks_TN is None else ranks_TN
         return logits_TN, scores_TN, select(ranks_TN, self.plan.top_k, self.plan.shared)

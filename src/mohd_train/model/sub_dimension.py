@@ -36,21 +36,37 @@ class SubDimensions(nn.Module):
         self.router = Router(plan, model.hidden_size)
         self.fusion = GroupFusion(plan, model.fusion)
 
+    def normalize(self, x_TD: Tensor, gain_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        """The component's RMSNorm and its router's logits [T, N] together: the backward pass then needs no normalized x."""
+        return ops.norm_router(x_TD, gain_D, self.router.centroids, eps, backend=self.backend(x_TD))
+
     def route(
-        self, x_TD: Tensor, token_mask_T: Tensor | None, token_keys_T: Tensor | None = None
+        self,
+        x_TD: Tensor,
+        token_mask_T: Tensor | None,
+        token_keys_T: Tensor | None = None,
+        logits_TN: Tensor | None = None,
+        balance: bool = True,
     ) -> tuple[Routing, ops.Selection]:
-        """Routes T normalized tokens; the router reads the full x. ``token_keys_T`` is what random routing goes by."""
+        """Routes T normalized tokens; the router reads the full x.
+
+        Args:
+            token_keys_T: what random routing goes by.
+            logits_TN: the router's logits, where :meth:`normalize` gave them.
+            balance: whether the balance loss is wanted.
+        """
         ranks = None
         if self.random:
             assert token_keys_T is not None, "random routing needs the tokens' keys"
             ranks = random_ranks(token_keys_T, self.plan.sub_dims, self.component)
-        logits, scores, indices = self.router(x_TD, ranks)
+        logits, scores, indices = self.router(x_TD, ranks, logits_TN)
         weights = activation_weights(scores, indices, self.scaling)
-        balance = balance_loss(logits, indices, self.plan, self.balance_loss_weight, token_mask_T)
+        beta = self.balance_loss_weight if balance else 0.0
+        loss = balance_loss(logits, indices, self.plan, beta, token_mask_T)
         selection = ops.make_selection(
             indices, sub_dims=self.plan.sub_dims, shared=self.plan.shared, backend=self.backend(x_TD)
         )
-        return Routing(indices, scores, weights, balance), selection
+        return Routing(indices, scores, weights, loss), selection
 
     def input_weights(self, routing: Routing) -> Tensor | None:
         """``g`` of the active inputs [T, K] where the input is gated; by default it is not."""

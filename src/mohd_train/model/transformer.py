@@ -22,6 +22,7 @@ from mohd_train.model.init import initialize
 from mohd_train.model.random_routing import token_keys
 from mohd_train.model.rope import rotary_table
 from mohd_train.model.router import Routing
+from mohd_train.model.sub_dimension import SubDimensions
 
 IGNORE_INDEX = -100
 
@@ -84,13 +85,24 @@ class Block(nn.Module):
         token_mask_T: Tensor | None = None,
         cache: Any = None,
         token_keys_T: Tensor | None = None,
+        balance: bool = True,
     ) -> tuple[Tensor, LayerRouting]:
         """Returns the residual stream [B, T, D] after the block, and the block's routing."""
+        normed, logits = _normalize(x_BTD, self.attention_norm, self.attention.sub_dimensions)
         h, attention_routing = self.attention(
-            self.attention_norm(x_BTD), x_BTD, rope, mask, token_mask_T, cache, token_keys_T
+            normed, x_BTD, rope, mask, token_mask_T, cache, token_keys_T, logits, balance
         )
-        x, ffn_routing = self.ffn(self.ffn_norm(h), h, token_mask_T, token_keys_T)
+        normed, logits = _normalize(h, self.ffn_norm, self.ffn.sub_dimensions)
+        x, ffn_routing = self.ffn(normed, h, token_mask_T, token_keys_T, logits, balance)
         return x, LayerRouting(attention_routing, ffn_routing)
+
+
+def _normalize(x_BTD: Tensor, norm: RMSNorm, sub: SubDimensions | None) -> tuple[Tensor, Tensor | None]:
+    """The normalized x, and the router's logits [B * T, N] of a MoHD component."""
+    if sub is None:
+        return norm(x_BTD), None
+    normed_TD, logits_TN = sub.normalize(x_BTD.flatten(0, 1), norm.weight, norm.eps)
+    return normed_TD.view_as(x_BTD), logits_TN
 
 
 class Transformer(nn.Module):
@@ -120,6 +132,7 @@ class Transformer(nn.Module):
         cache: Any = None,
         labels_BT: Tensor | None = None,
         logits: bool = True,
+        balance: bool | None = None,
     ) -> TransformerOutput:
         """Runs the model.
 
@@ -130,7 +143,9 @@ class Transformer(nn.Module):
             cache: key/value cache with ``get_seq_length()`` and ``update(k, v, layer)``, as transformers' DynamicCache.
             labels_BT: int64 [B, T], equal to the input where it counts and -100 elsewhere; position t is predicted at t - 1.
             logits: whether to return the logits.
+            balance: whether to work out the balance loss, 0 otherwise; default: unless there is a cache.
         """
+        balance = cache is None if balance is None else balance
         past = cache.get_seq_length() if cache is not None else 0
         queries = input_ids_BT.shape[1]
         if position_ids is None:
@@ -142,10 +157,12 @@ class Transformer(nn.Module):
         rope = rotary_table(position_ids, self.plan.head_dim, self.plan.rope_theta, x.dtype)
         routing: list[LayerRouting] = []
         for block in self.blocks:
-            x, layer_routing = block(x, rope, mask, token_mask, cache, keys)
+            x, layer_routing = block(x, rope, mask, token_mask, cache, keys, balance)
             routing.append(layer_routing)
         x = self.norm(x)
-        out = TransformerOutput(hidden=x, balance_loss=self._balance_loss(routing, x), routing=routing)
+        out = TransformerOutput(
+            hidden=x, balance_loss=self._balance_loss(routing if balance else [], x), routing=routing
+        )
         if logits:
             out.logits = self.head(x)
         if labels_BT is not None:

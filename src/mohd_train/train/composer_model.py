@@ -70,7 +70,7 @@ class MoHDComposerModel(ComposerModel):
 
     def eval_forward(self, batch: Batch, outputs: Any = None) -> Tensor:
         """Logits [B, T, V]; ``outputs`` of a training forward hold none and are not used."""
-        logits = self.model(batch["input_ids"]).logits
+        logits = self.model(batch["input_ids"], balance=False).logits
         assert logits is not None
         return logits
 
