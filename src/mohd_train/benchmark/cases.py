@@ -124,11 +124,9 @@ def _layer(block: nn.Module, plan: ModelPlan, settings: Settings, compiled: bool
     def step() -> list[Tensor]:
         with _autocast(settings):
             out, routing = run(x, rope)
-        loss = (out * slope).sum()
-        for part in (routing.attention, routing.ffn):
-            if part is not None:
-                loss = loss + part.balance_loss
-        return [out.detach(), *torch.autograd.grad(loss, wanted, allow_unused=True, materialize_grads=True)]
+        balance = [part.balance_loss for part in (routing.attention, routing.ffn) if part is not None]
+        ends, slopes = [out, *balance], [slope, *map(torch.ones_like, balance)]
+        return [out.detach(), *torch.autograd.grad(ends, wanted, slopes, allow_unused=True, materialize_grads=True)]
 
     return step
 

@@ -82,11 +82,13 @@ def _outer_sum(grad_TNC: Tensor, z_TSC: Tensor) -> Tensor:
     """sum_t z[t, s, j] grad[t, n, j]: [S, N, C], by partial sums of TILE tokens, which stay in cache."""
     (tokens, sub_dims, width), slots = grad_TNC.shape, z_TSC.shape[1]
     count, whole = tokens // TILE, tokens // TILE * TILE
-    total = (grad_TNC[whole:].unsqueeze(1) * z_TSC[whole:].unsqueeze(2)).sum(0)
-    if count == 0:
-        return total
-    grad = grad_TNC[:whole].reshape(count, TILE, 1, sub_dims, width)
-    return total + (grad * z_TSC[:whole].reshape(count, TILE, slots, 1, width)).sum(1).sum(0)
+    sums = []
+    if count:
+        grad = grad_TNC[:whole].reshape(count, TILE, 1, sub_dims, width)
+        sums.append((grad * z_TSC[:whole].reshape(count, TILE, slots, 1, width)).sum(1).sum(0))
+    if whole < tokens or not count:  # an empty rest would keep all of z from the forward pass on
+        sums.append((grad_TNC[whole:].unsqueeze(1) * z_TSC[whole:].unsqueeze(2)).sum(0))
+    return sums[0] if len(sums) == 1 else sums[0] + sums[1]
 
 
 def _outer_sum_runs(grad_TNC: Tensor, z_rows: Tensor, pairs: Tensor, ends: Tensor, active: int) -> Tensor:

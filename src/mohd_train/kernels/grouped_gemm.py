@@ -36,6 +36,10 @@ def _down_shape(h_TF: Tensor, weight_DF: Tensor, *rest: Any) -> Tensor:
     return h_TF.new_empty(h_TF.shape[0], active * (weight_DF.shape[0] // sub_dims))
 
 
+def _down_sorted_shape(h_TF: Tensor, weight_DF: Tensor, *rest: Any) -> Tensor:
+    return _down_shape(h_TF, weight_DF, *rest[:4])
+
+
 def _gradient_shapes(grad: Tensor, inputs: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     return inputs.new_empty(inputs.shape), weight.new_empty(weight.shape)
 
@@ -50,6 +54,17 @@ def _save_sorted(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.sizes, ctx.rest = inputs[3:5], (None,) * (len(inputs) - 2)
 
 
+def _save_down_sorted(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    h_TF, weight_DF, ends, sub_dims, shared, _, tokens_T = inputs
+    ctx.save_for_backward(h_TF, weight_DF, ends, *([] if tokens_T is None else [tokens_T]))
+    ctx.sizes = (sub_dims, shared)
+
+
+def _down_sorted_gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    h_TF, weight_DF, ends, *tokens = ctx.saved_tensors
+    return *_down_sorted_backward(grad, h_TF, weight_DF, ends, *ctx.sizes, *tokens), None, None, None, None, None
+
+
 def _gradient_by(backward: Any) -> Any:
     def gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         return *backward(grad, *ctx.saved_tensors, *ctx.sizes), *ctx.rest
@@ -61,11 +76,14 @@ for _forward, _backward, _shape, _keep in (
     (_up, _up_backward, _up_shape, _save),
     (_down, _down_backward, _down_shape, _save),
     (_up_sorted, _up_sorted_backward, _up_shape, _save_sorted),
-    (_down_sorted, _down_sorted_backward, _down_shape, _save_sorted),
 ):
     _forward.register_fake(_shape)
     _backward.register_fake(_gradient_shapes)
     _forward.register_autograd(_gradient_by(_backward), setup_context=_keep)
+
+_down_sorted.register_fake(_down_sorted_shape)
+_down_sorted_backward.register_fake(_gradient_shapes)
+_down_sorted.register_autograd(_down_sorted_gradient, setup_context=_save_down_sorted)
 
 
 def _plain() -> bool:
@@ -91,15 +109,15 @@ def _up_one(x_TKC: Tensor, weight_OD: Tensor, s: Selection) -> Tensor:
     return (spans.up if _plain() else _up_sorted)(x_TKC, weight_OD, s.order.ends, s.sub_dims, s.shared)
 
 
-def _down_one(h_TF: Tensor, weight_DF: Tensor, s: Selection) -> Tensor:
-    """Compact [T, K*C]; rows as in `h_TF`, sorted where the selection has an order."""
+def _down_one(h_TF: Tensor, weight_DF: Tensor, s: Selection, tokens_T: Tensor | None = None) -> Tensor:
+    """Compact [T, K*C], sorted where the selection has an order; `tokens_T` sorts h, where it is not sorted yet."""
     h_TF, weight_DF = cast_for_autocast(h_TF, weight_DF)
     sizes = (s.sub_dims, s.shared, s.indices_TK.shape[1])
     if s.choices is not None:
         return few_tokens.down(h_TF, weight_DF, s.choices, *sizes)
     if s.order is None:
         return (grouped.down if _plain() else _down)(h_TF, weight_DF, s.pairs, s.ends, *sizes)
-    return (spans.down if _plain() else _down_sorted)(h_TF, weight_DF, s.order.ends, *sizes)
+    return (spans.down if _plain() else _down_sorted)(h_TF, weight_DF, s.order.ends, *sizes, tokens_T)
 
 
 def _sorted_inputs(x_TKC: Tensor, s: Selection) -> Tensor:
@@ -118,7 +136,7 @@ def down(h_TF: Tensor, weight_DF: Tensor, selection: Selection) -> Tensor:
     order = selection.order
     if order is None:
         return _down_one(h_TF, weight_DF, selection)
-    y_TKC = _down_one(token_order.permute(h_TF, order.tokens, order.places), weight_DF, selection)
+    y_TKC = _down_one(h_TF, weight_DF, selection, order.tokens)
     return token_order.unsort_compact(y_TKC, order, selection.indices_TK.shape[1])
 
 

@@ -88,8 +88,18 @@ def up_backward(
     return grad_x, grad_weight
 
 
-def down(h_TF: Tensor, weight_DF: Tensor, ends: Tensor, sub_dims: int, shared: int, active: int) -> Tensor:
-    """The active slices of ``W h`` from sorted tokens: sorted compact [T, K*C]."""
+def down(
+    h_TF: Tensor,
+    weight_DF: Tensor,
+    ends: Tensor,
+    sub_dims: int,
+    shared: int,
+    active: int,
+    tokens_T: Tensor | None = None,
+) -> Tensor:
+    """The active slices of ``W h``: sorted compact [T, K*C]. `tokens_T` sorts h, where it is not sorted yet."""
+    if tokens_T is not None:
+        h_TF = h_TF.index_select(0, tokens_T)
     width = weight_DF.shape[0] // sub_dims
     inner = shared * width
     if device_groups.serves(h_TF, active - shared, width):
@@ -103,9 +113,20 @@ def down(h_TF: Tensor, weight_DF: Tensor, ends: Tensor, sub_dims: int, shared: i
 
 
 def down_backward(
-    grad_TKC: Tensor, h_TF: Tensor, weight_DF: Tensor, ends: Tensor, sub_dims: int, shared: int
+    grad_TKC: Tensor,
+    h_TF: Tensor,
+    weight_DF: Tensor,
+    ends: Tensor,
+    sub_dims: int,
+    shared: int,
+    tokens_T: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of `down`: sorted [T, F], and [D, F]."""
+    """Gradients of `down`: [T, F] in h's order, and [D, F]. A sorted copy of h is made again rather than kept."""
+    if tokens_T is not None:
+        sorted_grad, grad_weight = down_backward(
+            grad_TKC, h_TF.index_select(0, tokens_T), weight_DF, ends, sub_dims, shared
+        )
+        return torch.empty_like(sorted_grad).index_copy_(0, tokens_T, sorted_grad), grad_weight
     width = weight_DF.shape[0] // sub_dims
     inner, active = shared * width, grad_TKC.shape[1] // width
     if device_groups.serves(h_TF, active - shared, width):
