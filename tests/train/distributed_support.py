@@ -1,0 +1,159 @@
+"""Runs of several processes: what is done to them, and which samples they saw."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+from composer.core import Callback, State
+from composer.loggers import Logger
+from composer.utils import dist, get_free_tcp_port
+from train.train_support import ROOT, make_config
+
+from mohd_train.train import build
+from mohd_train.train.run import train
+
+PROGRAM = str(ROOT / "tests" / "train" / "distributed_program.py")
+ENVIRONMENT = os.environ | {"PYTHONPATH": f"{ROOT / 'src'}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
+LAUNCHER = [sys.executable, "-m", "composer.cli", "-n", "2"]
+
+
+class Crash(Exception):
+    """What ends a run from within."""
+
+
+@dataclass
+class Job:
+    """One session of a run.
+
+    Attributes:
+        folder: of the run's config; it runs in ``folder/runs/{run_name}``.
+        data: prepared data.
+        overrides: of the config.
+        mohd: name of the MoHD config.
+        session: its number among those of the run.
+        crash, kill: the batch in whose backward pass every rank raises Crash, or rank 0 kills its whole process group.
+        stop: the batch in whose backward pass SIGTERM comes to rank 1 alone.
+        slow: seconds that every batch waits.
+    """
+
+    folder: str
+    data: str
+    overrides: list[str] = field(default_factory=list)
+    mohd: str = "x2"
+    session: int = 1
+    crash: int | None = None
+    kill: int | None = None
+    stop: int | None = None
+    slow: float = 0.0
+
+
+class Seen(Callback):
+    """Writes what each rank sees, and does to the run what the job says."""
+
+    def __init__(self, job: Job, folder: Path) -> None:
+        self.job, self.path = job, folder / f"seen-{dist.get_world_size()}-{dist.get_global_rank()}.jsonl"
+
+    def batch_start(self, state: State, logger: Logger) -> None:
+        rows = [hashlib.sha256(row.numpy().tobytes()).hexdigest()[:16] for row in state.batch["input_ids"]]
+        line = {"session": self.job.session, "batch": state.timestamp.batch.value, "rows": rows}
+        with self.path.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+        time.sleep(self.job.slow)
+
+    def after_backward(self, state: State, logger: Logger) -> None:
+        if state.timestamp.batch.value == self.job.kill and dist.get_global_rank() == 0:
+            os.killpg(0, signal.SIGKILL)
+        if state.timestamp.batch.value == self.job.stop and dist.get_global_rank() == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        if state.timestamp.batch.value == self.job.crash:
+            raise Crash
+
+
+def run(job: Job) -> None:
+    """Trains in this process, or in all of this launch."""
+    config = make_config(Path(job.folder), Path(job.data), *job.overrides, mohd=job.mohd)
+    whole = build.build_callbacks
+    with mock.patch.object(build, "build_callbacks", lambda *args: [*whole(*args), Seen(job, Path(config.run_folder))]):
+        try:
+            train(config)
+        except Crash:
+            assert job.crash is not None
+
+
+def seen(folder: Path) -> dict[int, list[str]]:
+    """Samples of each batch, in the order of the ranks, as the last session that did the batch saw them."""
+    found: dict[int, tuple[int, dict[str, list[str]]]] = {}
+    for path in sorted(folder.glob("seen-*.jsonl")):
+        for line in map(json.loads, path.read_text().splitlines()):
+            session, rows = found.get(line["batch"], (0, {}))
+            if line["session"] > session:
+                rows = {}
+            if line["session"] >= session:
+                found[line["batch"]] = (line["session"], rows | {path.name: line["rows"]})
+    return {batch: [row for part in rows.values() for row in part] for batch, (_, rows) in sorted(found.items())}
+
+
+def start(*jobs: Job, launcher: list[str] = LAUNCHER) -> subprocess.Popen[str]:
+    """Composer's launcher with two processes that do the jobs, one after another, as a process group of its own."""
+    described = json.dumps([dataclasses.asdict(job) for job in jobs])
+    return subprocess.Popen(
+        [*launcher, PROGRAM, described],
+        env=ENVIRONMENT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def jobs_of(argument: str) -> Iterator[Job]:
+    """The jobs of a launch."""
+    values: list[dict[str, Any]] = json.loads(argument)
+    return (Job(**value) for value in values)
+
+
+def in_two_processes(work: Callable[[], None], timeout: float = 120) -> list[int | None]:
+    """Exit codes of two ranks that do ``work``: what Composer's launcher does, but forked, which spares the imports."""
+    port = get_free_tcp_port()
+
+    def rank_of(rank: int) -> None:
+        places = {"RANK": rank, "LOCAL_RANK": rank, "NODE_RANK": 0, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
+        os.environ |= {name: str(value) for name, value in (places | {"MASTER_PORT": port}).items()}
+        os.environ["MASTER_ADDR"] = "127.0.0.1"
+        work()
+
+    context = multiprocessing.get_context("fork")
+    ranks = [context.Process(target=rank_of, args=(rank,)) for rank in range(2)]
+    for process in ranks:
+        process.start()
+        os.setpgid(process.pid or 0, ranks[0].pid or 0)  # as the launcher's: a group that one signal ends
+    limit = time.monotonic() + timeout
+    for process in ranks:
+        process.join(max(limit - time.monotonic(), 0.1))
+        if process.is_alive():
+            process.kill()
+            process.join()
+    return [process.exitcode for process in ranks]
+
+
+def run_in_two(*jobs: Job) -> None:
+    """Does the jobs, one after another, in two processes that end well."""
+
+    def work() -> None:
+        for job in jobs:
+            run(job)
+
+    assert in_two_processes(work) == [0, 0]
