@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import threading
 import time
@@ -36,6 +37,12 @@ def run_cli(main: Callable[[], int | None]) -> None:
         print("interrupted", file=sys.stderr, flush=True)
         sys.exit(130)
     sys.exit(status or 0)
+
+
+def raise_on_interrupt() -> None:
+    """Ctrl-C raises KeyboardInterrupt: importing Composer makes it a SystemExit, which would pass for a failure."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _leave(status: int) -> NoReturn:

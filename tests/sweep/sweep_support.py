@@ -45,7 +45,7 @@ with (folder / "metrics.jsonl").open("a") as file:
     line = {{"batch": 1, "loss/train/cross_entropy": 3.5, "time/total": 0.01, "metrics/eval/LanguagePerplexity": 33.0}}
     print(json.dumps(line), file=file)
 record(status="running")
-signal.signal(signal.SIGINT, lambda *_: (record(status="interrupted"), sys.exit(130)))
+signal.signal(signal.SIGTERM, lambda *_: (record(status="preempted"), sys.exit(0)))
 words = (marks / "behave").read_text().split() if (marks / "behave").exists() else []
 behave = dict(word.split("=") for word in words)
 what = behave.get(config["run_name"])

@@ -53,6 +53,8 @@ def test_states(folder: SweepFolder) -> None:
     lock.release()
     write(folder, {"status": "interrupted"}, LINES, 130)
     assert run_status(folder, NAME).state == "stopped"
+    write(folder, {"status": "preempted"}, LINES, 0)
+    assert run_status(folder, NAME).state == "stopped"
     write(folder, {"status": "failed", "error": "RuntimeError: bad"}, LINES, 1)
     assert (run_status(folder, NAME).state, run_status(folder, NAME).error) == ("failed", "RuntimeError: bad")
     write(folder, None, [], 1)

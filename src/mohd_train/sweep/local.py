@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from mohd_train.errors import UserError
+from mohd_train.errors import UserError, raise_on_interrupt
 from mohd_train.sweep.folder import SweepFolder
 from mohd_train.sweep.status import duration, last_error, render, run_status
 from mohd_train.sweep.worker import Worker, threads
@@ -61,6 +61,7 @@ def _terminated_as_interrupted() -> Iterator[None]:
     def interrupt(number: int, frame: object) -> None:
         raise KeyboardInterrupt
 
+    raise_on_interrupt()
     before = signal.signal(signal.SIGTERM, interrupt)
     try:
         yield

@@ -165,7 +165,7 @@ def _state(
     if job == "queued":
         return "queued"
     ended = folder.exit_path(name)
-    if said == "interrupted":
+    if said in ("interrupted", "preempted"):
         return "stopped"
     if said == "failed" or (ended.exists() and ended.read_text().strip() != "0"):
         return "failed"

@@ -72,8 +72,8 @@ class Worker:
         return code
 
     def stop(self) -> None:
-        """Ctrl-C for the run: it says so in its record; its last checkpoint is what resuming goes on from."""
-        self._signal(signal.SIGINT)
+        """A preemption's notice to the run: it saves and ends."""
+        self._signal(signal.SIGTERM)
 
     def finish(self) -> int:
         """Waits after :meth:`stop`, and kills what does not end. Returns the exit code."""

@@ -18,6 +18,7 @@ from composer.core import Callback, State
 from composer.loggers import Logger
 from composer.utils import dist
 
+from mohd_train.errors import raise_on_interrupt
 from mohd_train.train.callbacks.run_recorder import RunRecorder
 from mohd_train.train.saver import CheckpointSaver
 
@@ -51,6 +52,7 @@ def stop_signal() -> Iterator[StopSignal]:
         yield stop
         return
     follow_launcher()
+    raise_on_interrupt()
     before = signal.signal(signal.SIGTERM, stop.handle)
     try:
         yield stop
