@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
+pytest_plugins = ["support.fault_table"]
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -31,5 +33,15 @@ def real_data() -> Path:
 
 
 @pytest.fixture(autouse=True)
-def _seeded() -> None:
+def _seeded() -> Iterator[None]:
     torch.manual_seed(0)
+    yield
+    torch.use_deterministic_algorithms(False)  # a run in this process sets it
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Small prepared data that runs train on; not to be changed."""
+    from train.train_support import make_data
+
+    return make_data(tmp_path_factory.mktemp("prepared") / "data")

@@ -13,15 +13,15 @@ import pytest
 from composer.core import Callback, State
 from composer.loggers import Logger
 from faults.conftest import FULL
+from support.fault_table import measured_resume, measured_whole
 from train.test_run import assert_same_run
 from train.train_support import make_config
 
 from mohd_train.config.schema import Config
 from mohd_train.errors import UserError
 from mohd_train.train import build
+from mohd_train.train.callbacks.metrics_file import read_metrics
 from mohd_train.train.run import train
-
-LAST = "ep0-ba8-rank0.pt"
 
 
 class At(Callback):
@@ -64,11 +64,39 @@ def fails(config: Config, match: str) -> str:
     return str(caught.value)
 
 
-def recovers(folder: Path, data: Path, whole: Path, *overrides: str) -> None:
-    """Starts the run again, without the fault: it must end as the uninterrupted one, bit for bit."""
+def last_batch(folder: Path) -> int:
+    """The last batch that the run has logged."""
+    lines = read_metrics(folder / "runs" / "a" / "metrics.jsonl")
+    return lines[-1]["batch"] if lines else 0
+
+
+def recovers(folder: Path, data: Path, whole: Path, *overrides: str, done: int | None = None) -> None:
+    """Starts the run again, without the fault: it must end as the uninterrupted one, bit for bit. What it lost is measured.
+
+    Args:
+        done: batches before the fault, where the fault took the log of them too.
+    """
+    before = last_batch(folder) if done is None else done
     train(config_of(folder, data, *overrides))
+    ends_as(folder, whole)
+    measured_resume(folder / "runs" / "a", before)
+
+
+def goes_on(folder: Path, data: Path, whole: Path | None, *overrides: str) -> None:
+    """Runs to the end through a fault that must not stop it, and not change it where it is compared with ``whole``."""
+    config = config_of(folder, data, *overrides)
+    train(config)
     assert record_of(folder)["status"] == "finished"
-    assert_same_run(whole, folder / "runs" / "a", LAST)
+    if whole is not None:
+        ends_as(folder, whole)
+    measured_whole(folder / "runs" / "a", int(config.max_duration.removesuffix("ba")))
+
+
+def ends_as(folder: Path, whole: Path) -> None:
+    """The finished run in ``folder`` equals ``whole``: metrics and last weights, bit for bit."""
+    assert record_of(folder)["status"] == "finished"
+    last = max((whole / "checkpoints").glob("ep*.pt"), key=lambda path: int(path.name.split("-")[1][2:]))
+    assert_same_run(whole, folder / "runs" / "a", last.name)
 
 
 def in_a_process(work: Callable[[], None], timeout: float = 60, **environment: str) -> int | None:

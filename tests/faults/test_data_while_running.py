@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from composer.core import State
+from faults.conftest import LONG
 from faults.faults_support import At, batches_of, config_of, fails, inject, record_of, recovers
 
 from mohd_train.data.streams import TokenStreams
@@ -30,23 +31,24 @@ def of_workers(number: int) -> None:
         os.kill(worker.pid or 0, number)
 
 
-@pytest.mark.fault("a data worker is killed", happened="stopped with one line, goes on from the checkpoint", lost=1)
-def test_a_worker_dies(tmp_path: Path, data: Path, whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.fault("a data worker is killed", happened="stopped with one line, goes on from the checkpoint")
+def test_a_worker_dies(tmp_path: Path, data: Path, long_whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def kill(_: State) -> None:
         of_workers(signal.SIGKILL)
         time.sleep(0.2)
 
     with monkeypatch.context() as patch:
         inject(patch, At("batch_start", 5, kill))
-        options = ("data.num_workers=1", "max_duration=40ba", "run_name=long", "eval_interval=40ba")
-        text = fails(config_of(tmp_path, data, *options), "a data worker died .*killed by signal: Killed")
+        text = fails(
+            config_of(tmp_path, data, *LONG, "data.num_workers=1"), "a data worker died .*killed by signal: Killed"
+        )
     assert "autoresume=true" in text
     assert not multiprocessing.active_children()
-    recovers(tmp_path, data, whole, "data.num_workers=1")
+    recovers(tmp_path, data, long_whole, *LONG, "data.num_workers=1")
 
 
-@pytest.mark.fault("a data worker hangs", happened="stopped after data.worker_timeout, worker ended", lost=1)
-def test_a_worker_hangs(tmp_path: Path, data: Path, whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.fault("a data worker hangs", happened="stopped after data.worker_timeout, worker ended")
+def test_a_worker_hangs(tmp_path: Path, data: Path, long_whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     theirs, flag = TokenStreams.get_item, tmp_path / "hang"
 
     def get_item(self: TokenStreams, sample_id: int, retry: int = 7) -> dict[str, Any]:
@@ -57,13 +59,14 @@ def test_a_worker_hangs(tmp_path: Path, data: Path, whole: Path, monkeypatch: py
     with monkeypatch.context() as patch:
         patch.setattr(TokenStreams, "get_item", get_item)
         inject(patch, At("batch_start", 5, lambda _: flag.touch()))
-        options = ("data.num_workers=1", "max_duration=40ba", "eval_interval=40ba", "data.worker_timeout=1")
-        fails(config_of(tmp_path, data, "run_name=long", *options), "no batch came from the data workers within")
+        options = (*LONG, "data.num_workers=1", "data.worker_timeout=1")
+        fails(config_of(tmp_path, data, *options), "no batch came from the data workers within")
     assert not multiprocessing.active_children()
-    recovers(tmp_path, data, whole, "data.num_workers=1")
+    flag.unlink()
+    recovers(tmp_path, data, long_whole, *LONG, "data.num_workers=1")
 
 
-@pytest.mark.fault("SIGTERM to the data workers too", happened="they work on until the run has saved", lost=0)
+@pytest.mark.fault("SIGTERM to the data workers too", happened="they work on until the run has saved")
 def test_workers_outlive_sigterm(tmp_path: Path, data: Path, whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def terminate(_: State) -> None:
         of_workers(signal.SIGTERM)
@@ -91,12 +94,12 @@ def damage(path: Path, kind: str) -> None:
 
 
 @pytest.mark.fault(
-    "unpacked shard breaks while running", happened="stopped, shard named; goes on once it is unpacked again", lost=1
+    "unpacked shard breaks while running", happened="stopped, shard named; goes on once it is unpacked again"
 )
 @pytest.mark.parametrize("kind", ["removed", "truncated"])
 @pytest.mark.parametrize("workers", [1])
 def test_an_unpacked_shard_breaks(
-    kind: str, workers: int, tmp_path: Path, data: Path, own: Path, whole: Path, monkeypatch: pytest.MonkeyPatch
+    kind: str, workers: int, tmp_path: Path, data: Path, own: Path, long_whole: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     broken: list[Path] = []
 
@@ -109,23 +112,25 @@ def test_an_unpacked_shard_breaks(
 
     with monkeypatch.context() as patch:
         inject(patch, At("batch_end", 5, act))
-        options = ("max_duration=40ba", "eval_interval=40ba", "run_name=long", f"data.num_workers={workers}")
-        text = fails(config_of(tmp_path, own, *options), r"cc/train/shard\.\d+\.mds: can't be (read|fetched)")
+        text = fails(
+            config_of(tmp_path, own, *LONG, f"data.num_workers={workers}"),
+            r"cc/train/shard\.\d+\.mds: can't be (read|fetched)",
+        )
     assert "Traceback" not in text
     assert broken
     for path in (own / "cc" / "train").glob("away-*"):
         path.rename(path.with_name(path.name.removeprefix("away-")))
     for path in broken:
         path.unlink(missing_ok=True)
-    recovers(tmp_path, own, whole, f"data.num_workers={workers}")
+    recovers(tmp_path, own, long_whole, *LONG, f"data.num_workers={workers}")
 
 
 @pytest.mark.fault(
-    "packed shard breaks while running", happened="stopped, shard named; the epoch does not end in silence", lost=1
+    "packed shard breaks while running", happened="stopped, shard named; the epoch does not end in silence"
 )
 @pytest.mark.parametrize("kind", ["removed", "flipped"])
 def test_a_packed_shard_breaks(
-    kind: str, tmp_path: Path, own: Path, whole: Path, monkeypatch: pytest.MonkeyPatch
+    kind: str, tmp_path: Path, own: Path, long_whole: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Shards are unpacked just before they are needed here, so most of them still lie packed."""
     saved = shutil.copytree(own, tmp_path / "saved")
@@ -136,9 +141,10 @@ def test_a_packed_shard_breaks(
 
     with monkeypatch.context() as patch:
         inject(patch, At("fit_start", 0, act))
-        options = ("max_duration=40ba", "eval_interval=40ba", "run_name=long", "data.num_workers=1")
-        text = fails(config_of(tmp_path, own, *options), r"cc/train/shard\.\d+\.mds|a shard can't be fetched")
+        text = fails(
+            config_of(tmp_path, own, *LONG, "data.num_workers=1"), r"cc/train/shard\.\d+\.mds|a shard can't be fetched"
+        )
     assert "shard." in text
     shutil.rmtree(own)
     shutil.copytree(saved, own)
-    recovers(tmp_path, own, whole)
+    recovers(tmp_path, own, long_whole, *LONG)

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 import wandb
-from faults.faults_support import At, config_of, in_a_process, inject, recovers
+from faults.faults_support import At, config_of, goes_on, in_a_process, inject, recovers
+from support import fault_table
 
 from mohd_train.config.schema import Config
 from mohd_train.train import run as run_module
@@ -30,7 +31,7 @@ def a_hanging_download(*_: Any) -> None:
     time.sleep(100)
 
 
-@pytest.mark.fault("start-up hangs", happened="ended after start_timeout, each rank's stack written", lost=0)
+@pytest.mark.fault("start-up hangs", happened="ended after start_timeout, each rank's stack written")
 def test_a_hanging_start_is_reported(tmp_path: Path, data: Path, whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(run_module, "build_data", a_hanging_download)
@@ -42,7 +43,7 @@ def test_a_hanging_start_is_reported(tmp_path: Path, data: Path, whole: Path, mo
     recovers(tmp_path, data, whole)
 
 
-@pytest.mark.fault("W&B can't be reached", happened="said, recorded offline, goes on", lost=0)
+@pytest.mark.fault("W&B can't be reached", happened="said, recorded offline, goes on")
 def test_wandb_out_of_reach(
     tmp_path: Path, data: Path, whole: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -57,15 +58,13 @@ def test_wandb_out_of_reach(
     monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
     monkeypatch.delenv("WANDB_MODE", raising=False)
     monkeypatch.setattr(wandb, "init", init)
-    recovers(tmp_path, data, whole, "loggers.wandb={project: p}")
+    goes_on(tmp_path, data, whole, "loggers.wandb={project: p}")
     assert modes == [None, "offline"]
     assert list((tmp_path / "runs" / "a" / "wandb").glob("offline-run-*"))
     assert "W&B can't be reached (Run initialization has timed out" in capsys.readouterr().err
 
 
-@pytest.mark.fault(
-    "W&B fails while running", happened="switched off aloud, goes on; metrics.jsonl has everything", lost=0
-)
+@pytest.mark.fault("W&B fails while running", happened="switched off aloud, goes on; metrics.jsonl has everything")
 def test_wandb_fails_while_running(
     tmp_path: Path, data: Path, whole: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -74,7 +73,7 @@ def test_wandb_fails_while_running(
 
     monkeypatch.setenv("WANDB_MODE", "offline")
     inject(monkeypatch, At("batch_end", 3, lambda _: monkeypatch.setattr(wandb, "log", gone)))
-    recovers(tmp_path, data, whole, "loggers.wandb={project: p}")
+    goes_on(tmp_path, data, whole, "loggers.wandb={project: p}")
 
 
 def test_secrets_are_hidden() -> None:
@@ -86,7 +85,7 @@ def test_secrets_are_hidden() -> None:
     assert without_secrets(Config(run_name="a")) == Config(run_name="a")
 
 
-@pytest.mark.fault("a secret in config and environment", happened="in no file of the run, nor its checkpoints", lost=0)
+@pytest.mark.fault("a secret in config and environment", happened="in no file of the run, nor its checkpoints")
 def test_no_secret_is_written(
     tmp_path: Path, data: Path, whole: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -109,3 +108,4 @@ def test_no_secret_is_written(
     assert len(files) > 5
     assert [path for path in files if secret.encode() in path.read_bytes()] == []
     assert secret not in printed
+    fault_table.measured_whole(folder, 2)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from faults.faults_support import At, batches_of, config_of, fails, inject, record_of, recovers
+from support import fault_table
 from train.train_support import ROOT
 
 from mohd_train.errors import UserError
@@ -22,7 +23,7 @@ def terminate(_: object) -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-@pytest.mark.fault("SIGTERM in a batch", happened="saved after that batch, exit 0", lost=0)
+@pytest.mark.fault("SIGTERM in a batch", happened="saved after that batch, exit 0")
 def test_sigterm_in_a_batch(tmp_path: Path, data: Path, whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = signal.getsignal(signal.SIGTERM)
     with monkeypatch.context() as patch:
@@ -35,7 +36,7 @@ def test_sigterm_in_a_batch(tmp_path: Path, data: Path, whole: Path, monkeypatch
     recovers(tmp_path, data, whole)
 
 
-@pytest.mark.fault("SIGTERM in a validation", happened="validation cut, saved, done over by the next session", lost=0)
+@pytest.mark.fault("SIGTERM in a validation", happened="validation cut, saved, done over by the next session")
 def test_sigterm_in_a_validation(tmp_path: Path, data: Path, whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         inject(patch, At("eval_batch_end", 3, terminate))
@@ -45,7 +46,7 @@ def test_sigterm_in_a_validation(tmp_path: Path, data: Path, whole: Path, monkey
     recovers(tmp_path, data, whole)  # its metrics have the validation of batch 3
 
 
-@pytest.mark.fault("SIGTERM in start-up", happened="exit 0 at once, folder free", lost=0)
+@pytest.mark.fault("SIGTERM in start-up", happened="exit 0 at once, folder free")
 def test_sigterm_in_start_up(tmp_path: Path, data: Path, whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(run_module, "build_data", lambda *_: terminate(None))
@@ -55,7 +56,7 @@ def test_sigterm_in_start_up(tmp_path: Path, data: Path, whole: Path, monkeypatc
     recovers(tmp_path, data, whole)
 
 
-@pytest.mark.fault("killed between the last checkpoint and the end", happened="nothing trained again, finished", lost=0)
+@pytest.mark.fault("killed between the last checkpoint and the end", happened="nothing trained again, finished")
 def test_kill_after_the_last_checkpoint(
     tmp_path: Path, data: Path, whole: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -69,9 +70,7 @@ def test_kill_after_the_last_checkpoint(
     recovers(tmp_path, data, whole)
 
 
-@pytest.mark.fault(
-    "a second run in the folder of a live one", happened="refused, names the process; the first goes on", lost=0
-)
+@pytest.mark.fault("a second run in the folder of a live one", happened="refused, names the process; the first goes on")
 def test_a_live_run_keeps_its_folder(tmp_path: Path, data: Path, whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = config_of(tmp_path, data)
     refusals = []
@@ -85,6 +84,7 @@ def test_a_live_run_keeps_its_folder(tmp_path: Path, data: Path, whole: Path, mo
         inject(patch, At("batch_end", 4, second))
         train(config)
     assert len(refusals) == 1
+    fault_table.measured_whole(tmp_path / "runs" / "a", 8)
     assert record_of(tmp_path)["status"] == "finished"
     lock = RunLock(Path(config.run_folder))
     before = {path: path.stat().st_mtime_ns for path in Path(config.run_folder).rglob("*")}
@@ -106,7 +106,7 @@ time.sleep(60)
 """
 
 
-@pytest.mark.fault("kill -9 of a run whose data workers live on", happened="the folder's lock is free at once", lost=0)
+@pytest.mark.fault("kill -9 of a run whose data workers live on", happened="the folder's lock is free at once")
 def test_a_killed_run_leaves_no_lock(tmp_path: Path) -> None:
     environment = os.environ | {"PYTHONPATH": str(ROOT / "src")}
     holder = subprocess.Popen(
@@ -121,4 +121,5 @@ def test_a_killed_run_leaves_no_lock(tmp_path: Path) -> None:
     os.kill(child, 0)  # alive
     RunLock(tmp_path).release()
     os.kill(child, signal.SIGKILL)
+    fault_table.record(lost=None)
     holder.stdout.close()

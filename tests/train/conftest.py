@@ -1,24 +1,11 @@
-"""Data and a finished run that the training tests share."""
+"""A finished run that the training tests share."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
-from train.train_support import make_config, make_data
-
-
-@pytest.fixture(autouse=True)
-def _restored() -> Iterator[None]:
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
-@pytest.fixture(scope="session")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_data(tmp_path_factory.mktemp("prepared") / "data")
+from train.train_support import make_config
 
 
 @pytest.fixture(scope="session")

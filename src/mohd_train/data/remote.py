@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import tempfile
@@ -12,6 +13,8 @@ from streaming.base.util import retry
 
 from mohd_train.data.manifest import MANIFEST, TOKENIZER_FOLDER, load_manifest
 from mohd_train.errors import UserError
+
+log = logging.getLogger(__name__)
 
 
 def fetch_manifest(remote: str, local: Path, attempts: int, timeout: float) -> None:
@@ -37,10 +40,25 @@ def fetch_manifest(remote: str, local: Path, attempts: int, timeout: float) -> N
         shutil.rmtree(scratch, ignore_errors=True)
 
 
+def tell_failures(downloader: CloudDownloader) -> CloudDownloader:
+    """The downloader, which logs each attempt that fails: streaming tries again without a word."""
+    theirs = downloader.download
+
+    def download(remote: str | None, local: str, timeout: float = 60) -> None:
+        try:
+            theirs(remote, local, timeout)
+        except Exception as error:
+            log.warning("downloading %s failed (%s: %s)", remote, type(error).__name__, str(error).split("\n")[0])
+            raise
+
+    downloader.download = download  # type: ignore[method-assign]
+    return downloader
+
+
 def _download(remote: str, name: str, folder: Path, attempts: int, timeout: float) -> None:
     target = folder / name
     target.parent.mkdir(exist_ok=True)
-    downloader = CloudDownloader.get(remote)
+    downloader = tell_failures(CloudDownloader.get(remote))
     source = f"{remote.rstrip('/')}/{name}"
     try:
         retry(num_attempts=max(1, attempts))(lambda: downloader.download(source, str(target), timeout))()

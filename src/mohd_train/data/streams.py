@@ -23,12 +23,18 @@ from streaming.base.world import World
 from torch.utils.data import Dataset
 
 from mohd_train.data.order import Int64s, interleave, walk
+from mohd_train.data.remote import tell_failures
 from mohd_train.data.shared_memory import one_at_a_time
 from mohd_train.errors import UserError
 
 
 class ShardStream(Stream):
     """A Stream that several runs may unpack in the same folder at once, and whose bad shards are named to the user."""
+
+    def __init__(self, **arguments: Any) -> None:
+        """Args: arguments: Stream's."""
+        super().__init__(**arguments)
+        tell_failures(self._downloader)
 
     def _decompress_shard_part(
         self, zip_info: FileInfo, zip_filename: str, raw_filename: str, compression: str | None

@@ -11,7 +11,7 @@ import torch
 from composer import Trainer
 from composer.algorithms import GradientClipping
 from composer.core import Callback, Time, TimeUnit
-from composer.utils import dist, get_device, parse_uri
+from composer.utils import dist, get_device
 
 import mohd_train
 from mohd_train.config.plan import ModelPlan, make_plan
@@ -20,6 +20,7 @@ from mohd_train.data.manifest import Manifest
 from mohd_train.errors import UserError
 from mohd_train.model.count import Counts, count
 from mohd_train.model.transformer import Transformer
+from mohd_train.storage import Storage, is_remote, refuse_remote
 from mohd_train.train import parallel, registry
 from mohd_train.train.callbacks import (
     DomainMix,
@@ -29,6 +30,7 @@ from mohd_train.train.callbacks import (
     RouterCollapse,
     RoutingStatistics,
     RunRecorder,
+    Uploads,
     ValidationTotal,
 )
 from mohd_train.train.checkpoint import LATEST, RunMetadata, check_checkpoint, newest_whole, whole_run
@@ -41,7 +43,7 @@ from mohd_train.train.logs import log_to_folder
 from mohd_train.train.optimizer import build_optimizer, build_scheduler
 from mohd_train.train.preemption import Preemption, StopSignal
 from mohd_train.train.record import RunRecord, check_folder, check_writable
-from mohd_train.train.remote import bring_checkpoint, is_remote
+from mohd_train.train.remote import Brought, bring, local_save_folder
 from mohd_train.train.saver import CheckpointSaver
 from mohd_train.train.secrets import shown
 
@@ -57,6 +59,7 @@ class Run:
         device: ``cpu`` or ``gpu``.
         earlier: the record of this run's earlier sessions, or None for a new run.
         resumes: the checkpoint that is loaded: of an earlier session, else of ``load_path``; a copy where it is remote.
+        brought: what came from remote storage, to this node.
         source: where that is from, for messages; empty where there is none.
         skipped: newer checkpoints that are broken, each with the reason.
         lock: of the folder, on rank 0, once it is taken.
@@ -69,7 +72,7 @@ class Run:
     device: str
     earlier: RunRecord | None = None
     resumes: Path | None = None
-    copy: Path | None = None  # of a remote checkpoint
+    brought: Brought = field(default_factory=Brought)
     source: str = ""
     goes_on: bool = False  # from an earlier session of this run, and not from another run's checkpoint
     skipped: list[str] = field(default_factory=list)
@@ -106,35 +109,26 @@ def prepare(config: Config) -> Run:
     registry.check_callbacks(config.callbacks)
     if parallel.world_size() > 1:
         dist.initialize_dist(get_device(device), config.dist_timeout)
+    refuse_remote(config.run_folder, "run_folder", "set save_folder to that address, and the run's files go there too")
     check_writable(Path(config.run_folder))
-    if not is_remote(config.save_folder):
-        check_writable(Path(config.save_folder))
+    check_writable(local_save_folder(config))
     plan = make_plan(config.model, config.mohd, config.max_seq_len)
     parallel.resolve_kernels(config, plan, device)
     manifest = check_on_nodes(config)
     run = Run(config, plan, count(plan, config.max_seq_len), manifest, device)
-    _bring_remote(run)
+    if is_remote(config.save_folder) or is_remote(config.load_path or ""):
+        run.brought = bring(config)
     try:
         on_rank_zero(lambda: _check_folder_and_checkpoint(run))
     except UserError:
         run.release()
         raise
-    box = [(run.earlier, run.source, run.goes_on, run.resumes)]
+    box = [(run.earlier, run.source, run.goes_on, run.resumes, run.skipped)]
     dist.broadcast_object_list(box)
-    run.earlier, run.source, run.goes_on, resumes = box[0]
-    run.resumes = resumes if run.copy is None else run.copy
+    run.earlier, run.source, run.goes_on, resumes, run.skipped = box[0]
+    remote = run.source != "" and run.source == run.brought.source
+    run.resumes = run.brought.checkpoint if remote else resumes  # each node has a copy of its own
     return run
-
-
-def _bring_remote(run: Run) -> None:
-    """Downloads the checkpoint where it is on remote storage."""
-    config = run.config
-    save_folder = config.save_folder if config.autoresume and is_remote(config.save_folder) else None
-    load_path = config.load_path if config.load_path and is_remote(config.load_path) else None
-    found = bring_checkpoint(load_path, save_folder)
-    if found is not None:
-        run.source, run.copy = found
-        run.goes_on = run.source != load_path
 
 
 def _check_folder_and_checkpoint(run: Run) -> None:
@@ -143,13 +137,18 @@ def _check_folder_and_checkpoint(run: Run) -> None:
     if run.folder.is_dir():
         run.lock = RunLock(run.folder)
     run.earlier = check_folder(config, run.manifest.sha256())
-    if run.copy is not None:
-        run.resumes = run.copy
+    brought = run.brought
+    if brought.record is not None:
+        stored = check_folder(config, run.manifest.sha256(), brought.record)
+        if brought.goes_on or run.earlier is None:
+            run.earlier = stored
+    if brought.goes_on:
+        run.resumes, run.source, run.skipped, run.goes_on = brought.checkpoint, brought.source, brought.skipped, True
     elif run.earlier is not None:
-        run.resumes, run.skipped = newest_whole(Path(config.save_folder))
+        run.resumes, run.skipped = newest_whole(local_save_folder(config))
         run.goes_on = run.resumes is not None
     if run.resumes is None and config.load_path:
-        run.resumes = Path(config.load_path)
+        run.resumes, run.source = brought.checkpoint or Path(config.load_path), config.load_path
     if run.resumes is not None:
         run.source = run.source or str(run.resumes)
         check_checkpoint(str(run.resumes), run.plan, parameter_shapes(run.plan), sha256)
@@ -210,21 +209,20 @@ def build_callbacks(run: Run, data: TrainData, notice: Notices, saver: Checkpoin
 def build_saver(run: Run) -> CheckpointSaver:
     """The saver, which knows the checkpoints of earlier sessions: else each session would keep K more."""
     config = run.config
-    remote = Path(parse_uri(config.save_folder)[2])
-    latest = LATEST.replace("rank0", "rank{rank}")
+    keep = config.save_num_checkpoints_to_keep
     saver = CheckpointSaver(
         keep_every=config.save_keep_every,
-        folder=config.save_folder,
+        folder=str(local_save_folder(config)),
         filename=CHECKPOINT_NAME,
-        remote_file_name=str(remote / CHECKPOINT_NAME) if is_remote(config.save_folder) else None,
-        latest_filename=latest,
-        latest_remote_file_name=str(remote / latest) if is_remote(config.save_folder) else None,
+        remote_file_name=None,  # see Uploads
+        latest_filename=LATEST.replace("rank0", "rank{rank}"),
+        latest_remote_file_name=None,
         # The folder is this run's by now; what lies after the resumed batch was cut short and is written again.
         overwrite=config.save_overwrite or config.autoresume,
         save_interval=config.save_interval,
-        num_checkpoints_to_keep=config.save_num_checkpoints_to_keep,
+        num_checkpoints_to_keep=keep or 1,  # 0 is for remote folders: the newest one stays until the next
     )
-    if run.goes_on and run.copy is None and run.resumes is not None and parallel.is_rank_zero():
+    if run.goes_on and not run.brought.goes_on and run.resumes is not None and parallel.is_rank_zero():
         saver.saved_checkpoints[:] = whole_run(run.resumes)
     saver.newest = (run.source or None) if run.goes_on else None
     return saver
@@ -232,12 +230,13 @@ def build_saver(run: Run) -> CheckpointSaver:
 
 @dataclass
 class Built:
-    """What a run consists of once it is built: ``preemption`` and ``recorder`` are asked at its end."""
+    """What a run consists of once it is built: ``preemption``, ``recorder`` and ``uploads`` are asked at its end."""
 
     trainer: Trainer
     saver: CheckpointSaver
     preemption: Preemption
     recorder: RunRecorder
+    uploads: Uploads | None
 
 
 def build_trainer(run: Run, data: TrainData, record: RunRecord | None, run_id: str, stop: StopSignal) -> Built:
@@ -251,6 +250,10 @@ def build_trainer(run: Run, data: TrainData, record: RunRecord | None, run_id: s
     saver = build_saver(run)
     recorder = RunRecorder(record, saver, metrics)
     preemption = Preemption(stop, saver, recorder)
+    notice = Notices(record)
+    uploads = None
+    if record is not None and is_remote(config.save_folder):
+        uploads = Uploads(Storage(config.save_folder), run.folder, saver, notice)
     clipping = config.gradient_clipping
     trainer = Trainer(
         model=model,
@@ -263,7 +266,13 @@ def build_trainer(run: Run, data: TrainData, record: RunRecord | None, run_id: s
         schedulers=build_scheduler(config.scheduler, config.max_duration),
         algorithms=[GradientClipping("norm", clipping)] if clipping is not None else None,
         # A checkpoint is saved first, then recorded, and only then is it known whether the run was asked to stop.
-        callbacks=[*build_callbacks(run, data, Notices(record), saver), saver, recorder, preemption],
+        callbacks=[
+            *build_callbacks(run, data, notice, saver),
+            saver,
+            recorder,
+            *([uploads] if uploads is not None else []),
+            preemption,
+        ],
         loggers=[metrics, *registry.build_loggers(config.loggers, run.folder, run_id)],
         run_name=config.run_name,
         progress_bar=False,
@@ -282,7 +291,7 @@ def build_trainer(run: Run, data: TrainData, record: RunRecord | None, run_id: s
     )
     plain = {"config": dataclasses.asdict(shown(config)), "plan": run.plan.to_dict()}
     trainer.logger.log_hyperparameters(plain)
-    return Built(trainer, saver, preemption, recorder)
+    return Built(trainer, saver, preemption, recorder, uploads)
 
 
 def build(config: Config) -> Trainer:

@@ -13,10 +13,12 @@ from composer.utils import dist
 from mohd_train.config.load import to_yaml
 from mohd_train.data.manifest import TOKENIZER_FOLDER, write_atomic
 from mohd_train.errors import UserError
+from mohd_train.storage import Storage, is_remote
+from mohd_train.train.callbacks.uploads import clear_staged
 from mohd_train.train.checkpoint import LATEST, point_latest
 from mohd_train.train.lock import RunLock
 from mohd_train.train.record import RunRecord, code_version, hardware, now, read_record, versions
-from mohd_train.train.remote import is_remote
+from mohd_train.train.remote import LINK, METRICS, RECORD, local_save_folder
 from mohd_train.train.saver import leftovers
 from mohd_train.train.secrets import shown
 
@@ -31,9 +33,9 @@ def open_folder(run: Run) -> RunRecord:
         UserError: the folder can't be written, or a live run holds it.
     """
     config, folder = run.config, run.folder
-    local_save = not is_remote(config.save_folder)
+    save_folder = local_save_folder(config)
     try:
-        for path in (folder, Path(config.save_folder)) if local_save else (folder,):
+        for path in (folder, save_folder):
             path.mkdir(parents=True, exist_ok=True)
             probe = path / f".writable-{os.getpid()}"
             probe.touch()
@@ -41,18 +43,33 @@ def open_folder(run: Run) -> RunRecord:
         run.lock = run.lock or RunLock(folder)
         if run.earlier is None and not config.save_overwrite and _taken_meanwhile(folder):
             raise UserError(f"{folder} was taken by another run in this moment; set another run_name")
-        if local_save:
-            _clear(Path(config.save_folder), checkpoints=config.save_overwrite and run.earlier is None)
-        if run.resumes is not None and run.resumes.parent == Path(config.save_folder):
+        _clear(save_folder, checkpoints=config.save_overwrite and run.earlier is None)
+        if run.resumes is not None and run.resumes.parent == save_folder:
             point_latest(run.resumes)
-        beside = Path(config.save_folder).parent if local_save else folder
-        shutil.copytree(Path(config.data.local) / TOKENIZER_FOLDER, beside / TOKENIZER_FOLDER, dirs_exist_ok=True)
+        if run.brought.metrics is not None:
+            shutil.copyfile(run.brought.metrics, folder / METRICS)
+        tokenizer = Path(config.data.local) / TOKENIZER_FOLDER
+        shutil.copytree(tokenizer, save_folder.parent / TOKENIZER_FOLDER, dirs_exist_ok=True)
     except OSError as error:
         raise UserError(
             f"can't write to {error.filename or folder} ({error.strerror}); choose another run_folder"
         ) from error
     write_atomic(folder / "config.yaml", to_yaml(shown(config)).encode())
-    return _new_session(run)
+    record = _new_session(run)
+    if is_remote(config.save_folder):
+        _open_storage(run)
+    return record
+
+
+def _open_storage(run: Run) -> None:
+    """Shows, before any training, that the remote ``save_folder`` can be written to. A new run takes it over."""
+    storage = Storage(run.config.save_folder)
+    if run.earlier is None and LINK in storage.names():
+        storage.upload_bytes(LINK, b"")  # names none: what lies there is another run's
+    for path in sorted((run.folder / TOKENIZER_FOLDER).iterdir()):
+        storage.upload(f"{TOKENIZER_FOLDER}/{path.name}", path)
+    for name in ("config.yaml", RECORD):
+        storage.upload(name, run.folder / name)
 
 
 def _taken_meanwhile(folder: Path) -> bool:
@@ -66,6 +83,7 @@ def _clear(folder: Path, *, checkpoints: bool) -> None:
     old = [*folder.glob("ep*-ba*-rank*.pt"), folder / LATEST] if checkpoints else []
     for path in [*leftovers(folder), *old]:
         path.unlink(missing_ok=True)
+    clear_staged(folder)
 
 
 def _new_session(run: Run) -> RunRecord:

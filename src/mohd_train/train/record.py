@@ -19,6 +19,7 @@ import mohd_train
 from mohd_train.config.compare import config_differences
 from mohd_train.config.schema import Config
 from mohd_train.errors import UserError
+from mohd_train.train.remote import local_save_folder
 from mohd_train.train.secrets import shown
 
 PACKAGES = ("torch", "mosaicml", "mosaicml-streaming", "transformers", "numpy", "triton", "omegaconf")
@@ -144,14 +145,20 @@ def _has_trained(record: RunRecord) -> bool:
     )
 
 
-def check_folder(config: Config, data_sha256: str) -> RunRecord | None:
+def check_folder(config: Config, data_sha256: str, stored: dict[str, Any] | None = None) -> RunRecord | None:
     """Whether this run may use its folder. Returns the record to go on from, or None for a new run.
+
+    Args:
+        config: this run.
+        data_sha256: its data.
+        stored: the record in a remote ``save_folder``, judged in place of the local folder's.
 
     Raises:
         UserError: the folder holds another run, or this one while neither autoresume nor save_overwrite is set.
     """
     folder = Path(config.run_folder)
-    record = read_record(folder)
+    record = read_record(folder) if stored is None else RunRecord(folder, stored)
+    where = folder if stored is None else config.save_folder
     if config.save_overwrite and not config.autoresume:
         if config.load_path and Path(config.save_folder).resolve() in Path(config.load_path).resolve().parents:
             raise UserError(
@@ -159,7 +166,7 @@ def check_folder(config: Config, data_sha256: str) -> RunRecord | None:
             )
         return None
     if record is None or not _has_trained(record):
-        for place, pattern in ((folder, "metrics.jsonl"), (Path(config.save_folder), "ep*-ba*-rank*.pt")):
+        for place, pattern in ((folder, "metrics.jsonl"), (local_save_folder(config), "ep*-ba*-rank*.pt")):
             if record is None and any(place.glob(pattern)):
                 raise UserError(
                     f"{place} holds {pattern} of another run (there is no {folder}/run.json); set another run_name"
@@ -173,11 +180,11 @@ def check_folder(config: Config, data_sha256: str) -> RunRecord | None:
     if differences:
         more = f" and {len(differences) - 1} more" if len(differences) > 1 else ""
         raise UserError(
-            f"{folder} holds another run ({differences[0]}{more}); set another run_name, or save_overwrite=true to replace it"
+            f"{where} holds another run ({differences[0]}{more}); set another run_name, or save_overwrite=true to replace it"
         )
     if not config.autoresume:
         raise UserError(
-            f"{folder} already holds this run ({record.data['status']}, at batch {record.data.get('batch', 0)}); "
+            f"{where} already holds this run ({record.data['status']}, at batch {record.data.get('batch', 0)}); "
             "set autoresume=true to go on with it, save_overwrite=true to start over, or another run_name"
         )
     return record

@@ -1,89 +1,143 @@
-"""Checkpoints on remote storage, through Composer's object stores: brought here first, so that they are checked like any other."""
+"""A run whose ``save_folder`` is on object storage: what lies there, and bringing it here to go on from.
+
+The run folder is local, with checkpoints in ``checkpoints/``; copies go to ``save_folder``, with ``run.json``, ``config.yaml``,
+``metrics.jsonl`` and ``tokenizer/`` in it, so that a run goes on from the storage alone. ``latest-rank0.pt.symlink`` names
+the newest checkpoint, as Composer's does; it is written last, so what it names is whole.
+"""
 
 from __future__ import annotations
 
 import atexit
+import json
 import shutil
 import tempfile
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-from composer.utils import dist, maybe_create_object_store_from_uri, parse_uri, retry
+from composer.utils import dist
 
+from mohd_train.config.schema import Config
 from mohd_train.errors import UserError
-from mohd_train.train.checkpoint import LATEST
+from mohd_train.model.checkpoint import read_checkpoint
+from mohd_train.storage import Storage, is_remote
+from mohd_train.train.checkpoint import LATEST, NAME, newest_whole
 
-ATTEMPTS = 4
-
-
-def is_remote(path: str) -> bool:
-    """Whether Composer would upload to ``path``."""
-    return bool(parse_uri(path)[0])
+LINK = f"{LATEST}.symlink"
+RECORD, METRICS = "run.json", "metrics.jsonl"
 
 
-def _fetch(uri: str, target: Path) -> bool:
-    """Downloads an object; False where there is none. Raises UserError where the storage can't be reached."""
-    store = maybe_create_object_store_from_uri(uri)
-    assert store is not None
-    name = parse_uri(uri)[2]
-    target.parent.mkdir(parents=True, exist_ok=True)
-
-    @retry(Exception, num_attempts=ATTEMPTS, initial_backoff=0.5)  # each storage has exceptions of its own
-    def download() -> bool:
-        try:
-            store.download_object(name, str(target), overwrite=True)
-        except FileNotFoundError:
-            return False
-        return True
-
-    try:
-        return download()
-    except Exception as error:
-        raise UserError(
-            f"{uri} can't be had ({type(error).__name__}: {error}); check address, access and network"
-        ) from error
+def local_save_folder(config: Config) -> Path:
+    """Where checkpoints are written: ``save_folder``, or ``checkpoints/`` of the run folder where that is remote."""
+    return Path(config.run_folder) / "checkpoints" if is_remote(config.save_folder) else Path(config.save_folder)
 
 
-def _newest_uri(save_folder: str, scratch: Path) -> str | None:
-    """The checkpoint that ``latest`` points to; Composer uploads that link after the checkpoint itself, so it is whole."""
-    link = scratch / "latest.symlink"
-    if not _fetch(f"{save_folder.rstrip('/')}/{LATEST}.symlink", link):
-        return None
-    backend, bucket, _ = parse_uri(save_folder)
-    return f"{backend}://{bucket}/{link.read_text(encoding='utf-8').strip()}"
+@dataclass
+class Brought:
+    """What was brought from storage to this node.
 
-
-def bring_checkpoint(load_path: str | None, save_folder: str | None) -> tuple[str, Path] | None:
-    """The newest checkpoint of a remote ``save_folder``, else a remote ``load_path``, downloaded once a node.
-
-    To be called by every process. The copy goes when its process ends.
-
-    Returns:
-        Where it is from and the copy, or None where there is neither.
-    Raises:
-        UserError: the storage can't be reached, or it has no such checkpoint.
+    Attributes:
+        record: ``run.json`` of the remote ``save_folder``, where it holds a run.
+        source, checkpoint: the address of the checkpoint to go on from, and its copy; None where a local one is as new.
+        goes_on: whether it is this run's own, and not ``load_path``'s.
+        metrics: the lines up to that checkpoint.
+        skipped: newer checkpoints that are broken, each with the reason.
     """
-    found: tuple[str, Path] | None = None
-    error: str | None = None
+
+    record: dict[str, Any] | None = None
+    source: str = ""
+    checkpoint: Path | None = None
+    goes_on: bool = False
+    metrics: Path | None = None
+    skipped: list[str] = field(default_factory=list)
+
+
+def bring(config: Config) -> Brought:
+    """What is on storage of the run, and the checkpoint to go on from, once a node. To be called by every process.
+
+    The copies go when their process ends.
+
+    Raises:
+        UserError: the storage can't be reached, a checkpoint is missing, or none is whole.
+    """
+    found, error = Brought(), None
     if dist.get_local_rank() == 0:
         try:
-            found = _bring(load_path, save_folder)
+            found = _bring(config)
         except UserError as problem:
             error = str(problem)
-    everyone = dist.all_gather_object((dist.get_node_rank(), found, error))
-    first = next((text for _, _, text in everyone if text), None)
+    everyone = dist.all_gather_object((dist.get_node_rank(), dist.get_local_rank(), found, error))
+    first = next((text for *_, text in everyone if text), None)
     if first is not None:
         raise UserError(first)
-    return next((it for node, it, _ in everyone if it is not None and node == dist.get_node_rank()), None)
+    return next(it for node, rank, it, _ in everyone if node == dist.get_node_rank() and rank == 0)
 
 
-def _bring(load_path: str | None, save_folder: str | None) -> tuple[str, Path] | None:
-    scratch = Path(tempfile.mkdtemp(prefix="mohd_train-checkpoint-"))
+def _bring(config: Config) -> Brought:
+    found = Brought()
+    scratch = Path(tempfile.mkdtemp(prefix="mohd_train-remote-"))
     atexit.register(shutil.rmtree, scratch, ignore_errors=True)
-    uri = _newest_uri(save_folder, scratch) if save_folder is not None else None
-    uri = uri or load_path
-    if uri is None:
-        return None
-    target = scratch / Path(parse_uri(uri)[2]).name
-    if not _fetch(uri, target):
-        raise UserError(f"{uri}: no such checkpoint; check the address")
-    return uri, target
+    if is_remote(config.save_folder):
+        _bring_run(config, found, scratch)
+    here = config.autoresume and _newest_here(config) >= 0
+    if found.checkpoint is None and not here and config.load_path and is_remote(config.load_path):
+        place, _, name = config.load_path.rpartition("/")
+        target = scratch / name
+        if not Storage(place).download(name, target):
+            raise UserError(f"{config.load_path}: no such checkpoint; check address and access")
+        found.source, found.checkpoint = config.load_path, target
+    return found
+
+
+def _bring_run(config: Config, found: Brought, scratch: Path) -> None:
+    """The record, and where the run goes on, its newest whole checkpoint and its metrics."""
+    storage = Storage(config.save_folder)
+    names = storage.names()
+    if RECORD in names and not (config.save_overwrite and not config.autoresume):
+        found.record = _record(storage, scratch / RECORD)
+    if not config.autoresume or found.record is None or LINK not in names:
+        return
+    storage.download(LINK, scratch / LINK)
+    newest = (scratch / LINK).read_text(encoding="utf-8").strip().rpartition("/")[2]
+    batches = {int(match[1]): name for name in names if (match := NAME.fullmatch(name))}
+    last = next((batch for batch, name in batches.items() if name == newest), None)
+    if last is None or _newest_here(config) >= last:
+        return
+    for batch in sorted((batch for batch in batches if batch <= last), reverse=True):
+        target = scratch / batches[batch]
+        storage.download(batches[batch], target)
+        try:
+            read_checkpoint(target)
+        except UserError as error:
+            found.skipped.append(str(error).replace(str(target), f"{storage.uri}/{batches[batch]}"))
+            target.unlink()
+            continue
+        found.source, found.checkpoint, found.goes_on = f"{storage.uri}/{batches[batch]}", target, True
+        found.metrics = scratch / METRICS if storage.download(METRICS, scratch / METRICS) else None
+        return
+    raise UserError(
+        f"no checkpoint in {storage.uri} is whole; {found.skipped[0]} (or save_overwrite=true to start over)"
+    )
+
+
+def _newest_here(config: Config) -> int:
+    """Batch of the newest whole checkpoint on this disk, -1 without. Several nodes all take the storage's: one alone has any."""
+    if dist.get_world_size() > dist.get_local_world_size():
+        return -1
+    try:
+        newest, _ = newest_whole(local_save_folder(config))
+    except UserError:
+        return -1
+    match = NAME.fullmatch(newest.name) if newest is not None else None
+    return int(match[1]) if match else -1
+
+
+def _record(storage: Storage, target: Path) -> dict[str, Any]:
+    storage.download(RECORD, target)
+    try:
+        data = json.loads(target.read_bytes())
+    except ValueError as error:
+        raise UserError(f"{storage.uri}/{RECORD} is broken ({error}); set another save_folder") from None
+    if not isinstance(data, dict) or not {"config", "status", "data", "sessions"} <= data.keys():
+        raise UserError(f"{storage.uri}/{RECORD} is not the record of a run; set another save_folder")
+    return data

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from pathlib import Path
 
 from mohd_train.config.schema import Config
@@ -11,7 +12,8 @@ from mohd_train.train import parallel, registry
 from mohd_train.train.build import Built, Run, build_model, build_trainer, prepare, share_run_id, start
 from mohd_train.train.callbacks import FirstBatchWatchdog
 from mohd_train.train.callbacks.progress import short
-from mohd_train.train.data import TrainData, build_data
+from mohd_train.train.callbacks.uploads import complete
+from mohd_train.train.data import TrainData, build_data, on_rank_zero
 from mohd_train.train.faults import end_workers, explain
 from mohd_train.train.optimizer import build_optimizer
 from mohd_train.train.preemption import Preempted, StopSignal, stop_signal
@@ -93,6 +95,7 @@ def _train(run: Run, stop: StopSignal, watchdog: FirstBatchWatchdog) -> None:
     config = run.config
     if run.finished:
         say(f"{run.folder}: this run is already finished; nothing to do (set another run_name for a new one)")
+        on_rank_zero(lambda: complete(run.config, run.brought))
         return
     if "wandb" in registry.check_loggers(config.loggers) and registry.wandb_is_offline():
         say(f"W&B records offline (no API key): upload later with `wandb sync {run.folder}/wandb/offline-run-*`")
@@ -109,6 +112,8 @@ def _train(run: Run, stop: StopSignal, watchdog: FirstBatchWatchdog) -> None:
         if fault is not None:
             raise fault from error
         raise
+    if built.uploads is not None:
+        built.uploads.finish()
     say(f"finished: {run.folder}/run.json · {built.saver.newest or 'no new checkpoint'}")
 
 
@@ -147,4 +152,9 @@ def _close(run: Run, built: Built | None, record: RunRecord | None, error: BaseE
     if built is not None:
         built.trainer.engine.close()
     end_workers(error)
+    if built is not None and built.uploads is not None:
+        try:
+            built.uploads.finish()
+        except UserError as problem:  # beside what ended the run, which is told first
+            print(f"warning: {problem}", file=sys.stderr, flush=True)
     return fault

@@ -8,6 +8,7 @@ from mohd_train.train.callbacks.progress import Progress
 from mohd_train.train.callbacks.router_collapse import RouterCollapse
 from mohd_train.train.callbacks.routing_statistics import RoutingStatistics
 from mohd_train.train.callbacks.run_recorder import RunRecorder
+from mohd_train.train.callbacks.uploads import Uploads
 from mohd_train.train.callbacks.validation_total import ValidationTotal
 from mohd_train.train.callbacks.watchdog import FirstBatchWatchdog
 
@@ -20,5 +21,6 @@ __all__ = [
     "RouterCollapse",
     "RoutingStatistics",
     "RunRecorder",
+    "Uploads",
     "ValidationTotal",
 ]

@@ -1,0 +1,184 @@
+"""Object storage (``s3://``, ``gs://``, ``oci://``, ``azure://``) through Composer's object stores, with retries that are told.
+
+S3-compatible servers of one's own are named by ``S3_ENDPOINT_URL``; keys come from the environment or their library's files.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from mohd_train.errors import UserError
+
+if TYPE_CHECKING:
+    from composer.utils import ObjectStore
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+ATTEMPTS = 6
+WAIT = 1.0  # seconds before the second attempt, doubled before each further one: half a minute in all
+BACKENDS = ("s3", "gs", "oci", "azure")
+_URI = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
+_BUSY = (408, 425, 429)  # of the 4xx answers, those that another attempt may change
+
+
+def is_remote(path: object) -> bool:
+    """Whether ``path`` is a URI and not a local path."""
+    return _URI.match(str(path)) is not None
+
+
+def refuse_remote(path: object, key: str, instead: str) -> None:
+    """Raises UserError where ``path`` is a URI: else a local folder of that name would be made. ``instead``: what to do."""
+    if is_remote(path):
+        raise UserError(f"{key} is {path}; it must be a local folder: {instead}")
+
+
+def _chain(error: BaseException) -> list[BaseException]:
+    """An error and those that it came from."""
+    found: list[BaseException] = []
+    current: BaseException | None = error
+    while current is not None and current not in found:
+        found.append(current)
+        current = current.__cause__ or current.__context__
+    return found
+
+
+def is_permanent(error: BaseException) -> bool:
+    """Whether another attempt would end in the same way: the server's answer 4xx, no credentials, a local disk's fault."""
+    for one in _chain(error):
+        response = getattr(one, "response", None)
+        if isinstance(response, dict):
+            status = response.get("ResponseMetadata", {}).get("HTTPStatusCode", 500)
+            return 400 <= status < 500 and status not in _BUSY
+        if type(one).__name__ in ("NoCredentialsError", "PartialCredentialsError", "ParamValidationError"):
+            return True
+    return isinstance(error, (FileNotFoundError, PermissionError, NotImplementedError))
+
+
+def reason(error: BaseException) -> str:
+    """One line: the storage's own words."""
+    last = _chain(error)[-1]
+    return f"{type(last).__name__}: {(str(last).splitlines() or [''])[0]}"
+
+
+def attempted(work: Callable[[], T], what: str) -> T:
+    """The result of ``work``, tried up to :data:`ATTEMPTS` times; each failure is logged.
+
+    Raises:
+        UserError: it failed for good.
+    """
+    for attempt in range(1, ATTEMPTS + 1):
+        try:
+            return work()
+        except UserError:
+            raise
+        except Exception as error:  # each storage has exceptions of its own
+            if is_permanent(error) or attempt == ATTEMPTS:
+                raise UserError(f"{what} failed ({reason(error)}); check address, credentials and network") from error
+            wait = WAIT * 2 ** (attempt - 1)
+            log.warning("%s failed (%s), attempt %d of %d; again in %g s", what, reason(error), attempt, ATTEMPTS, wait)
+            time.sleep(wait)
+    raise AssertionError
+
+
+class Storage:
+    """A folder of an object store.
+
+    Args:
+        uri: such as ``s3://bucket/runs/a``.
+
+    Raises:
+        UserError: no such kind of storage, no bucket in it, or no credentials.
+    """
+
+    def __init__(self, uri: str) -> None:
+        from composer.utils import parse_uri
+
+        self.uri = uri.rstrip("/")
+        backend, bucket, path = parse_uri(self.uri)
+        if backend not in BACKENDS or not bucket:
+            raise UserError(f"{uri}: no storage of this kind; give {', '.join(f'{b}://bucket/path' for b in BACKENDS)}")
+        self._root, self._path, self._store = f"{backend}://{bucket}", path.strip("/"), self._open(self.uri)
+
+    @staticmethod
+    def _open(uri: str) -> ObjectStore:
+        from composer.utils import maybe_create_object_store_from_uri
+
+        try:
+            store: Any = maybe_create_object_store_from_uri(uri)
+        except Exception as error:
+            raise UserError(
+                f"{uri} can't be opened ({reason(error)}); check credentials, region and S3_ENDPOINT_URL"
+            ) from error
+        return store
+
+    def key(self, name: str) -> str:
+        """The object's whole name in its bucket."""
+        return f"{self._path}/{name}" if self._path else name
+
+    def key_uri(self, key: str) -> str:
+        """The address of an object by its whole name."""
+        return f"{self._root}/{key}"
+
+    def names(self) -> set[str]:
+        """Objects in this folder, below its subfolders too. Raises UserError where the bucket can't be listed or is not there."""
+        prefix = f"{self._path}/" if self._path else ""
+        keys = attempted(lambda: self._store.list_objects(prefix), f"listing {self.uri}")
+        return {key.removeprefix(prefix) for key in keys if key.startswith(prefix)}
+
+    def download(self, name: str, target: Path) -> bool:
+        """Brings an object, whole or not at all; False where there is none. Raises UserError for a lasting failure."""
+        target.parent.mkdir(parents=True, exist_ok=True)
+
+        def once() -> bool:
+            try:
+                self._store.download_object(self.key(name), str(target), overwrite=True)
+            except FileNotFoundError:
+                return False
+            return True
+
+        return attempted(once, f"downloading {self.uri}/{name}")
+
+    def upload(self, name: str, path: Path) -> None:
+        """Stores a local file; an object of this name is replaced. Raises UserError for a lasting failure."""
+        attempted(lambda: self._store.upload_object(self.key(name), str(path)), f"uploading {self.uri}/{name}")
+
+    def upload_bytes(self, name: str, content: bytes) -> None:
+        """As :meth:`upload`."""
+        with tempfile.NamedTemporaryFile(prefix="mohd_train-upload-") as file:
+            file.write(content)
+            file.flush()
+            self.upload(name, Path(file.name))
+
+
+def bring_checkpoint(uri: str, folder: Path) -> Path:
+    """A checkpoint of a run's remote ``save_folder``, as ``folder/RUN/checkpoints/NAME``, tokenizer and record beside.
+
+    ``.../latest-rank0.pt`` is the newest.
+
+    Raises:
+        UserError: there is none, or the storage can't be reached.
+    """
+    place, _, name = uri.rpartition("/")
+    storage = Storage(place)
+    names = storage.names()
+    if f"{name}.symlink" in names:
+        link = folder / "link"
+        storage.download(f"{name}.symlink", link)
+        name = link.read_text(encoding="utf-8").strip().rpartition("/")[2]
+    if name not in names:
+        found = sorted(one for one in names if one.endswith(".pt"))
+        raise UserError(f"{uri}: no such checkpoint; {place} has {', '.join(found[-3:]) or 'none'}")
+    parts = [part for part in place.split("/") if part]
+    run = parts[-2] if parts[-1] == "checkpoints" else parts[-1]
+    target = folder / run / "checkpoints" / name
+    storage.download(name, target)
+    for other in names:
+        if other == "run.json" or other.startswith("tokenizer/"):
+            storage.download(other, folder / run / other)
+    return target
