@@ -13,12 +13,13 @@ from pathlib import Path
 
 from mohd_train.errors import run_cli
 from mohd_train.hf.convert import export
+from mohd_train.storage import path_or_uri
 
 
 def main() -> None:
     """Parses, exports, says what was written."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", type=Path, help="a checkpoint file (*.pt) in its run folder")
+    parser.add_argument("checkpoint", type=path_or_uri, help="a checkpoint (*.pt) in its run folder, or s3://.../*.pt")
     parser.add_argument("out_dir", type=Path, help="the folder to write; it must not hold anything")
     parser.add_argument("--llama", action="store_true", help="write a dense model as LlamaForCausalLM")
     arguments = parser.parse_args()

@@ -5,8 +5,10 @@ S3-compatible servers of one's own are named by ``S3_ENDPOINT_URL``; keys come f
 
 from __future__ import annotations
 
+import atexit
 import logging
 import re
+import shutil
 import tempfile
 import time
 from collections.abc import Callable
@@ -154,6 +156,24 @@ class Storage:
             file.write(content)
             file.flush()
             self.upload(name, Path(file.name))
+
+
+def path_or_uri(text: str) -> Path | str:
+    """For command lines: a Path would take ``s3://bucket`` for ``s3:/bucket``."""
+    return text if is_remote(text) else Path(text)
+
+
+def here(checkpoint: Path | str) -> Path:
+    """A local path as it is; a checkpoint on object storage as a copy, which goes when this process ends.
+
+    Raises:
+        UserError: as :func:`bring_checkpoint`.
+    """
+    if not is_remote(checkpoint):
+        return Path(checkpoint)
+    scratch = Path(tempfile.mkdtemp(prefix="mohd_train-checkpoint-"))
+    atexit.register(shutil.rmtree, scratch, ignore_errors=True)
+    return bring_checkpoint(str(checkpoint), scratch)
 
 
 def bring_checkpoint(uri: str, folder: Path) -> Path:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from faults.conftest import FULL
 from faults.faults_support import (
     At,
@@ -30,7 +31,12 @@ from train.train_support import make_config
 
 from mohd_train import storage
 from mohd_train.config.schema import Config
+from mohd_train.data.prepare import Request, prepare
 from mohd_train.errors import UserError
+from mohd_train.evaluate.checkpoint import locate
+from mohd_train.evaluate.options import parse
+from mohd_train.hf.convert import export
+from mohd_train.model.checkpoint import read_checkpoint
 from mohd_train.train.run import dry_run, train
 
 RUN = f"s3://{BUCKET}/runs/a/checkpoints"
@@ -305,18 +311,33 @@ def test_a_shard_is_missing_on_storage(tmp_path: Path, data: Path, whole: Path, 
     fault_table.measured_resume(tmp_path / "runs" / "a", before)
 
 
-def test_weights_of_a_run_on_storage(tmp_path: Path, data: Path, remote: Callable[..., Config]) -> None:
+def test_a_checkpoint_on_storage_is_read(tmp_path: Path, data: Path, remote: Callable[..., Config]) -> None:
+    """By load_path, evaluation and export."""
     train(remote("one", "max_duration=2ba"))
     load = f"load_path={RUN}/ep0-ba2-rank0.pt"
-    config = make_config(tmp_path, data, "run_name=b", *FULL, load, "max_duration=1ba")
-    dry_run(config)
+    dry_run(make_config(tmp_path, data, "run_name=b", *FULL, load, "max_duration=1ba"))
     with pytest.raises(UserError, match="no such checkpoint"):
         dry_run(make_config(tmp_path, data, "run_name=b", *FULL, load.replace("ba2", "ba9")))
     assert not (tmp_path / "runs").exists()
+    local = tmp_path / "one" / "runs" / "a" / "checkpoints" / "ep0-ba2-rank0.pt"
+    found = locate(f"{RUN}/latest-rank0.pt")
+    assert (found.source, found.fingerprint) == (f"{RUN}/latest-rank0.pt", locate(local).fingerprint)
+    assert found.run_folder.name == "a"
+    assert (found.run_folder / "tokenizer" / "tokenizer.json").is_file()
+    ours, theirs = (read_checkpoint(path)[1] for path in (local, found.path))
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    with pytest.raises(UserError, match=r"no such checkpoint; s3://bucket/runs/a/checkpoints has ep0-ba2-rank0.pt"):
+        locate(f"{RUN}/ep0-ba7-rank0.pt")
+    with pytest.raises(UserError, match="holds no readable tokenizer"):  # the tests' tokenizer is none
+        export(f"{RUN}/latest-rank0.pt", tmp_path / "exported")
 
 
-def test_run_folder_is_local(tmp_path: Path, data: Path) -> None:
-    fails(
-        make_config(tmp_path, data, "run_name=a", f"run_folder=s3://{BUCKET}/a"),
-        "run_folder is s3://.* set save_folder",
-    )
+def test_what_must_be_local_says_so(tmp_path: Path, data: Path) -> None:
+    away = f"s3://{BUCKET}/a"
+    fails(make_config(tmp_path, data, "run_name=a", f"run_folder={away}"), "run_folder is s3://.* set save_folder")
+    fails(make_config(tmp_path, data, "run_name=a", f"data.local={away}"), "data.local is s3://.* set data.remote")
+    with pytest.raises(UserError, match=r"--out is s3://.*aws s3 sync"):
+        prepare(Request(str(tmp_path), away, "none"))
+    with pytest.raises(UserError, match=r"--output is s3://.*aws s3 sync"):
+        parse(None, ["--checkpoint", "x.pt", "--output", away])
+    assert not list(tmp_path.glob("s3*"))

@@ -42,6 +42,7 @@ from mohd_train.data.tokenize import Tokenizer, load_tokenizer
 from mohd_train.data.tokenizing import report_bad_rows, tokenize_sources, unit_files
 from mohd_train.data.units import load_lengths
 from mohd_train.errors import UserError
+from mohd_train.storage import refuse_remote
 
 WORK = ".work"
 LOCK_WAIT = 15.0  # seconds: workers of a killed run hold its lock until they notice
@@ -80,6 +81,8 @@ def prepare(request: Request) -> Prepared:
         raise UserError(f"--seq-len {request.seq_len}: a sample needs at least 2 tokens")
     if request.val_tokens < 0 or request.max_bad_rows < 0 or request.workers < 0:
         raise UserError("--val-tokens, --max-bad-rows and --workers can't be negative")
+    refuse_remote(request.raw, "--raw", "copy the raw rows here first (aws s3 sync s3://... FOLDER)")
+    refuse_remote(request.out, "--out", "then copy it (aws s3 sync OUT s3://...), and train with data.remote=s3://...")
     raw = find_sources(request.raw, request.domains)
     tokenizer = load_tokenizer(request.tokenizer)
     preparation = Preparation(request, raw, tokenizer)

@@ -25,6 +25,7 @@ from mohd_train.data.signals import outlive_sigterm
 from mohd_train.data.streams import ShardStream, TokenStreams, ValidationSet
 from mohd_train.data.verify import verify
 from mohd_train.errors import UserError
+from mohd_train.storage import refuse_remote
 
 __all__ = ["MixPlan", "build_eval_loaders", "build_train_loader", "check_data", "collate", "plan_mix"]
 
@@ -45,6 +46,7 @@ def check_data(data: DataConfig, *, vocab_size: int, seq_len: int, tokenizer_sha
         UserError: no such folder, a domain of the config that the data lacks, another tokenizer, vocabulary or sequence
             length, a domain without samples, a bad shard, a folder in which shards can't be unpacked.
     """
+    refuse_remote(data.local, "data.local", "set data.remote to that address, and data.local to a folder for the cache")
     if data.remote:
         fetch_manifest(data.remote, Path(data.local), data.download_retry, data.download_timeout)
     folder = Path(data.local)

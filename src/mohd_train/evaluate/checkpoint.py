@@ -15,6 +15,7 @@ from mohd_train.config.plan import ModelPlan
 from mohd_train.errors import UserError
 from mohd_train.hf.convert import load_model
 from mohd_train.model.count import count
+from mohd_train.storage import here, is_remote
 
 _BLOCKS, _BLOCK = 64, 1 << 16  # of a fingerprint: blocks a file, bytes a block
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -27,6 +28,7 @@ class Location:
     path: Path
     kind: str  # "native" (Composer's) or "hf" (a Hugging Face folder)
     fingerprint: str
+    source: str = ""  # its address, where it is a copy from object storage
 
     @property
     def run_folder(self) -> Path:
@@ -45,12 +47,13 @@ class LoadedModel:
     ours: bool  # trained by this framework: a document begins with BOS
 
 
-def locate(path: Path) -> Location:
-    """Finds out what ``path`` is, and its fingerprint.
+def locate(path: Path | str) -> Location:
+    """Finds out what ``path`` is, and its fingerprint. A checkpoint on object storage (``s3://...``) is brought here.
 
     Raises:
         UserError: nothing is there, or it is neither a Composer checkpoint nor a Hugging Face folder.
     """
+    source, path = str(path) if is_remote(path) else "", here(path)
     if not path.exists():
         raise UserError(f"no checkpoint at {path}; give a Composer checkpoint (.pt) or a Hugging Face folder")
     path = path.resolve()  # `latest-rank0.pt` is a link: the result names what it stood for
@@ -64,7 +67,7 @@ def locate(path: Path) -> Location:
         kind, files = "native", [path]
     else:
         raise UserError(f"{path} is of no known kind; give a Composer checkpoint (.pt) or a Hugging Face folder")
-    return Location(path, kind, fingerprint(files))
+    return Location(path, kind, fingerprint(files), source)
 
 
 def _hf_files(path: Path) -> list[Path]:
@@ -141,7 +144,7 @@ def load(
     activated, total = _count(model, plan)
     info = {
         "name": name or (plan.name if plan is not None else location.path.name),
-        "checkpoint": str(location.path),
+        "checkpoint": location.source or str(location.path),
         "kind": location.kind,
         "fingerprint": location.fingerprint,
         "activated": activated,
@@ -176,7 +179,7 @@ def _load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
         raise UserError(f"no tokenizer at {path}; give the folder with --tokenizer")
     try:
         return AutoTokenizer.from_pretrained(path, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # tokenizers and transformers each have exceptions of their own
         raise UserError(f"no tokenizer can be read from {path}: {' '.join(str(error).split())[:200]}") from error
 
 

@@ -8,12 +8,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from mohd_train.storage import path_or_uri, refuse_remote
+
 
 @dataclass
 class EvalOptions:
     """What `eval/run_eval.py` is asked to do."""
 
-    checkpoint: Path
+    checkpoint: Path | str
     output: Path
     tasks: list[str] = field(default_factory=list)  # empty: all ten
     data_dir: Path | None = None  # None: the hub
@@ -32,7 +34,7 @@ class EvalOptions:
 class PerplexityOptions:
     """What `eval/run_eval.py --perplexity` is asked to do."""
 
-    checkpoint: Path
+    checkpoint: Path | str
     data: Path  # a prepared folder
     output: Path
     domains: list[str] = field(default_factory=list)  # empty: all
@@ -80,7 +82,12 @@ def _parse_one(description: str | None, arguments: Sequence[str]) -> EvalOptions
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--checkpoint", type=Path, required=True, help="Composer checkpoint or Hugging Face folder")
+    parser.add_argument(
+        "--checkpoint",
+        type=path_or_uri,
+        required=True,
+        help="Composer checkpoint (s3://... too) or Hugging Face folder",
+    )
     parser.add_argument(
         "--sweep", metavar="DIR", help="in its place: every finished run of a launched sweep, what is new of it"
     )
@@ -90,7 +97,7 @@ def _parse_one(description: str | None, arguments: Sequence[str]) -> EvalOptions
         "--data-dir", type=Path, help="rows from DIR/<task>/<split>.jsonl (mmlu/<subject>/<split>.jsonl)"
     )
     parser.add_argument("--limit", type=int, help="questions a task, for trials; such results are marked")
-    parser.add_argument("--output", type=Path, default=Path("eval/results"), help="default: %(default)s")
+    parser.add_argument("--output", type=path_or_uri, default=Path("eval/results"), help="default: %(default)s")
     parser.add_argument("--batch-size", default="8", help="requests a forward pass, or auto; default: %(default)s")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N; default: %(default)s")
     parser.add_argument(
@@ -107,6 +114,7 @@ def _parse_one(description: str | None, arguments: Sequence[str]) -> EvalOptions
     parser.add_argument("--data", type=Path, help="a folder that data_prep/prepare.py made, for --perplexity")
     parser.add_argument("--domains", nargs="+", default=[], help="of --data; default: all")
     args = parser.parse_args(arguments)
+    refuse_remote(args.output, "--output", "copy it to the storage when it is done (aws s3 sync FOLDER s3://...)")
     args.tasks = [name for item in args.tasks for name in re.split(r"[,\s]+", item) if name]
     if not re.fullmatch(r"auto|[1-9]\d*", args.batch_size):
         parser.error(f"argument --batch-size: {args.batch_size!r} is neither auto nor a positive number")

@@ -20,6 +20,7 @@ from mohd_train.hf.configuration import MoHDConfig
 from mohd_train.hf.modeling import MoHDForCausalLM
 from mohd_train.model import checkpoint
 from mohd_train.model.transformer import Transformer
+from mohd_train.storage import here
 
 # Our name -> Hugging Face's LLaMA name; `{}` is the layer.
 LLAMA_NAMES = {
@@ -171,21 +172,26 @@ def export(path: str | Path, folder: str | Path, *, llama: bool = False) -> PreT
     """Writes a native checkpoint as a Hugging Face folder: config, safetensors, generation config and the run's tokenizer.
 
     Args:
-        path: the checkpoint; its tokenizer is read from ``tokenizer/`` beside the folder the checkpoint lies in.
+        path: the checkpoint, on object storage too (``s3://...``). Its tokenizer is read
+            from ``tokenizer/`` beside the folder the checkpoint lies in.
         folder: where to write; it must not exist, or be empty. It appears whole or not at all.
         llama: as ``LlamaForCausalLM`` (a dense model only), which needs nothing of this project to load.
 
     Raises:
         UserError: an unreadable checkpoint, no tokenizer, or a folder that holds something.
     """
-    path, folder = Path(path), Path(folder)
+    folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} exists and is not empty; choose another folder")
+    path = here(path)
     tokenizer_folder = path.resolve().parent.parent / "tokenizer"
     native = load_native(path)
     if not tokenizer_folder.is_dir():
         raise UserError(f"no tokenizer at {tokenizer_folder}; keep a checkpoint in its run folder, which holds it")
-    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder, local_files_only=True)
+    except Exception as error:  # tokenizers and transformers each have exceptions of their own
+        raise UserError(f"{tokenizer_folder} holds no readable tokenizer ({type(error).__name__}: {error})") from error
     model: PreTrainedModel = to_hf_llama(native) if llama else native
     ids = {
         "bos_token_id": tokenizer.bos_token_id,
