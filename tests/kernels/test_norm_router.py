@@ -23,7 +23,10 @@ def test_equals_the_reference(traced: bool) -> None:
     torch._dynamo.reset()
     run = torch.compile(ops.norm_router, fullgraph=True, backend="aot_eager") if traced else ops.norm_router
     values = inputs()
-    got, want = run(*values, EPS, backend="grouped"), ops.norm_router(*values, EPS, backend="reference")
+    *got, rstd = run(*values, EPS, backend="grouped")
+    *want, wanted = ops.norm_router(*values, EPS, backend="reference")
+    assert not rstd.requires_grad
+    torch.testing.assert_close(rstd, wanted)
     slopes = [torch.randn_like(part) for part in want]
     got += torch.autograd.grad(got, values, slopes)
     want += torch.autograd.grad(want, values, slopes)
@@ -34,7 +37,8 @@ def test_equals_the_reference(traced: bool) -> None:
 @pytest.mark.parametrize("backend", ["reference", "grouped"])
 def test_is_rms_norm_and_a_product(backend: str) -> None:
     x, gain, centroids = inputs()
-    normed, logits = ops.norm_router(x, gain, centroids, EPS, backend=backend)
+    normed, logits, rstd = ops.norm_router(x, gain, centroids, EPS, backend=backend)
+    torch.testing.assert_close(rstd, (x.square().mean(-1) + EPS).rsqrt())
     want = F.rms_norm(x, gain.shape, gain, EPS)
     torch.testing.assert_close(normed, want)
     torch.testing.assert_close(logits, want @ centroids.t())
@@ -44,7 +48,7 @@ def test_is_rms_norm_and_a_product(backend: str) -> None:
 def test_logits_stay_in_float32_under_autocast(backend: str) -> None:
     x, gain, centroids = inputs(torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
-        normed, logits = ops.norm_router(x.bfloat16(), gain, centroids, EPS, backend=backend)
+        normed, logits, _ = ops.norm_router(x.bfloat16(), gain, centroids, EPS, backend=backend)
     assert (normed.dtype, logits.dtype) == (torch.bfloat16, torch.float32)
     exact = ops.norm_router(x.bfloat16().float(), gain, centroids, EPS, backend="reference")[1]
     torch.testing.assert_close(logits, exact)

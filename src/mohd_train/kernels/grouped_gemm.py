@@ -16,15 +16,65 @@ from torch import Tensor
 
 from mohd_train.kernels import few_tokens, grouped, spans, token_order
 from mohd_train.kernels.selection import Selection
+from mohd_train.kernels.source import Source, active_inputs
 
 _up = torch.library.custom_op("mohd::up", grouped.up, mutates_args=())
 _up_backward = torch.library.custom_op("mohd::up_backward", grouped.up_backward, mutates_args=())
 _down = torch.library.custom_op("mohd::down", grouped.down, mutates_args=())
 _down_backward = torch.library.custom_op("mohd::down_backward", grouped.down_backward, mutates_args=())
-_up_sorted = torch.library.custom_op("mohd::up_sorted", spans.up, mutates_args=())
-_up_sorted_backward = torch.library.custom_op("mohd::up_sorted_backward", spans.up_backward, mutates_args=())
 _down_sorted = torch.library.custom_op("mohd::down_sorted", spans.down, mutates_args=())
 _down_sorted_backward = torch.library.custom_op("mohd::down_sorted_backward", spans.down_backward, mutates_args=())
+
+
+@torch.library.custom_op("mohd::up_sorted", mutates_args=())
+def _up_sorted(
+    x_TKC: Tensor, weights: list[Tensor], ends: Tensor, source: list[Tensor], sub_dims: int, shared: int
+) -> list[Tensor]:
+    return [spans.up(x_TKC, weight, ends, sub_dims, shared) for weight in weights]
+
+
+@torch.library.custom_op("mohd::up_sorted_backward", mutates_args=())
+def _up_sorted_backward(
+    grads: list[Tensor], weights: list[Tensor], ends: Tensor, kept: list[Tensor], sub_dims: int, shared: int
+) -> tuple[Tensor, list[Tensor]]:
+    """`kept`: x_TKC, or x_TD, rstd_T, gain_D and the rows to make it of again."""
+    if len(kept) == 1:
+        x_TKC = kept[0]
+    else:
+        x_TD, rstd_T, gain_D, rows = kept
+        x_TKC = active_inputs(x_TD, rstd_T, gain_D, rows, sub_dims).to(weights[0].dtype)
+    grad_x, grad_weights = None, []
+    for grad, weight in zip(grads, weights, strict=True):
+        grad_x, grad_weight = spans.up_backward(grad, x_TKC, weight, ends, sub_dims, shared, grad_x)
+        grad_weights.append(grad_weight)
+    assert grad_x is not None
+    return grad_x, grad_weights
+
+
+def _up_sorted_shapes(
+    grads: list[Tensor], weights: list[Tensor], ends: Tensor, kept: list[Tensor], sub_dims: int, shared: int
+) -> tuple[Tensor, list[Tensor]]:
+    width = weights[0].shape[1] // sub_dims
+    columns = kept[0].shape[1] if len(kept) == 1 else kept[3].shape[0] // kept[0].shape[0] * width
+    return grads[0].new_empty(grads[0].shape[0], columns), [weight.new_empty(weight.shape) for weight in weights]
+
+
+def _save_up_sorted(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    x_TKC, weights, ends, source, *ctx.sizes = inputs
+    ctx.save_for_backward(ends, *weights, *(source or [x_TKC]))
+    ctx.count, ctx.no_grads = len(weights), [None] * len(source)
+
+
+def _up_sorted_gradient(ctx: Any, grads: list[Tensor]) -> tuple[Any, ...]:
+    ends, *saved = ctx.saved_tensors
+    weights, kept = saved[: ctx.count], saved[ctx.count :]
+    grad_x, grad_weights = _up_sorted_backward(list(grads), weights, ends, kept, *ctx.sizes)
+    return grad_x, grad_weights, None, ctx.no_grads, None, None
+
+
+_up_sorted.register_fake(lambda x, weights, *rest: [x.new_empty(x.shape[0], weight.shape[0]) for weight in weights])
+_up_sorted_backward.register_fake(_up_sorted_shapes)
+_up_sorted.register_autograd(_up_sorted_gradient, setup_context=_save_up_sorted)
 
 
 def _up_shape(x_TKC: Tensor, weight_OD: Tensor, *rest: Any) -> Tensor:
@@ -49,11 +99,6 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.sizes, ctx.rest = inputs[4:6], (None,) * (len(inputs) - 2)  # N and S
 
 
-def _save_sorted(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[:3])
-    ctx.sizes, ctx.rest = inputs[3:5], (None,) * (len(inputs) - 2)
-
-
 def _save_down_sorted(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     h_TF, weight_DF, ends, sub_dims, shared, _, tokens_T = inputs
     ctx.save_for_backward(h_TF, weight_DF, ends, *([] if tokens_T is None else [tokens_T]))
@@ -75,7 +120,6 @@ def _gradient_by(backward: Any) -> Any:
 for _forward, _backward, _shape, _keep in (
     (_up, _up_backward, _up_shape, _save),
     (_down, _down_backward, _down_shape, _save),
-    (_up_sorted, _up_sorted_backward, _up_shape, _save_sorted),
 ):
     _forward.register_fake(_shape)
     _backward.register_fake(_gradient_shapes)
@@ -99,14 +143,19 @@ def cast_for_autocast(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     return x, weight
 
 
-def _up_one(x_TKC: Tensor, weight_OD: Tensor, s: Selection) -> Tensor:
+def _up_all(x_TKC: Tensor, weights_OD: Sequence[Tensor], s: Selection, source: Source | None) -> list[Tensor]:
     """Rows as in `x_TKC`, which is sorted where the selection has an order."""
-    x_TKC, weight_OD = cast_for_autocast(x_TKC, weight_OD)
+    weights = [cast_for_autocast(x_TKC, weight)[1] for weight in weights_OD]
+    x_TKC, sizes = cast_for_autocast(x_TKC, weights_OD[0])[0], (s.sub_dims, s.shared)
     if s.choices is not None:
-        return few_tokens.up(x_TKC, weight_OD, s.choices, s.sub_dims, s.shared)
+        return [few_tokens.up(x_TKC, weight, s.choices, *sizes) for weight in weights]
     if s.order is None:
-        return (grouped.up if _plain() else _up)(x_TKC, weight_OD, s.pairs, s.ends, s.sub_dims, s.shared)
-    return (spans.up if _plain() else _up_sorted)(x_TKC, weight_OD, s.order.ends, s.sub_dims, s.shared)
+        run = grouped.up if _plain() else _up
+        return [run(x_TKC, weight, s.pairs, s.ends, *sizes) for weight in weights]
+    if _plain():
+        return [spans.up(x_TKC, weight, s.order.ends, *sizes) for weight in weights]
+    kept = [] if source is None else [*source, s.rows.index_select(0, s.order.pairs)]
+    return _up_sorted(x_TKC, weights, s.order.ends, kept, *sizes)
 
 
 def _down_one(h_TF: Tensor, weight_DF: Tensor, s: Selection, tokens_T: Tensor | None = None) -> Tensor:
@@ -124,10 +173,12 @@ def _sorted_inputs(x_TKC: Tensor, s: Selection) -> Tensor:
     return x_TKC if s.order is None else token_order.sort_compact(x_TKC, s.order, s.indices_TK.shape[1])
 
 
-def up(x_TKC: Tensor, weights_OD: Sequence[Tensor], selection: Selection) -> tuple[Tensor, ...]:
-    """``W x~`` from the compact active inputs: [T, O_i] each."""
+def up(
+    x_TKC: Tensor, weights_OD: Sequence[Tensor], selection: Selection, source: Source | None = None
+) -> tuple[Tensor, ...]:
+    """``W x~`` from the compact active inputs: [T, O_i] each. `source` is what they can be made of again."""
     x_TKC, order = _sorted_inputs(x_TKC, selection), selection.order
-    outs = tuple(_up_one(x_TKC, weight, selection) for weight in weights_OD)
+    outs = tuple(_up_all(x_TKC, weights_OD, selection, source))
     return outs if order is None else tuple(token_order.permute(out, order.places, order.tokens) for out in outs)
 
 
@@ -140,9 +191,16 @@ def down(h_TF: Tensor, weight_DF: Tensor, selection: Selection) -> Tensor:
     return token_order.unsort_compact(y_TKC, order, selection.indices_TK.shape[1])
 
 
-def ffn(x_TKC: Tensor, w_gate_FD: Tensor, w_up_FD: Tensor, w_down_DF: Tensor, selection: Selection) -> Tensor:
-    """``down(silu(gate x~) * up x~)``, compact: [T, K*C]. Sorted tokens stay sorted in between."""
+def ffn(
+    x_TKC: Tensor,
+    w_gate_FD: Tensor,
+    w_up_FD: Tensor,
+    w_down_DF: Tensor,
+    selection: Selection,
+    source: Source | None = None,
+) -> Tensor:
+    """``down(silu(gate x~) * up x~)``, compact: [T, K*C]. Sorted tokens stay sorted in between. `source` as for `up`."""
     x_TKC, order = _sorted_inputs(x_TKC, selection), selection.order
-    gate_TF, up_TF = (_up_one(x_TKC, weight, selection) for weight in (w_gate_FD, w_up_FD))
+    gate_TF, up_TF = _up_all(x_TKC, (w_gate_FD, w_up_FD), selection, source)
     y_TKC = _down_one(F.silu(gate_TF) * up_TF, w_down_DF, selection)
     return y_TKC if order is None else token_order.unsort_compact(y_TKC, order, selection.indices_TK.shape[1])

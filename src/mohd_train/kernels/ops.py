@@ -17,6 +17,7 @@ from mohd_train.errors import UserError
 from mohd_train.kernels import fusion, grouped_gemm, layout, reference
 from mohd_train.kernels import norm_router as norm
 from mohd_train.kernels.selection import Selection, select
+from mohd_train.kernels.source import Source
 
 BACKENDS = ("reference", "grouped", "triton")
 TRITON_TILE = 64  # tokens of a tile
@@ -54,10 +55,10 @@ def make_selection(indices_TK: Tensor, *, sub_dims: int, shared: int, backend: s
 
 def norm_router(
     x_TD: Tensor, gain_D: Tensor, centroids_ND: Tensor, eps: float, *, backend: str
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """RMSNorm and the router's logits in one pass over x (eqs. 6-7): ``n = x / rms(x) * gain`` [T, D] in x's dtype, and
-    ``E n`` [T, N] in float32 or wider, autocast or not, from n before it is rounded. The backward pass keeps x and
-    ``1 / rms(x)``, not n.
+    ``E n`` [T, N] in float32 or wider, autocast or not, from n before it is rounded; and ``1 / rms(x)`` [T], a constant to
+    autograd, for a `Source`. The backward pass keeps x and ``1 / rms(x)``, not n.
     """
     if backend == "reference":
         return norm.reference(x_TD, gain_D, centroids_ND, eps)
@@ -74,11 +75,13 @@ def up_projection(
     selection: Selection,
     *,
     input_weights_TK: Tensor | None = None,
+    source: Source | None = None,
     backend: str,
 ) -> tuple[Tensor, ...]:
     """``W x~`` for every ``W`` [O_i, D]: x~ is x on the token's active sub-dimensions, 0 elsewhere (eqs. 3-5).
 
-    `input_weights_TK` multiplies each active sub-dimension (`gate_input`). Returns one [T, O_i] per weight.
+    `input_weights_TK` multiplies each active sub-dimension (`gate_input`). Returns one [T, O_i] per weight. With `source`, which
+    x must be the norm of, `grouped` makes the active inputs again in the backward pass where it can, rather than keep them.
     """
     if backend == "reference":
         return reference.up_projection(x_TD, weights, selection.indices_TK, selection.sub_dims, input_weights_TK)
@@ -87,7 +90,7 @@ def up_projection(
         from mohd_train.kernels import triton_ops
 
         return triton_ops.up(x_TKC, weights, selection)
-    return grouped_gemm.up(x_TKC, weights, selection)
+    return grouped_gemm.up(x_TKC, weights, selection, source if input_weights_TK is None else None)
 
 
 def down_projection(
@@ -112,9 +115,10 @@ def swiglu_ffn(
     weights_TK: Tensor,
     *,
     input_weights_TK: Tensor | None = None,
+    source: Source | None = None,
     backend: str,
 ) -> Tensor:
-    """``down(silu(gate x~) * up x~)``: both projections of a feed-forward layer in one. Compact: [T, K*C]."""
+    """``down(silu(gate x~) * up x~)``: both projections of a feed-forward layer in one. Compact: [T, K*C]. `source` as above."""
     if backend == "reference":
         gate_TF, up_TF = up_projection(
             x_TD, (w_gate_FD, w_up_FD), selection, input_weights_TK=input_weights_TK, backend=backend
@@ -125,7 +129,8 @@ def swiglu_ffn(
         from mohd_train.kernels import triton_ops
 
         return triton_ops.ffn(x_TKC, w_gate_FD, w_up_FD, w_down_DF, selection, weights_TK)
-    return _scale(grouped_gemm.ffn(x_TKC, w_gate_FD, w_up_FD, w_down_DF, selection), weights_TK)
+    source = source if input_weights_TK is None else None
+    return _scale(grouped_gemm.ffn(x_TKC, w_gate_FD, w_up_FD, w_down_DF, selection, source), weights_TK)
 
 
 def fuse_residual(

@@ -51,17 +51,31 @@ def up(x_TKC: Tensor, weight_OD: Tensor, ends: Tensor, sub_dims: int, shared: in
 
 
 def up_backward(
-    grad_TO: Tensor, x_TKC: Tensor, weight_OD: Tensor, ends: Tensor, sub_dims: int, shared: int
+    grad_TO: Tensor,
+    x_TKC: Tensor,
+    weight_OD: Tensor,
+    ends: Tensor,
+    sub_dims: int,
+    shared: int,
+    onto: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of `up`: sorted compact [T, K*C], and [O, D]."""
+    """Gradients of `up`: sorted compact [T, K*C], added in place to `onto` where it is given, and [O, D]."""
     width = weight_OD.shape[1] // sub_dims
     inner, active = shared * width, x_TKC.shape[1] // width
     if device_groups.serves(x_TKC, active - shared, width):
-        return device_groups.up_backward(grad_TO, x_TKC, weight_OD, ends, sub_dims, shared)
-    grad_x = torch.empty(x_TKC.shape, dtype=x_TKC.dtype, device=x_TKC.device)
+        grad_x, grad_weight = device_groups.up_backward(grad_TO, x_TKC, weight_OD, ends, sub_dims, shared)
+        return grad_x if onto is None else onto.add_(grad_x), grad_weight
+    grad_x = torch.empty(x_TKC.shape, dtype=x_TKC.dtype, device=x_TKC.device) if onto is None else onto
     grad_weight = torch.empty(weight_OD.shape, dtype=weight_OD.dtype, device=weight_OD.device)
+
+    def write(out: Tensor, left: Tensor, right: Tensor) -> None:
+        if onto is None:
+            torch.mm(left, right, out=out)
+        else:
+            out.addmm_(left, right)
+
     if shared:
-        torch.mm(grad_TO, weight_OD[:, :inner], out=grad_x[:, :inner])
+        write(grad_x[:, :inner], grad_TO, weight_OD[:, :inner])
         torch.mm(grad_TO.t(), x_TKC[:, :inner], out=grad_weight[:, :inner])
     slices: dict[int, Tensor] = {}
     sums: dict[int, Tensor] = {}
@@ -70,7 +84,7 @@ def up_backward(
         if i not in slices:
             piece = weight_OD[:, _columns(i, width)]
             slices[i] = piece.contiguous() if width <= NARROW else piece
-        torch.mm(grad_part, slices[i], out=grad_x[rows, columns])
+        write(grad_x[rows, columns], grad_part, slices[i])
         if width > NARROW and i not in sums:
             sums[i] = grad_weight[:, _columns(i, width)].t()
             torch.mm(grad_part.t(), x_part, out=sums[i].t())

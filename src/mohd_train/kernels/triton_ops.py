@@ -242,7 +242,7 @@ def fuse_residual(z_TKC: Tensor, mixing_NNC: Tensor, selection: Selection, resid
     return _fuse(z_TKC, mixing_NNC, residual_TD, s.indices_TK, s.pairs, s.ends, s.shared)
 
 
-def norm_router(x_TD: Tensor, gain_D: Tensor, centroids_ND: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """(normalized x [T, D], the router's logits [T, N] in float32)."""
-    normed, logits, _ = _norm_router(x_TD, gain_D, centroids_ND, eps)
-    return normed, logits
+def norm_router(x_TD: Tensor, gain_D: Tensor, centroids_ND: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """(normalized x [T, D], the router's logits [T, N] in float32, 1 / rms(x) [T] in float32 without a gradient)."""
+    normed, logits, rstd = _norm_router(x_TD, gain_D, centroids_ND, eps)
+    return normed, logits, rstd.detach()

@@ -15,7 +15,7 @@ from mohd_train.config.plan import ModelPlan
 from mohd_train.kernels import ops
 from mohd_train.model.rope import rotate
 from mohd_train.model.router import Routing
-from mohd_train.model.sub_dimension import SubDimensions
+from mohd_train.model.sub_dimension import Normed, SubDimensions
 
 
 def attention_mask(padding_BS: Tensor | None, queries: int, keys: int, device: torch.device) -> Tensor | None:
@@ -58,7 +58,7 @@ class Attention(nn.Module):
         token_mask_T: Tensor | None = None,
         cache: Any = None,
         token_keys_T: Tensor | None = None,
-        logits_TN: Tensor | None = None,
+        norm: Normed | None = None,
         balance: bool = True,
     ) -> tuple[Tensor, Routing | None]:
         """Returns the new residual stream [B, T, D] and the routing (None for a dense layer).
@@ -70,11 +70,12 @@ class Attention(nn.Module):
             return residual_BTD + self.o_proj(self._attend(q, k, v, rope, mask, cache)), None
         x_TD = x_BTD.flatten(0, 1)
         sub = self.sub_dimensions
-        routing, selection = sub.route(x_TD, token_mask_T, token_keys_T, logits_TN, balance)
+        routing, selection = sub.route(x_TD, token_mask_T, token_keys_T, norm, balance)
+        source = None if norm is None else norm.source
         backend = sub.backend(x_TD)
         weights = (self.q_proj.weight, self.k_proj.weight, self.v_proj.weight)
         qkv = ops.up_projection(
-            x_TD, weights, selection, input_weights_TK=sub.input_weights(routing), backend=backend
+            x_TD, weights, selection, input_weights_TK=sub.input_weights(routing), source=source, backend=backend
         )  # eqs. 3-5
         q, k, v = (part.view(*x_BTD.shape[:2], -1) for part in qkv)
         h_TA = self._attend(q, k, v, rope, mask, cache).flatten(0, 1)

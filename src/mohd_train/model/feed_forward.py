@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from mohd_train.config.plan import ModelPlan
 from mohd_train.kernels import ops
 from mohd_train.model.router import Routing
-from mohd_train.model.sub_dimension import SubDimensions
+from mohd_train.model.sub_dimension import Normed, SubDimensions
 
 
 class FeedForward(nn.Module):
@@ -28,7 +28,7 @@ class FeedForward(nn.Module):
         residual_BTD: Tensor,
         token_mask_T: Tensor | None = None,
         token_keys_T: Tensor | None = None,
-        logits_TN: Tensor | None = None,
+        norm: Normed | None = None,
         balance: bool = True,
     ) -> tuple[Tensor, Routing | None]:
         """Returns the new residual stream [B, T, D] and the routing (None for a dense layer).
@@ -39,7 +39,8 @@ class FeedForward(nn.Module):
             return residual_BTD + self.down_proj(F.silu(self.gate_proj(x_BTD)) * self.up_proj(x_BTD)), None
         x_TD = x_BTD.flatten(0, 1)
         sub = self.sub_dimensions
-        routing, selection = sub.route(x_TD, token_mask_T, token_keys_T, logits_TN, balance)
+        routing, selection = sub.route(x_TD, token_mask_T, token_keys_T, norm, balance)
+        source = None if norm is None else norm.source
         z = ops.swiglu_ffn(
             x_TD,
             self.gate_proj.weight,
@@ -48,6 +49,7 @@ class FeedForward(nn.Module):
             selection,
             routing.weights,
             input_weights_TK=sub.input_weights(routing),
+            source=source,
             backend=sub.backend(x_TD),
         )  # eqs. 3-5, 8
         return sub.fuse_residual(z, selection, residual_BTD.flatten(0, 1)).view_as(residual_BTD), routing  # eqs. 9, 17

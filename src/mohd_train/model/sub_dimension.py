@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from torch import Tensor, nn
 
 from mohd_train.config.plan import ModelPlan, SubDimPlan
@@ -11,6 +13,18 @@ from mohd_train.model.balance_loss import balance_loss
 from mohd_train.model.group_fusion import GroupFusion
 from mohd_train.model.random_routing import random_ranks
 from mohd_train.model.router import Router, Routing
+
+
+class Normed(NamedTuple):
+    """What the norm before a component hands on beside the normalized x.
+
+    Attributes:
+        logits_TN: of the router, float32 or wider.
+        source: what x was normalized from.
+    """
+
+    logits_TN: Tensor
+    source: ops.Source
 
 
 class SubDimensions(nn.Module):
@@ -36,30 +50,31 @@ class SubDimensions(nn.Module):
         self.router = Router(plan, model.hidden_size)
         self.fusion = GroupFusion(plan, model.fusion)
 
-    def normalize(self, x_TD: Tensor, gain_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-        """The component's RMSNorm and its router's logits [T, N] together: the backward pass then needs no normalized x."""
-        return ops.norm_router(x_TD, gain_D, self.router.centroids, eps, backend=self.backend(x_TD))
+    def normalize(self, x_TD: Tensor, gain_D: Tensor, eps: float) -> tuple[Tensor, Normed]:
+        """The component's RMSNorm and its router's logits together: the backward pass then needs no normalized x."""
+        normed, logits, rstd = ops.norm_router(x_TD, gain_D, self.router.centroids, eps, backend=self.backend(x_TD))
+        return normed, Normed(logits, ops.Source(x_TD, rstd, gain_D))
 
     def route(
         self,
         x_TD: Tensor,
         token_mask_T: Tensor | None,
         token_keys_T: Tensor | None = None,
-        logits_TN: Tensor | None = None,
+        norm: Normed | None = None,
         balance: bool = True,
     ) -> tuple[Routing, ops.Selection]:
         """Routes T normalized tokens; the router reads the full x.
 
         Args:
             token_keys_T: what random routing goes by.
-            logits_TN: the router's logits, where :meth:`normalize` gave them.
+            norm: what :meth:`normalize` gave beside ``x_TD``; None where x was normalized otherwise.
             balance: whether the balance loss is wanted.
         """
         ranks = None
         if self.random:
             assert token_keys_T is not None, "random routing needs the tokens' keys"
             ranks = random_ranks(token_keys_T, self.plan.sub_dims, self.component)
-        logits, scores, indices = self.router(x_TD, ranks, logits_TN)
+        logits, scores, indices = self.router(x_TD, ranks, None if norm is None else norm.logits_TN)
         weights = activation_weights(scores, indices, self.scaling)
         beta = self.balance_loss_weight if balance else 0.0
         loss = balance_loss(logits, indices, self.plan, beta, token_mask_T)

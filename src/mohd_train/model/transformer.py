@@ -22,7 +22,7 @@ from mohd_train.model.init import initialize
 from mohd_train.model.random_routing import token_keys
 from mohd_train.model.rope import rotary_table
 from mohd_train.model.router import Routing
-from mohd_train.model.sub_dimension import SubDimensions
+from mohd_train.model.sub_dimension import Normed, SubDimensions
 
 IGNORE_INDEX = -100
 
@@ -88,21 +88,21 @@ class Block(nn.Module):
         balance: bool = True,
     ) -> tuple[Tensor, LayerRouting]:
         """Returns the residual stream [B, T, D] after the block, and the block's routing."""
-        normed, logits = _normalize(x_BTD, self.attention_norm, self.attention.sub_dimensions)
+        normed, norm = _normalize(x_BTD, self.attention_norm, self.attention.sub_dimensions)
         h, attention_routing = self.attention(
-            normed, x_BTD, rope, mask, token_mask_T, cache, token_keys_T, logits, balance
+            normed, x_BTD, rope, mask, token_mask_T, cache, token_keys_T, norm, balance
         )
-        normed, logits = _normalize(h, self.ffn_norm, self.ffn.sub_dimensions)
-        x, ffn_routing = self.ffn(normed, h, token_mask_T, token_keys_T, logits, balance)
+        normed, norm = _normalize(h, self.ffn_norm, self.ffn.sub_dimensions)
+        x, ffn_routing = self.ffn(normed, h, token_mask_T, token_keys_T, norm, balance)
         return x, LayerRouting(attention_routing, ffn_routing)
 
 
-def _normalize(x_BTD: Tensor, norm: RMSNorm, sub: SubDimensions | None) -> tuple[Tensor, Tensor | None]:
-    """The normalized x, and the router's logits [B * T, N] of a MoHD component."""
+def _normalize(x_BTD: Tensor, norm: RMSNorm, sub: SubDimensions | None) -> tuple[Tensor, Normed | None]:
+    """The normalized x, and what a MoHD component wants beside it."""
     if sub is None:
         return norm(x_BTD), None
-    normed_TD, logits_TN = sub.normalize(x_BTD.flatten(0, 1), norm.weight, norm.eps)
-    return normed_TD.view_as(x_BTD), logits_TN
+    normed_TD, rest = sub.normalize(x_BTD.flatten(0, 1), norm.weight, norm.eps)
+    return normed_TD.view_as(x_BTD), rest
 
 
 class Transformer(nn.Module):
