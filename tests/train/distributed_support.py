@@ -12,17 +12,22 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import torch
 from composer.core import Callback, State
 from composer.loggers import Logger
 from composer.utils import dist, get_free_tcp_port
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper
+from torch.distributed.fsdp import FullyShardedDataParallel
 from train.train_support import ROOT, make_config
 
-from mohd_train.train import build
+from mohd_train.model.transformer import Block
+from mohd_train.train import build, parallel
 from mohd_train.train.run import train
 
 PROGRAM = str(ROOT / "tests" / "train" / "distributed_program.py")
@@ -47,6 +52,7 @@ class Job:
         crash, kill: the batch in whose backward pass every rank raises Crash, or rank 0 kills its whole process group.
         stop: the batch in whose backward pass SIGTERM comes to rank 1 alone.
         slow: seconds that every batch waits.
+        fsdp: whether Composer shards, which it does on GPUs alone: only by asking CUDA for its device, which is answered here.
     """
 
     folder: str
@@ -58,6 +64,7 @@ class Job:
     kill: int | None = None
     stop: int | None = None
     slow: float = 0.0
+    fsdp: bool = False
 
 
 class Seen(Callback):
@@ -65,6 +72,14 @@ class Seen(Callback):
 
     def __init__(self, job: Job, folder: Path) -> None:
         self.job, self.path = job, folder / f"seen-{dist.get_world_size()}-{dist.get_global_rank()}.jsonl"
+
+    def fit_start(self, state: State, logger: Logger) -> None:
+        modules = list(state.model.modules())
+        blocks = sum(isinstance(module, Block) for module in modules)
+        wrapped = sum(isinstance(module, FullyShardedDataParallel) for module in modules)
+        assert wrapped == (blocks + 1 if self.job.fsdp else 0)
+        recomputed = sum(isinstance(module, CheckpointWrapper) for module in modules)
+        assert recomputed == (blocks if any("activation_checkpointing: true" in o for o in self.job.overrides) else 0)
 
     def batch_start(self, state: State, logger: Logger) -> None:
         rows = [hashlib.sha256(row.numpy().tobytes()).hexdigest()[:16] for row in state.batch["input_ids"]]
@@ -85,8 +100,16 @@ class Seen(Callback):
 def run(job: Job) -> None:
     """Trains in this process, or in all of this launch."""
     config = make_config(Path(job.folder), Path(job.data), *job.overrides, mohd=job.mohd)
-    whole = build.build_callbacks
-    with mock.patch.object(build, "build_callbacks", lambda *args: [*whole(*args), Seen(job, Path(config.run_folder))]):
+    whole, parallelism = build.build_callbacks, parallel.parallelism_config
+    with ExitStack() as patches:
+        watch = lambda *args: [*whole(*args), Seen(job, Path(config.run_folder))]  # noqa: E731
+        patches.enter_context(mock.patch.object(build, "build_callbacks", watch))
+        if job.fsdp:
+            as_gpu = mock.patch.object(
+                parallel, "parallelism_config", lambda config, device: parallelism(config, "gpu")
+            )
+            patches.enter_context(as_gpu)
+            patches.enter_context(mock.patch("torch.cuda.current_device", return_value=torch.device("cpu")))
         try:
             train(config)
         except Crash:
@@ -125,18 +148,18 @@ def jobs_of(argument: str) -> Iterator[Job]:
     return (Job(**value) for value in values)
 
 
-def in_two_processes(work: Callable[[], None], timeout: float = 120) -> list[int | None]:
-    """Exit codes of two ranks that do ``work``: what Composer's launcher does, but forked, which spares the imports."""
+def in_processes(work: Callable[[], None], count: int = 2, timeout: float = 180) -> list[int | None]:
+    """Exit codes of ``count`` ranks that do ``work``: what Composer's launcher does, but forked, which spares the imports."""
     port = get_free_tcp_port()
 
     def rank_of(rank: int) -> None:
-        places = {"RANK": rank, "LOCAL_RANK": rank, "NODE_RANK": 0, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
+        places = {"RANK": rank, "LOCAL_RANK": rank, "NODE_RANK": 0, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
         os.environ |= {name: str(value) for name, value in (places | {"MASTER_PORT": port}).items()}
         os.environ["MASTER_ADDR"] = "127.0.0.1"
         work()
 
     context = multiprocessing.get_context("fork")
-    ranks = [context.Process(target=rank_of, args=(rank,)) for rank in range(2)]
+    ranks = [context.Process(target=rank_of, args=(rank,)) for rank in range(count)]
     for process in ranks:
         process.start()
         os.setpgid(process.pid or 0, ranks[0].pid or 0)  # as the launcher's: a group that one signal ends
@@ -149,11 +172,12 @@ def in_two_processes(work: Callable[[], None], timeout: float = 120) -> list[int
     return [process.exitcode for process in ranks]
 
 
-def run_in_two(*jobs: Job) -> None:
-    """Does the jobs, one after another, in two processes that end well."""
+def run_in(count: int, *jobs: Job) -> None:
+    """Does the jobs, one after another, in processes that end well."""
 
     def work() -> None:
         for job in jobs:
             run(job)
 
-    assert in_two_processes(work) == [0, 0]
+    codes = in_processes(work, count)
+    assert codes == [0] * count, codes

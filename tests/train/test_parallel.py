@@ -54,6 +54,16 @@ def test_fsdp() -> None:
     assert found is not None
     assert found["fsdp"]["state_dict_type"] == "full"
     assert found["fsdp"]["mixed_precision"] == "FULL"
+    sharded = parallel.parallelism_config(config(fsdp_config={"state_dict_type": "sharded"}), "gpu")
+    assert sharded is not None
+    assert sharded["fsdp"]["load_planner"].allow_partial_load
+    for key, value, message in (
+        ("state_dict_type", "local", "full or sharded"),
+        ("sharded_ckpt_prefix_dir", "ba{batch}", r"must be ep\{epoch\}-ba\{batch\}"),
+        ("save_planner", "mine", "leave them out"),
+    ):
+        with pytest.raises(UserError, match=message):
+            parallel.parallelism_config(config(fsdp_config={"state_dict_type": "sharded", key: value}), "gpu")
 
 
 def test_kernels_are_settled_before_the_first_step() -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from train.distributed_support import Job, in_two_processes, run, run_in_two, seen, start
+from train.distributed_support import Job, in_processes, run, run_in, seen, start
 from train.test_run import assert_same_run, timeless
 from train.train_support import make_data
 
@@ -48,7 +48,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Folder:
     make_data(made.path / "data")
     for mohd in MODELS:
         run(made.job(f"{mohd}-1", mohd))
-    run_in_two(*(made.job(f"{mohd}-2", mohd) for mohd in MODELS))
+    run_in(2, *(made.job(f"{mohd}-2", mohd) for mohd in MODELS))
     return made
 
 
@@ -81,7 +81,7 @@ def test_goes_on_in_another_number_of_processes(folder: Folder, mohd: str) -> No
     """From one to two, and from two to one past the end of the epoch."""
     grown, shrunk = f"{mohd}-grown", f"{mohd}-shrunk"
     run(folder.job(grown, mohd, crash=7))
-    run_in_two(folder.job(shrunk, mohd, crash=17), folder.job(grown, mohd, session=2))
+    run_in(2, folder.job(shrunk, mohd, crash=17), folder.job(grown, mohd, session=2))
     run(folder.job(shrunk, mohd, session=2))
     for name, before, after in ((grown, 1, 2), (shrunk, 2, 1)):
         record = json.loads((folder.run(name) / "run.json").read_text())
@@ -137,11 +137,11 @@ def test_killed_and_stopped_runs_go_on_exactly(folder: Folder) -> None:
     assert_saved(path)
 
     stopped = len(read_metrics(path / "metrics.jsonl")) + 1
-    run_in_two(folder.job(name, "x2", workers, session=3, stop=stopped))
+    run_in(2, folder.job(name, "x2", workers, session=3, stop=stopped))
     assert_saved(path, stopped + 1)
     killed = folder.job(name, "x2", workers, session=4, kill=pick.randrange(EPOCH + 1, BATCHES))
-    assert in_two_processes(lambda: run(killed)) == [-signal.SIGKILL] * 2
-    run_in_two(folder.job(name, "x2", workers, session=5))
+    assert in_processes(lambda: run(killed)) == [-signal.SIGKILL] * 2
+    run_in(2, folder.job(name, "x2", workers, session=5))
     assert_same_run(folder.run("x2-2"), path, LAST)
     assert seen(path) == seen(folder.run("x2-2"))
 

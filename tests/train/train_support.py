@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -79,5 +80,6 @@ def write_config(folder: Path, data: Path) -> Path:
     """The small config as a file."""
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "config.yaml"
-    file.write_text(CONFIG.format(vocab=VOCAB, seq_len=SEQ_LEN, data=data, runs=folder / "runs"))
-    return file
+    whole = file.with_suffix(f".{os.getpid()}")  # several processes write the same
+    whole.write_text(CONFIG.format(vocab=VOCAB, seq_len=SEQ_LEN, data=data, runs=folder / "runs"))
+    return whole.replace(file)

@@ -125,7 +125,7 @@ def checkpoints(config: Config, steps: int, manifest: Manifest | None) -> tuple[
 
 
 def checkpoint_bytes(counts: Counts) -> int:
-    """Weights and both moments of Adam in float32, in one file (``state_dict_type: full``)."""
+    """Weights and both moments of Adam in float32, in one file or in shards."""
     return (1 + OPTIMIZER_STATES) * WIDE * counts.parameters
 
 

@@ -15,6 +15,7 @@ from mohd_train.config.plan import ModelPlan
 from mohd_train.errors import UserError
 from mohd_train.hf.convert import load_model
 from mohd_train.model.count import count
+from mohd_train.model.sharded import is_sharded
 from mohd_train.storage import here, is_remote
 
 _BLOCKS, _BLOCK = 64, 1 << 16  # of a fingerprint: blocks a file, bytes a block
@@ -57,7 +58,9 @@ def locate(path: Path | str) -> Location:
     if not path.exists():
         raise UserError(f"no checkpoint at {path}; give a Composer checkpoint (.pt) or a Hugging Face folder")
     path = path.resolve()  # `latest-rank0.pt` is a link: the result names what it stood for
-    if path.is_dir():
+    if is_sharded(path):
+        kind, files = "native", sorted(path.glob("*.distcp"))
+    elif path.is_dir():
         if not (path / "config.json").is_file():
             raise UserError(
                 f"{path} is a folder without config.json; give a Hugging Face folder or a checkpoint file (.pt)"

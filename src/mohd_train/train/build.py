@@ -109,6 +109,8 @@ def prepare(config: Config) -> Run:
     registry.check_callbacks(config.callbacks)
     if parallel.world_size() > 1:
         dist.initialize_dist(get_device(device), config.dist_timeout)
+    if parallel.is_sharded(config):
+        refuse_remote(config.save_folder, "save_folder of sharded checkpoints", "set fsdp_config.state_dict_type=full")
     refuse_remote(config.run_folder, "run_folder", "set save_folder to that address, and the run's files go there too")
     check_writable(Path(config.run_folder))
     check_writable(local_save_folder(config))
@@ -152,6 +154,7 @@ def _check_folder_and_checkpoint(run: Run) -> None:
     if run.resumes is not None:
         run.source = run.source or str(run.resumes)
         check_checkpoint(str(run.resumes), run.plan, parameter_shapes(run.plan), sha256)
+        parallel.check_layout(config, run.resumes)
 
 
 def parameter_shapes(plan: ModelPlan) -> dict[str, torch.Size]:
@@ -203,7 +206,12 @@ def build_callbacks(run: Run, data: TrainData, notice: Notices, saver: Checkpoin
         "config": dataclasses.asdict(shown(config)),
     }
     progress = Progress(data.steps, total, bar=config.progress_bar, interval=interval)
-    return [*callbacks, *registry.build_callbacks(config.callbacks), progress, RunMetadata(metadata)]
+    return [
+        *callbacks,
+        *registry.build_callbacks(config.callbacks),
+        progress,
+        RunMetadata(metadata, text=parallel.is_sharded(config)),
+    ]
 
 
 def build_saver(run: Run) -> CheckpointSaver:

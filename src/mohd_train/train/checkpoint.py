@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from pathlib import Path
@@ -15,7 +16,7 @@ from mohd_train.errors import UserError
 from mohd_train.model.checkpoint import read_checkpoint
 
 LATEST = "latest-rank0.pt"
-NAME = re.compile(r"ep\d+-ba(\d+)-rank0\.pt")
+NAME = re.compile(r"ep\d+-ba(\d+)(-rank0\.pt)?")  # of a file, or of the folder of a sharded checkpoint
 
 
 class RunMetadata(Callback):
@@ -25,14 +26,17 @@ class RunMetadata(Callback):
 
     Args:
         values: ``plan`` (``ModelPlan.to_dict``), ``run_name``, ``tokenizer_sha256``, ``seq_len``, ``version``: plain data.
+        text: for sharded checkpoints, as JSON under ``json``: there each value would be an entry of its own, and a key that the
+            next session's config has more could not be loaded.
     """
 
-    def __init__(self, values: dict[str, Any]) -> None:
+    def __init__(self, values: dict[str, Any], *, text: bool = False) -> None:
         self.values = values
+        self.text = text
 
     def state_dict(self) -> dict[str, Any]:
         """The values, as they are."""
-        return dict(self.values)
+        return {"json": json.dumps(self.values)} if self.text else dict(self.values)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Nothing is taken over: :func:`check_checkpoint` compares the two before the load."""
@@ -40,7 +44,7 @@ class RunMetadata(Callback):
 
 def _by_batch(folder: Path) -> dict[int, Path]:
     """Checkpoints of a folder, oldest first."""
-    found = {int(match[1]): path for path in folder.glob("*.pt") if (match := NAME.fullmatch(path.name))}
+    found = {int(match[1]): path for path in folder.glob("ep*-ba*") if (match := NAME.fullmatch(path.name))}
     return dict(sorted(found.items()))
 
 
@@ -62,7 +66,7 @@ def newest_whole(folder: Path) -> tuple[Path | None, list[str]]:
     skipped: list[str] = []
     for path in reversed(_by_batch(folder).values()):
         try:
-            read_checkpoint(path)
+            read_checkpoint(path, meta=True)
         except UserError as error:
             skipped.append(str(error))
             continue
@@ -88,7 +92,7 @@ def check_checkpoint(path: str, plan: ModelPlan, shapes: dict[str, torch.Size], 
     """Refuses a checkpoint that is not one of this model, naming what differs.
 
     Args:
-        path: a local file.
+        path: a local file, or the folder of a sharded checkpoint.
         plan: this run's model.
         shapes: its parameters, name -> shape.
         tokenizer_sha256: the tokenizer of this run's data.
@@ -96,7 +100,7 @@ def check_checkpoint(path: str, plan: ModelPlan, shapes: dict[str, torch.Size], 
     Raises:
         UserError: another architecture or tokenizer, parameters missing, unexpected or of another shape.
     """
-    metadata, weights = read_checkpoint(Path(path))
+    metadata, weights = read_checkpoint(Path(path), meta=True)
     differences = plan.differences(ModelPlan.from_dict(metadata["plan"]))
     if differences:
         raise UserError(

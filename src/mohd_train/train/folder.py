@@ -19,7 +19,7 @@ from mohd_train.train.checkpoint import LATEST, point_latest
 from mohd_train.train.lock import RunLock
 from mohd_train.train.record import RunRecord, code_version, hardware, now, read_record, versions
 from mohd_train.train.remote import LINK, METRICS, RECORD, local_save_folder
-from mohd_train.train.saver import leftovers
+from mohd_train.train.saver import leftovers, remove
 from mohd_train.train.secrets import shown
 
 if TYPE_CHECKING:
@@ -80,9 +80,9 @@ def _taken_meanwhile(folder: Path) -> bool:
 
 def _clear(folder: Path, *, checkpoints: bool) -> None:
     """Halves of saves; and, where a new run replaces one, its checkpoints: autoresume must never find them."""
-    old = [*folder.glob("ep*-ba*-rank*.pt"), folder / LATEST] if checkpoints else []
+    old = [*folder.glob("ep*-ba*"), folder / LATEST] if checkpoints else []
     for path in [*leftovers(folder), *old]:
-        path.unlink(missing_ok=True)
+        remove(path)
     clear_staged(folder)
 
 

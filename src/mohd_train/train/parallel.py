@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from pathlib import Path
 from typing import Any
 
 import torch
 from composer.utils.parallelism import FSDPConfig
+from torch.distributed.checkpoint import DefaultLoadPlanner
 
 from mohd_train.config.load import nearest
 from mohd_train.config.plan import ModelPlan
@@ -18,12 +20,13 @@ from mohd_train.model.transformer import Transformer
 
 # mixed_precision FULL gathers float32 parameters and leaves bfloat16 to autocast, as under DDP: with DEFAULT the router's centroids
 # and its input would be rounded to bfloat16, where 0.4% of the choices flip. Reentrant recomputation would drop the gradient
-# of what isn't a plain tensor output, such as a block's balance loss. A full state dict is one file, for any number of devices.
+# of what isn't a plain tensor output, such as a block's balance loss. A full state dict is one file, for DDP too.
 FSDP_DEFAULTS: dict[str, Any] = {
     "mixed_precision": "FULL",
     "activation_checkpointing_reentrant": False,
     "state_dict_type": "full",
 }
+SHARDED_NAME = "ep{epoch}-ba{batch}"  # Composer's
 
 
 def world_size() -> int:
@@ -93,9 +96,32 @@ def parallelism_config(config: Config, device: str) -> dict[str, Any] | None:
         raise UserError(
             "fsdp_config.activation_checkpointing_reentrant must be false: it would drop the balance loss's gradient"
         )
-    if merged["state_dict_type"] != "full":
-        raise UserError("fsdp_config.state_dict_type must be full: export and evaluation read a checkpoint as one file")
+    if merged["state_dict_type"] not in ("full", "sharded"):
+        raise UserError(f"fsdp_config.state_dict_type is {merged['state_dict_type']!r}; set full or sharded")
+    if is_sharded(config):
+        if merged.get("sharded_ckpt_prefix_dir", SHARDED_NAME) != SHARDED_NAME:
+            raise UserError(f"fsdp_config.sharded_ckpt_prefix_dir must be {SHARDED_NAME}: resuming looks for that name")
+        if merged.get("load_planner") is not None or merged.get("save_planner") is not None:
+            raise UserError("fsdp_config.load_planner and save_planner are no settings of a file; leave them out")
+        # What a session logs or watches may change, and with it what callbacks keep; the rest is checked to be there before.
+        merged["load_planner"] = DefaultLoadPlanner(allow_partial_load=True)
     return {"fsdp": merged}
+
+
+def is_sharded(config: Config) -> bool:
+    """Whether checkpoints are folders in which every rank writes its part."""
+    return config.fsdp_config is not None and config.fsdp_config.get("state_dict_type") == "sharded"
+
+
+def check_layout(config: Config, checkpoint: Path) -> None:
+    """Raises UserError where Composer would not read ``checkpoint`` as it is, a file or a folder."""
+    if checkpoint.is_dir() == is_sharded(config):
+        return
+    if checkpoint.is_dir():
+        raise UserError(
+            f"{checkpoint} is a sharded checkpoint; set fsdp_config.state_dict_type=sharded, as FSDP alone reads it"
+        )
+    raise UserError(f"{checkpoint} is one file, and not sharded; set fsdp_config.state_dict_type=full")
 
 
 COMPUTE_DTYPES = {"fp32": torch.float32, "amp_bf16": torch.bfloat16, "amp_fp16": torch.float16}

@@ -166,7 +166,7 @@ def check_folder(config: Config, data_sha256: str, stored: dict[str, Any] | None
             )
         return None
     if record is None or not _has_trained(record):
-        for place, pattern in ((folder, "metrics.jsonl"), (local_save_folder(config), "ep*-ba*-rank*.pt")):
+        for place, pattern in ((folder, "metrics.jsonl"), (local_save_folder(config), "ep*-ba*")):
             if record is None and any(place.glob(pattern)):
                 raise UserError(
                     f"{place} holds {pattern} of another run (there is no {folder}/run.json); set another run_name"

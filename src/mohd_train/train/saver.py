@@ -8,7 +8,7 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,12 @@ import torch
 from composer import callbacks
 from composer.core import State, Time
 from composer.loggers import Logger
-from composer.utils import checkpoint
+from composer.utils import checkpoint, dist
+from torch.distributed.checkpoint.api import CheckpointException
 
 from mohd_train.errors import UserError
 from mohd_train.train.checkpoint import NAME
+from mohd_train.train.data import on_rank_zero
 
 log = logging.getLogger(__name__)
 ATTEMPTS = 3
@@ -28,8 +30,18 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def leftovers(folder: Path) -> list[Path]:
-    """Halves of checkpoints that a kill cut short."""
-    return sorted(folder.glob(".ep*-ba*-rank*.pt.tmp"))
+    """Halves of checkpoints that a kill cut short, and halves of those that were being removed."""
+    return sorted(folder.glob(".ep*-ba*.tmp"))
+
+
+def remove(path: Path) -> None:
+    """Removes a file, or a sharded checkpoint, which is hidden first: half of one must never stand under its name."""
+    if path.is_dir() and not path.is_symlink():
+        if not path.name.startswith("."):
+            path = path.replace(path.with_name(f".{path.name}.tmp"))
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _cause(error: BaseException) -> OSError | None:
@@ -79,15 +91,76 @@ def _failure(path: Path, cause: OSError) -> str:
     )
 
 
+def save_sharded(save: Callable[[str], str | None], filename: str) -> str | None:
+    """Has every rank write its part into a folder of a temporary name, which is then renamed.
+
+    Args:
+        save: writes a sharded checkpoint, given this rank's file in it.
+        filename: the file in the folder to be.
+
+    Raises:
+        UserError: on every rank, where one can't write. Nothing is left of the attempt under the folder's name.
+    """
+    folder = Path(filename).parent
+    temporary = folder.with_name(f".{folder.name}.tmp")
+
+    def clear() -> None:
+        if temporary.exists():
+            shutil.rmtree(temporary)
+
+    def rename() -> None:
+        if folder.exists():  # broken, or about to be the same
+            remove_beside = folder.replace(folder.with_name(f".{folder.name}.old.tmp"))
+            temporary.replace(folder)
+            shutil.rmtree(remove_beside)
+        else:
+            temporary.replace(folder)
+
+    try:
+        on_rank_zero(lambda: _told(folder, clear))
+        try:
+            saved = save(str(temporary / Path(filename).name))
+        except CheckpointException as error:  # the same one on every rank
+            causes = [_cause(failure) for failure, _ in error.failures.values()]
+            cause = next((one for one in causes if one is not None), None)
+            if cause is None:
+                raise
+            raise UserError(_failure(folder, cause)) from error
+        dist.barrier()  # Composer looks for each rank's file once more
+        on_rank_zero(lambda: _told(folder, rename))
+    finally:
+        if dist.get_global_rank() == 0:
+            shutil.rmtree(temporary, ignore_errors=True)
+    return filename if saved else None
+
+
+def _told(folder: Path, work: Callable[[], None]) -> None:
+    try:
+        work()
+    except OSError as error:
+        raise UserError(_failure(folder, error)) from error
+
+
 @contextlib.contextmanager
 def _whole_files() -> Iterator[None]:
     """Composer writes straight to the final name and has no hook for it."""
-    theirs = checkpoint._write_checkpoint_file
-    checkpoint._write_checkpoint_file = write_whole
+    theirs = checkpoint._write_checkpoint_file, checkpoint._save_checkpoint
+
+    def save(state: State, save_filename: str, **arguments: Any) -> str | None:
+        if state.fsdp_sharded_state_dict_enabled:
+            return save_sharded(lambda filename: theirs[1](state, filename, **arguments), save_filename)
+        return theirs[1](state, save_filename, **arguments)
+
+    checkpoint._write_checkpoint_file, checkpoint._save_checkpoint = write_whole, save
     try:
         yield
     finally:
-        checkpoint._write_checkpoint_file = theirs
+        checkpoint._write_checkpoint_file, checkpoint._save_checkpoint = theirs
+
+
+def _name(saved: str) -> str:
+    """The checkpoint, file or folder, that Composer knows by what this rank has written of it."""
+    return str(Path(saved).parent) if saved.endswith(".distcp") else saved
 
 
 class CheckpointSaver(callbacks.CheckpointSaver):
@@ -107,7 +180,7 @@ class CheckpointSaver(callbacks.CheckpointSaver):
         with _whole_files():
             super()._save_checkpoint(state, logger)
         if self.saved_checkpoints:
-            self.newest = self.saved_checkpoints[-1]
+            self.newest = _name(self.saved_checkpoints[-1])
 
     def save_now(self, state: State, logger: Logger) -> None:
         """Saves this batch, unless it is saved already."""
@@ -116,12 +189,13 @@ class CheckpointSaver(callbacks.CheckpointSaver):
 
     def is_kept(self, path: str) -> bool:
         """Whether ``keep_every`` covers it."""
-        match = NAME.fullmatch(Path(path).name)
+        match = NAME.fullmatch(Path(_name(path)).name)
         return self.keep_every is not None and match is not None and int(match[1]) % self.keep_every == 0
 
     def _rotate_checkpoints(self, sharding_enabled: bool = False) -> None:
         rotating = [path for path in self.saved_checkpoints if not self.is_kept(path)]
         excess = len(rotating) - self.num_checkpoints_to_keep
         for path in rotating[: max(excess, 0)]:
-            Path(path).unlink(missing_ok=True)
+            if dist.get_global_rank() == 0:  # of a sharded checkpoint every rank knows its part
+                remove(Path(_name(path)))
             self.saved_checkpoints.remove(path)

@@ -60,7 +60,9 @@ class RouterCollapse(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Since when."""
-        return {"since": dict(self.since)}
+        return {
+            "since": list(self.since.items())
+        }  # a list: in a sharded checkpoint the keys of a mapping must be known beforehand
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes on counting."""

@@ -1,0 +1,213 @@
+"""FSDP in two processes on a CPU, through Composer: it equals one process, goes on exactly from sharded checkpoints, and these are
+read safely, whole or not at all.
+
+Composer runs FSDP on GPUs alone, but for one thing: it asks CUDA for the device. With that answered, what is tested is what
+runs on GPUs, wrapping and checkpoints included. Full state dicts stay untested here: torch's FSDP crashes on a CPU where it
+offloads them to the CPU.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import shutil
+import signal
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.distributed import checkpoint as dcp
+from train.distributed_support import Job, in_processes, run, run_in, seen
+from train.test_run import timeless
+from train.train_support import make_config, make_data
+
+from mohd_train.errors import UserError
+from mohd_train.evaluate.checkpoint import locate
+from mohd_train.hf.convert import load_native
+from mohd_train.model.checkpoint import read_checkpoint
+from mohd_train.model.sharded import METADATA_FILE
+from mohd_train.train import parallel
+from mohd_train.train.checkpoint import newest_whole
+from mohd_train.train.run import train
+
+BATCHES = 8
+FSDP = "fsdp_config={state_dict_type: sharded}"
+RECOMPUTED = "fsdp_config={state_dict_type: sharded, activation_checkpointing: true}"
+MODELS = ("x2", "dense")
+
+
+@dataclass
+class Runs:
+    """Runs of both models: in one process, sharded over two, the same with recomputation."""
+
+    path: Path
+
+    def job(self, name: str, mohd: str = "x2", *overrides: str, **values: Any) -> Job:
+        fixed = [f"run_name={name}", f"max_duration={BATCHES}ba", "save_interval=2ba", "eval_interval=4ba"]
+        # The router's own learning rate would not be its own if sharding took the groups apart.
+        fixed += ["autoresume=true", "device_train_microbatch_size=1", "optimizer.router_lr=1.0e-3"]
+        return Job(str(self.path), str(self.path / "data"), [*fixed, *overrides], mohd, **values)
+
+    def run(self, name: str) -> Path:
+        return self.path / "runs" / name
+
+    def checkpoint(self, name: str, batch: int = BATCHES) -> Path:
+        return self.run(name) / "checkpoints" / f"ep0-ba{batch}"
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    made = Runs(tmp_path_factory.mktemp("sharded"))
+    make_data(made.path / "data")
+    for mohd in MODELS:
+        run(made.job(f"{mohd}-one", mohd))
+    sharded = [made.job(f"{mohd}-sharded", mohd, FSDP, fsdp=True) for mohd in MODELS]
+    recomputed = [made.job(f"{mohd}-recomputed", mohd, RECOMPUTED, fsdp=True) for mohd in MODELS]
+    run_in(2, *sharded, *recomputed)
+    return made
+
+
+@pytest.mark.parametrize("kind", ["sharded", "recomputed"])
+@pytest.mark.parametrize("mohd", MODELS)
+def test_fsdp_equals_one_process(runs: Runs, mohd: str, kind: str) -> None:
+    one, two = runs.run(f"{mohd}-one"), runs.run(f"{mohd}-{kind}")
+    for ours, theirs in zip(timeless(one / "metrics.jsonl"), timeless(two / "metrics.jsonl"), strict=True):
+        assert ours.keys() == theirs.keys()
+        for key in ours:
+            assert ours[key] == pytest.approx(theirs[key], rel=2e-5, abs=1e-7), (ours["batch"], key)
+    rates = {key: value for key, value in timeless(two / "metrics.jsonl")[-1].items() if key.startswith("lr-")}
+    assert len(set(rates.values())) == (2 if mohd == "x2" else 1)
+    _, whole = read_checkpoint(one / "checkpoints" / f"ep0-ba{BATCHES}-rank0.pt")
+    _, parts = read_checkpoint(runs.checkpoint(two.name))
+    assert whole.keys() == parts.keys()
+    for name in whole:
+        torch.testing.assert_close(parts[name], whole[name], rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_each_process_writes_its_part(runs: Runs) -> None:
+    sizes = [path.stat().st_size for path in sorted(runs.checkpoint("x2-sharded").glob("__*.distcp"))]
+    assert len(sizes) == 2
+    folder = runs.checkpoint("x2-sharded").parent
+    assert (folder / "latest-rank0.pt").resolve() == runs.checkpoint("x2-sharded").resolve()
+    assert sorted(path.name for path in folder.iterdir() if not path.is_symlink()) == [
+        f"ep0-ba{n}" for n in (2, 4, 6, 8)
+    ]
+
+
+def test_kill_and_resume_equals_uninterrupted(runs: Runs) -> None:
+    """Kill -9 of both; on from the checkpoint before the newest, which is made a half; one fewer is kept meanwhile."""
+    killed = runs.job("x2-killed", "x2", FSDP, fsdp=True, kill=5)
+    assert in_processes(lambda: run(killed)) == [-signal.SIGKILL] * 2
+    half = runs.checkpoint("x2-killed", 4)
+    (half / METADATA_FILE).unlink()
+    (half.parent / ".ep0-ba6.tmp").mkdir()
+    found, skipped = newest_whole(half.parent)
+    assert found == runs.checkpoint("x2-killed", 2)
+    assert f"{half} is broken or half-written" in skipped[0]
+    run_in(2, runs.job("x2-killed", "x2", FSDP, "save_num_checkpoints_to_keep=2", fsdp=True, session=2))
+    whole, path = runs.run("x2-sharded"), runs.run("x2-killed")
+    assert timeless(whole / "metrics.jsonl") == timeless(path / "metrics.jsonl")
+    assert seen(whole) == seen(path)
+    weights = [read_checkpoint(runs.checkpoint(name))[1] for name in ("x2-sharded", "x2-killed")]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    names = sorted(path.name for path in half.parent.iterdir())
+    assert names == ["ep0-ba6", "ep0-ba8", "latest-rank0.pt"]
+
+
+def test_goes_on_in_another_number_of_processes(runs: Runs) -> None:
+    """Two, one, two: the parts are cut anew. The samples are the same, and losses differ by the order of sums alone."""
+    for session, (count, crash) in enumerate(((2, 3), (1, 5), (2, None)), 1):
+        run_in(count, runs.job("x2-moved", "x2", FSDP, fsdp=True, session=session, crash=crash))
+    one, moved = runs.run("x2-sharded"), runs.run("x2-moved")
+    assert {batch: sorted(rows) for batch, rows in seen(one).items()} == {b: sorted(r) for b, r in seen(moved).items()}
+    for ours, theirs in zip(timeless(one / "metrics.jsonl"), timeless(moved / "metrics.jsonl"), strict=True):
+        assert ours == pytest.approx(theirs, rel=2e-5, abs=1e-7)
+
+
+def test_export_and_evaluation_read_it(runs: Runs) -> None:
+    latest = runs.checkpoint("x2-sharded").parent / "latest-rank0.pt"
+    model = load_native(latest)
+    _, weights = read_checkpoint(latest)
+    ours = model.transformer.state_dict()
+    assert ours.keys() == weights.keys()
+    assert all(torch.equal(ours[name], weights[name]) for name in ours)
+    assert locate(latest).kind == "native"
+    reference = runs.run("x2-one") / "checkpoints" / "latest-rank0.pt"
+    assert read_checkpoint(latest)[0]["plan"] == json.loads(json.dumps(read_checkpoint(reference)[0]["plan"]))
+
+
+@pytest.mark.parametrize(
+    "damage", ["no metadata", "cut metadata", "shard cut", "shard gone", "moments gone", "no shard"]
+)
+def test_half_of_one_is_refused(runs: Runs, tmp_path: Path, damage: str) -> None:
+    folder = Path(shutil.copytree(runs.checkpoint("x2-sharded"), tmp_path / "ep0-ba8"))
+    metadata, shard = folder / METADATA_FILE, folder / "__1_0.distcp"
+    if damage == "no metadata":
+        metadata.unlink()
+    elif damage == "cut metadata":
+        metadata.write_bytes(metadata.read_bytes()[:-100])
+    elif damage == "shard cut":
+        shard.write_bytes(shard.read_bytes()[:-1])
+    elif damage == "shard gone":
+        shard.unlink()
+    else:
+        content = pickle.loads(metadata.read_bytes())
+        if damage == "moments gone":
+            gone = next(name for name in content.planner_data if name.endswith("exp_avg"))
+            del content.planner_data[gone]
+        else:
+            next(iter(content.storage_data.values())).relative_path = "../__0_0.distcp"
+        metadata.write_bytes(pickle.dumps(content))
+    with pytest.raises(UserError, match=r"is broken or half-written|can't be read"):
+        read_checkpoint(folder, meta=True)
+    with pytest.raises(UserError, match=r"no checkpoint in .* is whole"):
+        newest_whole(tmp_path)
+
+
+class Payload:
+    """Runs a command when it is unpickled."""
+
+    def __init__(self, flag: Path) -> None:
+        self.flag = flag
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.system, (f"touch {self.flag}",)
+
+
+@pytest.mark.parametrize("place", ["metadata", "within metadata", "shard"])
+def test_code_is_refused(runs: Runs, tmp_path: Path, place: str) -> None:
+    """In DCP's metadata, which is a pickle, and in a value of a shard, which is another."""
+    folder, flag = tmp_path / "ep0-ba8", tmp_path / "ran"
+    if place == "shard":
+        state = {"state": {"model": {"model.w": torch.zeros(2)}, "callbacks": {"RunMetadata": {"json": Payload(flag)}}}}
+        dcp.save(state, storage_writer=dcp.FileSystemWriter(folder), no_dist=True)
+    else:
+        shutil.copytree(runs.checkpoint("x2-sharded"), folder)
+        content: Any = Payload(flag)
+        if place == "within metadata":
+            content = pickle.loads((folder / METADATA_FILE).read_bytes())
+            content.planner_data["x"] = Payload(flag)
+        (folder / METADATA_FILE).write_bytes(pickle.dumps(content))
+    with pytest.raises(UserError, match=r"is refused: it holds more than tensors and plain data .*system"):
+        read_checkpoint(folder)
+    with pytest.raises(UserError, match="is refused"):
+        newest_whole(tmp_path)
+    config = make_config(tmp_path, runs.path / "data", "run_name=a", f"load_path={folder}")
+    with pytest.raises(UserError):
+        train(config)
+    assert not flag.exists()
+
+
+def test_a_run_goes_on_as_it_was_saved(runs: Runs) -> None:
+    """Composer reads a folder under sharding alone."""
+    folder = runs.checkpoint("x2-sharded")
+    config = make_config(runs.path, runs.path / "data", "run_name=b", f"load_path={folder}")
+    with pytest.raises(UserError, match=r"is a sharded checkpoint; set fsdp_config.state_dict_type=sharded"):
+        train(config)
+    config.fsdp_config = {"state_dict_type": "sharded"}
+    parallel.check_layout(config, folder)
+    with pytest.raises(UserError, match=r"set fsdp_config.state_dict_type=full"):
+        parallel.check_layout(config, runs.run("x2-one") / "checkpoints" / f"ep0-ba{BATCHES}-rank0.pt")
