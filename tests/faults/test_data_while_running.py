@@ -16,6 +16,7 @@ from faults.conftest import LONG
 from faults.faults_support import At, batches_of, config_of, fails, inject, record_of, recovers
 
 from mohd_train.data.streams import TokenStreams
+from mohd_train.train.callbacks import worker_watch
 
 
 @pytest.fixture
@@ -24,10 +25,11 @@ def own(data: Path, tmp_path: Path) -> Path:
     return shutil.copytree(data, tmp_path / "data", ignore=shutil.ignore_patterns("*.mds", ".lock"))
 
 
-def of_workers(number: int) -> None:
+def of_workers(number: int, *, last: bool = False) -> None:
+    """Sends a signal to all data workers, or to the last one alone."""
     workers = [child for child in multiprocessing.active_children() if child.daemon]
     assert workers
-    for worker in workers:
+    for worker in sorted(workers, key=lambda child: child.pid or 0)[-1 if last else 0 :]:
         os.kill(worker.pid or 0, number)
 
 
@@ -64,6 +66,29 @@ def test_a_worker_hangs(tmp_path: Path, data: Path, long_whole: Path, monkeypatc
     assert not multiprocessing.active_children()
     flag.unlink()
     recovers(tmp_path, data, long_whole, *LONG, "data.num_workers=1")
+
+
+@pytest.mark.fault("a data worker is frozen (SIGSTOP)", happened="stopped after data.worker_timeout, worker ended")
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_worker_is_frozen(
+    workers: int, tmp_path: Path, data: Path, long_whole: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The only one, or one of two."""
+    frozen_since: list[float] = []
+
+    monkeypatch.setattr(worker_watch, "SLACK", 2.0)
+
+    def freeze(_: State) -> None:
+        frozen_since.append(time.monotonic())
+        of_workers(signal.SIGSTOP, last=workers == 2)
+
+    options = (*LONG, f"data.num_workers={workers}", "data.worker_timeout=2")
+    with monkeypatch.context() as patch:
+        inject(patch, At("batch_start", 5, freeze))
+        fails(config_of(tmp_path, data, *options), "no batch came from the data workers within")
+    assert time.monotonic() - frozen_since[0] < 30
+    assert not multiprocessing.active_children()
+    recovers(tmp_path, data, long_whole, *LONG, f"data.num_workers={workers}")
 
 
 @pytest.mark.fault("SIGTERM to the data workers too", happened="they work on until the run has saved")

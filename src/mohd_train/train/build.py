@@ -32,6 +32,7 @@ from mohd_train.train.callbacks import (
     RunRecorder,
     Uploads,
     ValidationTotal,
+    WorkerWatch,
 )
 from mohd_train.train.checkpoint import LATEST, RunMetadata, check_checkpoint, newest_whole, whole_run
 from mohd_train.train.composer_model import MoHDComposerModel
@@ -245,6 +246,7 @@ class Built:
     preemption: Preemption
     recorder: RunRecorder
     uploads: Uploads | None
+    worker_watch: WorkerWatch
 
 
 def build_trainer(run: Run, data: TrainData, record: RunRecord | None, run_id: str, stop: StopSignal) -> Built:
@@ -262,6 +264,7 @@ def build_trainer(run: Run, data: TrainData, record: RunRecord | None, run_id: s
     uploads = None
     if record is not None and is_remote(config.save_folder):
         uploads = Uploads(Storage(config.save_folder), run.folder, saver, notice)
+    worker_watch = WorkerWatch(config.data.worker_timeout if config.data.num_workers else 0)
     clipping = config.gradient_clipping
     trainer = Trainer(
         model=model,
@@ -280,6 +283,7 @@ def build_trainer(run: Run, data: TrainData, record: RunRecord | None, run_id: s
             recorder,
             *([uploads] if uploads is not None else []),
             preemption,
+            worker_watch,
         ],
         loggers=[metrics, *registry.build_loggers(config.loggers, run.folder, run_id)],
         run_name=config.run_name,
@@ -299,7 +303,7 @@ def build_trainer(run: Run, data: TrainData, record: RunRecord | None, run_id: s
     )
     plain = {"config": dataclasses.asdict(shown(config)), "plan": run.plan.to_dict()}
     trainer.logger.log_hyperparameters(plain)
-    return Built(trainer, saver, preemption, recorder, uploads)
+    return Built(trainer, saver, preemption, recorder, uploads, worker_watch)
 
 
 def build(config: Config) -> Trainer:

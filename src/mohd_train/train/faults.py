@@ -40,13 +40,16 @@ class Notices:
             self.record.update(warnings=[*self.record.data.get("warnings", []), entry][-KEPT:])
 
 
-def explain(error: BaseException, microbatch: int | float | str, newest: str | None) -> UserError | None:
+def explain(
+    error: BaseException, microbatch: int | float | str, newest: str | None, *, stalled: bool = False
+) -> UserError | None:
     """The line for a fault that a user can act on; None for a bug, which keeps its traceback.
 
     Args:
         error: what ended the run.
         microbatch: samples of a forward pass by then.
         newest: the last whole checkpoint.
+        stalled: whether the data workers were ended because they gave nothing.
     """
     text = str(error)
     resume = f"the last whole checkpoint is {newest or 'none yet'}; go on with autoresume=true"
@@ -56,9 +59,10 @@ def explain(error: BaseException, microbatch: int | float | str, newest: str | N
         return error
     if isinstance(error, MemoryError) or MEMORY.search(text):
         return UserError(_memory_advice(microbatch, resume))
-    if "DataLoader timed out" in text:
+    if stalled or "DataLoader timed out" in text:
         return UserError(
-            f"no batch came from the data workers within data.worker_timeout (a hanging disk or download?); {resume}"
+            "no batch came from the data workers within data.worker_timeout (a hanging disk or download, frozen processes?); "
+            + resume
         )
     if "DataLoader worker" in text and ("killed by signal" in text or "exited unexpectedly" in text):
         return UserError(
@@ -85,6 +89,16 @@ def end_workers(error: BaseException) -> None:
         if child.daemon:
             child.kill()
             child.join(10)
+
+
+def settle_workers(error: BaseException) -> None:
+    """As :func:`end_workers`; torch's signal handler, which reports dead workers wherever the main thread is, must not end it."""
+    for _ in range(3):
+        try:
+            return end_workers(error)
+        except RuntimeError as again:
+            log.info("data workers: %s", again)
+            error = again
 
 
 def _memory_advice(microbatch: int | float | str, resume: str) -> str:

@@ -14,7 +14,7 @@ from mohd_train.train.callbacks import FirstBatchWatchdog
 from mohd_train.train.callbacks.progress import short
 from mohd_train.train.callbacks.uploads import complete
 from mohd_train.train.data import TrainData, build_data, on_rank_zero
-from mohd_train.train.faults import end_workers, explain
+from mohd_train.train.faults import explain, settle_workers
 from mohd_train.train.optimizer import build_optimizer
 from mohd_train.train.preemption import Preempted, StopSignal, stop_signal
 from mohd_train.train.record import RunRecord
@@ -136,11 +136,13 @@ def _fit(run: Run, data: TrainData, built: Built) -> None:
 
 def _close(run: Run, built: Built | None, record: RunRecord | None, error: BaseException) -> UserError | None:
     """Leaves an unfinished run in order, and says what ``error`` means, where a user can do something about it."""
+    settle_workers(error)
     microbatch: int | float | str = "auto"
     if built is not None:
         microbatch = built.trainer.state.device_train_microbatch_size or "auto"
     newest = built.saver.newest if built is not None else run.source or None
-    fault = explain(error, microbatch, newest)
+    stalled = built is not None and built.worker_watch.fired
+    fault = explain(error, microbatch, newest, stalled=stalled)
     if record is not None:
         statuses = {KeyboardInterrupt: "interrupted", Preempted: "preempted"}
         status = statuses.get(type(error), "failed")
@@ -151,7 +153,6 @@ def _close(run: Run, built: Built | None, record: RunRecord | None, error: BaseE
             log.error("%s can't be written: %s", record.path, problem.strerror)
     if built is not None:
         built.trainer.engine.close()
-    end_workers(error)
     if built is not None and built.uploads is not None:
         try:
             built.uploads.finish()

@@ -11,6 +11,7 @@ from mohd_train.train.callbacks.run_recorder import RunRecorder
 from mohd_train.train.callbacks.uploads import Uploads
 from mohd_train.train.callbacks.validation_total import ValidationTotal
 from mohd_train.train.callbacks.watchdog import FirstBatchWatchdog
+from mohd_train.train.callbacks.worker_watch import WorkerWatch
 
 __all__ = [
     "DomainMix",
@@ -23,4 +24,5 @@ __all__ = [
     "RunRecorder",
     "Uploads",
     "ValidationTotal",
+    "WorkerWatch",
 ]
