@@ -6,12 +6,14 @@ import logging
 import os
 import shutil
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 
 from streaming.base.storage import CloudDownloader
 from streaming.base.util import retry
 
-from mohd_train.data.manifest import MANIFEST, TOKENIZER_FOLDER, load_manifest
+from mohd_train.data.manifest import MANIFEST, TOKENIZER_FOLDER, Manifest, load_manifest
+from mohd_train.data.verify import index_problems
 from mohd_train.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -38,6 +40,28 @@ def fetch_manifest(remote: str, local: Path, attempts: int, timeout: float) -> N
         os.replace(scratch / MANIFEST, local / MANIFEST)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def fetch_indexes(
+    remote: str, local: Path, manifest: Manifest, domains: Iterable[str], attempts: int, timeout: float
+) -> None:
+    """Brings the domains' `index.json`, which streaming would take as they are, and compares them with the manifest.
+
+    Raises UserError when one can't be had, or lists other shards.
+    """
+    for domain in domains:
+        for name, split in manifest.domains[domain].items():
+            place = local / domain / name
+            place.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(prefix=".fetch-", dir=place) as scratch:
+                _download(f"{remote.rstrip('/')}/{domain}/{name}", "index.json", Path(scratch), attempts, timeout)
+                problems = index_problems(Path(scratch), split, manifest.dtype, manifest.seq_len)
+                if problems:
+                    raise UserError(
+                        f"data.remote: {remote}/{domain}/{name}/index.json{problems[0].partition('index.json')[2]}; copy the data "
+                        "there again"
+                    )
+                os.replace(Path(scratch) / "index.json", place / "index.json")
 
 
 def tell_failures(downloader: CloudDownloader) -> CloudDownloader:

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 from mohd_train.config.schema import DataConfig
 from mohd_train.data.manifest import HASH, MANIFEST, Manifest, load_manifest
 from mohd_train.data.mix import MixPlan, epoch_samples, mixture, plan_mix
-from mohd_train.data.remote import fetch_manifest
+from mohd_train.data.remote import fetch_indexes, fetch_manifest
 from mohd_train.data.shared_memory import claim_shared_memory
 from mohd_train.data.signals import outlive_sigterm
 from mohd_train.data.streams import ShardStream, TokenStreams, ValidationSet
@@ -68,7 +68,9 @@ def check_data(data: DataConfig, *, vocab_size: int, seq_len: int, tokenizer_sha
             f"vocab_size={vocab_size}; set model.vocab_size={tokenizer.vocab_size}, or prepare the data with the model's"
         )
     domains, _ = mixture(data, manifest)
-    if not data.remote:
+    if data.remote:
+        fetch_indexes(data.remote, folder, manifest, domains, data.download_retry, data.download_timeout)
+    else:
         _check_shards(folder, manifest, domains, data.verify)
     return manifest
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from streaming import Stream, StreamingDataset
 from streaming.base.compression import decompress
 from streaming.base.dataset import _ShardState
-from streaming.base.format.base.reader import FileInfo
+from streaming.base.format.base.reader import FileInfo, Reader
 from streaming.base.hashing import get_hash
 from streaming.base.spanner import Spanner
 from streaming.base.world import World
@@ -28,6 +28,10 @@ from mohd_train.data.shared_memory import one_at_a_time
 from mohd_train.errors import UserError
 
 
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
 class ShardStream(Stream):
     """A Stream that several runs may unpack in the same folder at once, and whose bad shards are named to the user."""
 
@@ -35,6 +39,27 @@ class ShardStream(Stream):
         """Args: arguments: Stream's."""
         super().__init__(**arguments)
         tell_failures(self._downloader)
+
+    def set_up_local(self, shards: list[Reader], cache_usage_per_shard: NDArray[np.int64]) -> None:
+        """As streaming's. Raises UserError for an index whose entries don't fit together."""
+        try:
+            super().set_up_local(shards, cache_usage_per_shard)
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise UserError(
+                f"{Path(self.local) / 'index.json'} is broken ({_first_line(error)}); copy the data again"
+            ) from error
+
+    def get_shards(self, world: World, allow_unsafe_types: bool) -> list[Reader]:
+        """As streaming's. Raises UserError for an index that can't be fetched or read."""
+        try:
+            return super().get_shards(world, allow_unsafe_types)
+        except UserError:
+            raise
+        except Exception as error:  # each storage has exceptions of its own, and any key of the index may be missing
+            raise UserError(
+                f"{Path(self.local) / 'index.json'} can't be fetched or read ({type(error).__name__}: {_first_line(error)}); "
+                "check data.remote, or copy the data again"
+            ) from error
 
     def _decompress_shard_part(
         self, zip_info: FileInfo, zip_filename: str, raw_filename: str, compression: str | None
@@ -134,7 +159,7 @@ class TokenStreams(StreamingDataset):
             shard = self.shards[shard_id]
             raise UserError(
                 f"{Path(shard.dirname) / shard.file_pairs[0][0].basename}: can't be fetched or unpacked "
-                f"({str(error).splitlines()[0]}); copy the shard again, or prepare the data again"
+                f"({_first_line(error)}); copy the shard again, or prepare the data again"
             ) from error
 
     def on_exception(self, future: Future[Any]) -> None:
@@ -163,14 +188,14 @@ class TokenStreams(StreamingDataset):
         """{"tokens" [T], "domain"}. Raises UserError for a shard that is gone or broken."""
         try:
             sample = super().get_item(sample_id, retry)
-        except (RuntimeError, ValueError, OSError, IndexError) as error:
-            if isinstance(error, UserError):
-                raise
+        except UserError:
+            raise
+        except Exception as error:  # whatever the bytes of a shard make its reader raise
             if self._event.is_set() and self._fault is not None:
                 raise self._named(self._fault) from error
             reader = self.shards[self.spanner[sample_id][0]]
             raise UserError(
-                f"{Path(reader.dirname) / reader.file_pairs[0][0].basename}: can't be read ({str(error).splitlines()[0]}); "
+                f"{Path(reader.dirname) / reader.file_pairs[0][0].basename}: can't be read ({_first_line(error)}); "
                 "copy the shard again, or prepare the data again"
             ) from error
         shard, _ = self.spanner[sample_id]
@@ -218,11 +243,19 @@ class ValidationSet(Dataset[dict[str, Any]]):
         return sum(shard.samples for shard in self._shards)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """{"tokens" [T], "domain"}."""
+        """{"tokens" [T], "domain"}. Raises UserError for a shard that is gone or broken."""
         shard, within = self._spanner[index]
         reader = self._shards[shard]
         raw, _ = reader.file_pairs[0]
-        if not (self._folder / raw.basename).exists():
-            with FileLock(self._folder / ".lock"):  # processes of this machine would fetch it all at once
-                self._stream.prepare_shard(reader)
-        return {"tokens": reader[within]["tokens"], "domain": self._domain}
+        try:
+            if not (self._folder / raw.basename).exists():
+                with FileLock(self._folder / ".lock"):  # processes of this machine would fetch it all at once
+                    self._stream.prepare_shard(reader)
+            return {"tokens": reader[within]["tokens"], "domain": self._domain}
+        except UserError:
+            raise
+        except Exception as error:  # each storage and each packing has exceptions of its own
+            raise UserError(
+                f"{self._folder / raw.basename}: can't be fetched, unpacked or read ({_first_line(error)}); copy the shard again, "
+                "or prepare the data again"
+            ) from error

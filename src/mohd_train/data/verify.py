@@ -36,7 +36,7 @@ def verify(
     for domain in sorted(manifest.domains) if domains is None else domains:
         for name, split in manifest.domains[domain].items():
             place = folder / domain / name
-            problems += _index_problems(place, split, manifest.dtype, manifest.seq_len)
+            problems += index_problems(place, split, manifest.dtype, manifest.seq_len)
             for shard in split.shards:
                 work.append((place / shard.file, shard.bytes, shard.hash))
                 raw = place / shard.raw_file
@@ -70,20 +70,23 @@ def hash_file(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _index_problems(place: Path, split: Split, dtype: str, seq_len: int) -> list[str]:
-    """`index.json` is what streaming reads: it must list the manifest's shards, with samples of the manifest's shape."""
+def index_problems(place: Path, split: Split, dtype: str, seq_len: int) -> list[str]:
+    """What is wrong with a split's `index.json`, which streaming reads: it must list the manifest's shards and shape of samples."""
     path = place / "index.json"
     try:
         index = json.loads(path.read_bytes())
         listed = [shard_from_index(entry) for entry in index["shards"]]
-        encodings = {tuple(entry["column_encodings"]) for entry in index["shards"]}
+        found = {
+            (*entry["column_names"], *entry["column_encodings"], entry["compression"]) for entry in index["shards"]
+        }
+        encodings = {" ".join(map(str, one)) for one in found}
     except FileNotFoundError:
         return [f"{path}: missing"]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         return [f"{path}: broken ({error!r})"]
     if listed != split.shards:
         return [f"{path}: lists other shards than the manifest"]
-    if encodings - {(f"ndarray:{dtype}:{seq_len}",)}:
+    if encodings - {f"tokens ndarray:{dtype}:{seq_len} zstd"}:
         return [f"{path}: samples are {sorted(encodings)}, the manifest says {dtype} x {seq_len}"]
     if sum(shard.samples for shard in listed) != split.samples:
         return [f"{path}: holds {sum(s.samples for s in listed)} samples, the manifest says {split.samples}"]
