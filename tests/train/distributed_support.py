@@ -52,6 +52,7 @@ class Job:
         crash, kill: the batch in whose backward pass every rank raises Crash, or rank 0 kills its whole process group.
         stop: the batch in whose backward pass SIGTERM comes to rank 1 alone.
         slow: seconds that every batch waits.
+        lose: files under ``data``, as a pattern, that are gone once it trains: after the checks of the start.
         fsdp: whether Composer shards, which it does on GPUs alone: only by asking CUDA for its device, which is answered here.
     """
 
@@ -64,6 +65,7 @@ class Job:
     kill: int | None = None
     stop: int | None = None
     slow: float = 0.0
+    lose: str | None = None
     fsdp: bool = False
 
 
@@ -74,6 +76,8 @@ class Seen(Callback):
         self.job, self.path = job, folder / f"seen-{dist.get_world_size()}-{dist.get_global_rank()}.jsonl"
 
     def fit_start(self, state: State, logger: Logger) -> None:
+        for path in Path(self.job.data).glob(self.job.lose) if self.job.lose else ():
+            path.unlink()
         modules = list(state.model.modules())
         blocks = sum(isinstance(module, Block) for module in modules)
         wrapped = sum(isinstance(module, FullyShardedDataParallel) for module in modules)

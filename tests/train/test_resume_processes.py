@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import random
+import shutil
 import signal
 import subprocess
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
-from train.distributed_support import Job, in_processes, run, run_in, seen, start
+from composer.utils import dist
+from streaming.base.shared import prefix
+from train.distributed_support import ENVIRONMENT, PROGRAM, Job, in_processes, run, run_in, seen, start
 from train.test_run import assert_same_run, timeless
 from train.train_support import make_data
 
+from mohd_train.train import run as run_module
+from mohd_train.train.callbacks import watchdog
 from mohd_train.train.callbacks.metrics_file import read_metrics
 
 BATCHES, EPOCH = 20, 15
@@ -88,6 +96,64 @@ def test_goes_on_in_another_number_of_processes(folder: Folder, mohd: str) -> No
         assert [session["hardware"]["processes"] for session in record["sessions"]] == [before, after]
         assert record["sessions"][1]["from"]
         assert_equal_but_for_rounding(folder.run(f"{mohd}-1"), folder.run(name))
+
+
+def test_processes_of_a_node_take_one_name(folder: Folder) -> None:
+    """In shared memory, also where another run came or went between their looking for a free one."""
+    theirs = prefix._check_and_find
+
+    def as_seen(*args: Any, **keywords: Any) -> int:
+        return theirs(*args, **keywords) + 1000 * dist.get_global_rank()
+
+    with mock.patch.object(prefix, "_check_and_find", as_seen):
+        run_in(2, folder.job("x2-named", "x2", "max_duration=1ba"))
+
+
+def test_a_hang_of_one_process_is_told_by_each(
+    folder: Folder, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Rank 1 never comes to where rank 0 waits for it: each says where it is, and both end with 1."""
+    whole = run_module.build_data
+
+    def hangs_on_rank_one(*args: Any) -> Any:
+        if dist.get_global_rank() == 1:
+            time.sleep(100)
+        return whole(*args)
+
+    monkeypatch.setattr(run_module, "build_data", hangs_on_rank_one)
+    monkeypatch.setattr(watchdog, "REPORT_TIME", 2.0)
+    job = folder.job("x2-hangs", "x2", "start_timeout=5")
+    assert in_processes(lambda: run(job)) == [1, 1]
+    logs, printed = folder.run("x2-hangs") / "logs", capfd.readouterr().err
+    for rank, place in ((0, "build_train_loader"), (1, "hangs_on_rank_one")):
+        assert f"error: rank {rank}: no batch after start_timeout=5 seconds" in printed
+        stacks = (logs / f"rank{rank}.stacks.txt").read_text()
+        assert f"in {place}" in stacks
+        assert f"in {place}" in printed
+        assert ("hangs_on_rank_one" in stacks) or rank == 0
+    assert "sleep" not in (logs / "rank0.stacks.txt").read_text()
+
+
+def test_a_run_without_workers_ends_when_a_shard_is_gone(folder: Folder, tmp_path: Path) -> None:
+    """Threads of streaming wait for the shard for ever, and a process waits for its threads: it must end nevertheless."""
+    data = shutil.copytree(folder.path / "data", tmp_path / "data")
+    job = Job(
+        str(tmp_path), str(data), ["run_name=a", "data.num_workers=0", "max_duration=40ba"], lose="cc/train/shard.*"
+    )
+    begun = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, PROGRAM, json.dumps([dataclasses.asdict(job)])],
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 1, done.stderr
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    assert "shard" in errors[0]
+    assert "Traceback" not in done.stderr
+    assert time.monotonic() - begun < 100
 
 
 def wait_for(batches: int, path: Path, process: subprocess.Popen[str]) -> None:

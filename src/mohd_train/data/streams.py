@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Iterator
 from concurrent.futures import Future
@@ -26,6 +27,8 @@ from mohd_train.data.order import Int64s, interleave, walk
 from mohd_train.data.remote import tell_failures
 from mohd_train.data.shared_memory import one_at_a_time
 from mohd_train.errors import UserError
+
+log = logging.getLogger(__name__)
 
 
 def _first_line(error: BaseException) -> str:
@@ -163,9 +166,13 @@ class TokenStreams(StreamingDataset):
             ) from error
 
     def on_exception(self, future: Future[Any]) -> None:
-        """Keeps what went wrong in the thread that fetches shards: its executor only prints it."""
-        self._fault = future.exception() or self._fault
-        super().on_exception(future)
+        """Keeps what went wrong in the thread that fetches shards, and ends the others. Streaming's raises it here, where nobody
+        but the executor catches it, and prints its traceback beside the one line that the user gets."""
+        fault = future.exception()
+        if fault is not None:
+            log.info("the thread that fetches shards ended", exc_info=fault)
+            self._fault = fault
+            self._event.set()
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         """Samples of this epoch. Streaming's own iterator ends in silence when a shard can't be fetched, and the run would take
