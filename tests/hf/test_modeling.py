@@ -146,6 +146,24 @@ def test_generate_with_cache_equals_without_and_padding_changes_nothing(setting:
     assert torch.equal(together, torch.stack(alone))
 
 
+def test_the_layout_for_decoding_changes_nothing_but_memory(tmp_path: Path) -> None:
+    """Generated from, a model gives the same logits, saves the same file, and trains on."""
+    model, same = mohd("x2").double(), mohd("x2").double()
+    ids = torch.randint(3, 97, (2, 9))
+    model.generate(ids, max_new_tokens=2, do_sample=False, pad_token_id=0)
+    laid_out = [not parameter.is_contiguous() for parameter in model.parameters()]
+    assert sum(laid_out) == 5 * len(model.transformer.blocks)  # q, k, v, gate, up
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    for name, value in same.state_dict().items():
+        assert torch.equal(model.state_dict()[name], value), name
+        assert torch.equal(again.state_dict()[name].to(value.dtype), value), name
+    model(ids, labels=ids).loss.backward()
+    same(ids, labels=ids).loss.backward()
+    for left, right in zip(model.parameters(), same.parameters(), strict=True):
+        torch.testing.assert_close(left.grad, right.grad)
+
+
 def test_loss_is_cross_entropy_plus_balance_loss() -> None:
     model = mohd("x2")
     ids = torch.randint(97, (2, 9))

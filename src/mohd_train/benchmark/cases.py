@@ -91,7 +91,7 @@ def build(plan: ModelPlan, settings: Settings) -> tuple[Step, nn.Module, Callabl
         assert isinstance(block, Block)
         module = block
     if settings.mode in ("decode", "projections"):
-        module = module.to(settings.dtype)
+        model.to(settings.dtype).lay_out_for_decoding()  # as `generate` does
     make = {"layer": _layer, "decode": _decode, "projections": _projections}.get(settings.mode, _whole)
 
     def step_of(other: nn.Module, compiled: bool = False) -> Step:
@@ -182,7 +182,7 @@ def _projections(model: nn.Module, plan: ModelPlan, settings: Settings, compiled
 
 
 def _products(part: Any, routed: tuple[Routing, ops.Selection] | None, x_TD: Tensor, h_TA: Tensor) -> Tensor:
-    inputs = (part.q_proj, part.k_proj, part.v_proj) if isinstance(part, Attention) else (part.gate_proj, part.up_proj)
+    inputs = part.up_projections
     if routed is None:
         outs = [linear(x_TD) for linear in inputs]
         if isinstance(part, Attention):

@@ -66,6 +66,12 @@ class MoHDForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]  
         """Replaces the head."""
         self.transformer.head = value
 
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """As transformers', with the weights laid out for one token at a time (``Transformer.lay_out_for_decoding``)."""
+        if not self.training:
+            self.transformer.lay_out_for_decoding()
+        return super().generate(*args, **kwargs)
+
     def forward(
         self,
         input_ids: Tensor,

@@ -49,6 +49,11 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(a, d, bias=False)
         self.sub_dimensions = SubDimensions(plan.attention, plan, kernels, 2 * layer) if plan.attention else None
 
+    @property
+    def up_projections(self) -> tuple[nn.Linear, ...]:
+        """What reads the hidden dims."""
+        return self.q_proj, self.k_proj, self.v_proj
+
     def forward(
         self,
         x_BTD: Tensor,

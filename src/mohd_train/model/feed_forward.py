@@ -22,6 +22,11 @@ class FeedForward(nn.Module):
         self.down_proj = nn.Linear(f, d, bias=False)
         self.sub_dimensions = SubDimensions(plan.ffn, plan, kernels, 2 * layer + 1) if plan.ffn else None
 
+    @property
+    def up_projections(self) -> tuple[nn.Linear, ...]:
+        """What reads the hidden dims."""
+        return self.gate_proj, self.up_proj
+
     def forward(
         self,
         x_BTD: Tensor,

@@ -169,6 +169,20 @@ class Transformer(nn.Module):
             out.cross_entropy = self._cross_entropy(x, labels_BT)
         return out
 
+    @torch.no_grad()
+    def lay_out_for_decoding(self) -> None:
+        """Lays the MoHD up-projections' weights out by input dim, in place: shapes, names and values stay.
+
+        A sub-dimension's slice is then one piece of memory, where it was a piece of every row: on a CPU one token's x4
+        projections take 1.1 instead of 1.5 times LLaMA's (docs/kernels.md). On other devices nothing is done: not measured.
+        """
+        for block in self.blocks:
+            for part in (block.attention, block.ffn):
+                for linear in part.up_projections if part.sub_dimensions is not None else ():
+                    weight = linear.weight
+                    if weight.device.type == "cpu" and weight.is_contiguous():
+                        weight.data = weight.data.t().contiguous().t()
+
     def _cross_entropy(self, hidden_BTD: Tensor, labels_BT: Tensor) -> Tensor:
         """Mean next-token loss; position t of the labels is predicted from position t - 1."""
         targets = F.pad(
