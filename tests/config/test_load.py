@@ -4,6 +4,7 @@ import dataclasses
 from pathlib import Path
 
 import pytest
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -136,7 +137,7 @@ def test_plans_differ_by_name_of_the_field() -> None:
         ModelPlan.from_dict({"name": "x"})
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150, deadline=None, derandomize=True)
 @given(
     st.one_of(st.text(max_size=60), st.tuples(st.sampled_from(sorted(KNOWN_KEYS)), st.text(max_size=30)).map("=".join))
 )
@@ -154,7 +155,7 @@ def test_no_override_ever_breaks_with_a_traceback(override: str) -> None:
     assert "\n" not in line
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150, deadline=None, derandomize=True)
 @given(st.binary(max_size=200))
 def test_no_file_ever_breaks_with_a_traceback(tmp_path_factory: pytest.TempPathFactory, content: bytes) -> None:
     file = tmp_path_factory.getbasetemp() / "fuzz.yaml"
@@ -165,4 +166,29 @@ def test_no_file_ever_breaks_with_a_traceback(tmp_path_factory: pytest.TempPathF
         line = str(error)
     else:
         line = ""
+    assert "\n" not in line
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | st.just("${seed}"),
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.text(max_size=4), inner, max_size=2),
+    max_leaves=4,
+)
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(key=st.sampled_from(sorted(KNOWN_KEYS)), value=VALUES)
+def test_no_value_ever_breaks_with_a_traceback(
+    tmp_path_factory: pytest.TempPathFactory, key: str, value: object
+) -> None:
+    """Any YAML value for any key."""
+    for part in reversed(key.split(".")):
+        value = {part: value}
+    file, root = tmp_path_factory.getbasetemp() / "value.yaml", Path(__file__).resolve().parents[2]
+    file.write_text(yaml.safe_dump(value))
+    line = ""
+    try:
+        load_config([str(root / "configs/model/tiny.yaml"), str(root / "configs/mohd/x2.yaml"), str(file)])
+    except UserError as error:
+        line = str(error)
     assert "\n" not in line

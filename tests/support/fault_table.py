@@ -66,7 +66,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     rows = []
     for outcome in ("passed", "failed", "error"):
         for report in terminalreporter.getreports(outcome):
-            if "fault" in dict(report.user_properties) and (report.when == "call" or report.failed):
+            found = dict(getattr(report, "user_properties", ()))  # a file that can't be imported has none
+            if "fault" in found and (report.when == "call" or report.failed):
                 rows.append(_row(report))
     if len(rows) < 2:
         return
