@@ -68,7 +68,7 @@ def environment(settings: Settings, peak: float, source: str) -> dict[str, Any]:
     git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
     cuda = settings.device.type == "cuda"
     return {
-        "command": " ".join(sys.argv),
+        "command": _command(),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "commit": git.stdout.strip() or None,
         "torch": torch.__version__,
@@ -82,6 +82,15 @@ def environment(settings: Settings, peak: float, source: str) -> dict[str, Any]:
         "peak_tflops": peak / 1e12,
         "peak_source": source,
     }
+
+
+def _command() -> str:
+    """What was typed, but for where the record went: it moves."""
+    words = [Path(sys.argv[0]).name, *sys.argv[1:]]
+    if "--json" in words:
+        place = words.index("--json")
+        words = words[:place] + words[place + 2 :]
+    return "python scripts/" + " ".join(words)
 
 
 def _cpu_name() -> str:
