@@ -54,7 +54,7 @@ def _leave(status: int) -> NoReturn:
         os._exit(status)
 
     if os.environ.get("LOCAL_RANK", "0") != "0":
-        time.sleep(GRACE)  # the launcher ends all ranks once one has ended: the first is given time to say what is wrong
+        time.sleep(GRACE)  # the launcher ends all ranks once one has ended: the first has to say what is wrong
     if any(not thread.daemon for thread in threading.enumerate() if thread is not threading.main_thread()):
         threading.Thread(target=end, daemon=True).start()
     sys.exit(status)
