@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,16 @@ from lm_eval.api.task import Task
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from mohd_train.evaluate.harness import workers_end_at_once
 from mohd_train.evaluate.suite import Suite, load_suite
 from mohd_train.evaluate.tasks import stock_manager
+
+
+@pytest.fixture(autouse=True)
+def bootstrap_by_hand_ends_too() -> Iterator[None]:
+    """lm-eval called without our harness, after tests of training in the same process."""
+    with workers_end_at_once():
+        yield
 
 
 @pytest.fixture(scope="session")

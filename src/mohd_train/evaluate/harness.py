@@ -6,6 +6,8 @@ import contextlib
 import functools
 import io
 import random
+import signal
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -119,6 +121,20 @@ def _quiet() -> Iterator[None]:
         tqdm.__init__ = original
 
 
+@contextlib.contextmanager
+def workers_end_at_once() -> Iterator[None]:
+    """Leaves SIGTERM to the system. lm-eval's bootstrap forks a pool and ends it by SIGTERM; a handler that importing Composer sets
+    would make of it an orderly exit, which waits for ever where a data set's threads were forked along."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def score(
     lm: HarnessLM, built: BuiltTask, *, limit: int | None, seed: int, progress: Progress | None = None
 ) -> dict[str, Any]:
@@ -141,7 +157,7 @@ def score(
     for group in list(groups.values()):
         groups.update({sub.name: sub for sub in group.get_all_groups()})
     loaded = {"tasks": {task.task_name: task for task in built.leaves}, "groups": groups}
-    with _quiet():
+    with _quiet(), workers_end_at_once():
         results = lm_eval.evaluator.evaluate(
             lm=lm,
             task_dict=loaded,
