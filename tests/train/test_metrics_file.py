@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
+import pytest
 import torch
 
+from mohd_train.errors import UserError
 from mohd_train.train.callbacks.metrics_file import MetricsFile, read_metrics
 
 
@@ -56,6 +59,33 @@ def test_what_comes_after_the_last_batch_joins_its_line(tmp_path: Path) -> None:
     assert log.latest == {"batch": 2, "tokens": 200, "loss": 1, "metrics/eval": 1}
 
 
+def test_who_reads_meanwhile_sees_whole_lines(tmp_path: Path) -> None:
+    """As sweep's status does: a read in two parts, between which a validation joins the last line."""
+    path = tmp_path / "m.jsonl"
+    log = written(path, 2)
+    with path.open("rb", buffering=0) as reader:
+        content = reader.read(path.stat().st_size)
+        log.log_metrics({"metrics/eval": 1.5})
+        log.eval_after_all(at(2), None)
+        content += reader.read()
+    assert [json.loads(line)["batch"] for line in content.splitlines()] == [1, 2]
+
+
+def test_killed_while_a_line_is_joined(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "m.jsonl"
+    log = written(path, 2)
+    before = path.read_bytes()
+    log.log_metrics({"metrics/eval": 1.5})
+    monkeypatch.setattr("os.replace", mock.Mock(side_effect=KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        log.eval_after_all(at(2), None)
+    assert path.read_bytes() == before
+    monkeypatch.undo()
+    MetricsFile(path).after_load(at(2), None)
+    assert path.read_bytes() == before
+    assert [child.name for child in tmp_path.iterdir()] == ["m.jsonl"]
+
+
 def test_merging_right_after_a_resume(tmp_path: Path) -> None:
     path = tmp_path / "m.jsonl"
     written(path, 3)
@@ -73,3 +103,10 @@ def test_nothing_logged_writes_nothing(tmp_path: Path) -> None:
     log.close(at(1), None)
     assert len(read_metrics(tmp_path / "m.jsonl")) == 1
     assert read_metrics(tmp_path / "none.jsonl") == []
+
+
+def test_a_broken_line_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "m.jsonl"
+    path.write_text('{"batch": 1}\n"batch": 2}\n')
+    with pytest.raises(UserError, match=r"m\.jsonl, line 2: no JSON"):
+        read_metrics(path)

@@ -12,6 +12,8 @@ from composer.core import State
 from composer.loggers import Logger, LoggerDestination
 from composer.utils import dist
 
+from mohd_train.errors import UserError
+
 # Composer logs these before the step, so they'd be one behind the line's own batch and tokens.
 DROPPED = frozenset(
     f"time/{name}"
@@ -20,15 +22,18 @@ DROPPED = frozenset(
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
-    """The whole lines of a metrics file; a half-written last one is left out."""
+    """The whole lines of a metrics file; a half-written last one is left out. Raises UserError at one that is no JSON."""
     records = []
     try:
         lines = Path(path).read_bytes().splitlines(keepends=True)
     except FileNotFoundError:
         return []
-    for line in lines:
+    for number, line in enumerate(lines, 1):
         if line.endswith(b"\n"):
-            records.append(json.loads(line))
+            try:
+                records.append(json.loads(line))
+            except ValueError as error:
+                raise UserError(f"{path}, line {number}: no JSON ({error}); take the line out of the file") from None
     return records
 
 
@@ -36,6 +41,10 @@ def _number(value: Any) -> Any:
     if isinstance(value, torch.Tensor):
         value = value.item()
     return value if isinstance(value, (int, float, str, bool)) or value is None else float(value)
+
+
+def _line(record: dict[str, Any]) -> bytes:
+    return json.dumps(record).encode() + b"\n"
 
 
 class MetricsFile(LoggerDestination):
@@ -69,14 +78,9 @@ class MetricsFile(LoggerDestination):
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
         kept = [record for record in read_metrics(self.path) if record["batch"] <= state.timestamp.batch.value]
-        temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}")
-        with temporary.open("w", encoding="utf-8") as file:
-            file.writelines(json.dumps(record) + "\n" for record in kept)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, self.path)
+        self._replace(b"".join(_line(record) for record in kept))
         self._last = kept[-1] if kept else {}
-        self._last_offset = self.path.stat().st_size - len(json.dumps(self._last)) - 1 if kept else 0
+        self._last_offset = self.path.stat().st_size - len(_line(self._last)) if kept else 0
 
     def batch_end(self, state: State, logger: Logger) -> None:
         """Writes the batch's line, after all callbacks of the event: loggers come last. At BATCH_CHECKPOINT it would be too late,
@@ -96,17 +100,27 @@ class MetricsFile(LoggerDestination):
         self._write(state)
 
     def _write(self, state: State) -> None:
-        """Appends a line; what comes for the batch of the last line is merged into it."""
+        """Appends a line. What comes for the batch of the last line joins it: in a new file that takes the old one's place, since
+        who reads while a line is written over, or a kill in between, would leave a line of which nothing can be made."""
         if not self.enabled or not self._pending:
             return
         record = {"batch": state.timestamp.batch.value, "tokens": state.timestamp.token.value} | self._pending
         self._pending = {}
-        again = bool(self._last) and self._last["batch"] == record["batch"]
-        with self.path.open("r+b") as file:
-            offset = self._last_offset if again else file.seek(0, os.SEEK_END)
-            record = self._last | record if again else record
-            file.seek(offset)
-            file.write(json.dumps(record).encode() + b"\n")
-            file.truncate()
+        if self._last and self._last["batch"] == record["batch"]:
+            record = self._last | record
+            with self.path.open("rb") as file:
+                before = file.read(self._last_offset)
+            self._replace(before + _line(record))
+        else:
+            with self.path.open("r+b") as file:
+                self._last_offset = file.seek(0, os.SEEK_END)
+                file.write(_line(record))
+        self._last = record
+
+    def _replace(self, content: bytes) -> None:
+        temporary = self.path.with_name(f".{self.path.name}.tmp")
+        with temporary.open("wb") as file:
+            file.write(content)
             file.flush()
-        self._last, self._last_offset = record, offset
+            os.fsync(file.fileno())
+        os.replace(temporary, self.path)
