@@ -39,6 +39,16 @@ def run_cli(main: Callable[[], int | None]) -> None:
     sys.exit(status or 0)
 
 
+def causes(error: BaseException) -> list[BaseException]:
+    """An error and those that it came from, the first one last."""
+    found: list[BaseException] = []
+    current: BaseException | None = error
+    while current is not None and current not in found:
+        found.append(current)
+        current = current.__cause__ or current.__context__
+    return found
+
+
 def raise_on_interrupt() -> None:
     """Ctrl-C raises KeyboardInterrupt: importing Composer makes it a SystemExit, which would pass for a failure."""
     if threading.current_thread() is threading.main_thread():

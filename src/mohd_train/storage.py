@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from mohd_train.errors import UserError
+from mohd_train.errors import UserError, causes
 
 if TYPE_CHECKING:
     from composer.utils import ObjectStore
@@ -40,31 +40,22 @@ def refuse_remote(path: object, key: str, instead: str) -> None:
         raise UserError(f"{key} is {path}; it must be a local folder: {instead}")
 
 
-def _chain(error: BaseException) -> list[BaseException]:
-    """An error and those that it came from."""
-    found: list[BaseException] = []
-    current: BaseException | None = error
-    while current is not None and current not in found:
-        found.append(current)
-        current = current.__cause__ or current.__context__
-    return found
-
-
 def is_permanent(error: BaseException) -> bool:
     """Whether another attempt would end in the same way: the server's answer 4xx, no credentials, a local disk's fault."""
-    for one in _chain(error):
+    for one in causes(error):
         response = getattr(one, "response", None)
         if isinstance(response, dict):
             status = response.get("ResponseMetadata", {}).get("HTTPStatusCode", 500)
             return 400 <= status < 500 and status not in _BUSY
         if type(one).__name__ in ("NoCredentialsError", "PartialCredentialsError", "ParamValidationError"):
             return True
+    # NotImplementedError is what Composer's stores raise where they lack an operation.
     return isinstance(error, (FileNotFoundError, PermissionError, NotImplementedError))
 
 
 def reason(error: BaseException) -> str:
     """One line: the storage's own words."""
-    last = _chain(error)[-1]
+    last = causes(error)[-1]
     return f"{type(last).__name__}: {(str(last).splitlines() or [''])[0]}"
 
 
@@ -105,7 +96,7 @@ class Storage:
         backend, bucket, path = parse_uri(self.uri)
         if backend not in BACKENDS or not bucket:
             raise UserError(f"{uri}: no storage of this kind; give {', '.join(f'{b}://bucket/path' for b in BACKENDS)}")
-        self._root, self._path, self._store = f"{backend}://{bucket}", path.strip("/"), self._open(self.uri)
+        self._path, self._store = path.strip("/"), self._open(self.uri)
 
     @staticmethod
     def _open(uri: str) -> ObjectStore:
@@ -122,10 +113,6 @@ class Storage:
     def key(self, name: str) -> str:
         """The object's whole name in its bucket."""
         return f"{self._path}/{name}" if self._path else name
-
-    def key_uri(self, key: str) -> str:
-        """The address of an object by its whole name."""
-        return f"{self._root}/{key}"
 
     def names(self) -> set[str]:
         """Objects in this folder, below its subfolders too. Raises UserError where the bucket can't be listed or is not there."""

@@ -60,7 +60,7 @@ def test_traced_without_a_graph_break() -> None:
 
 def test_made_again_as_they_were_in_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
     """Under autocast, weights' gradients are those of kept inputs, bit for bit; in blocks of a few rows too."""
-    monkeypatch.setattr("mohd_train.kernels.source.BLOCK_ELEMENTS", 5 * C)
+    monkeypatch.setattr("mohd_train.kernels.fusion.BLOCK_ELEMENTS", 5 * C)
     values, indices = inputs(37, torch.float32), choose(37, N, 4, 3)
     chosen = ops.make_selection(indices, sub_dims=N, shared=3, backend="grouped")
 

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 from unittest import mock
 
 import torch
@@ -67,6 +67,27 @@ class Job:
     slow: float = 0.0
     lose: str | None = None
     fsdp: bool = False
+
+
+@dataclass
+class Place:
+    """A folder with data, in which runs of a kind lie, and how one is described.
+
+    Attributes:
+        fixed: overrides of every run.
+    """
+
+    path: Path
+    fixed: ClassVar[tuple[str, ...]] = ()
+
+    def job(self, name: str, mohd: str = "x2", *overrides: str, **values: Any) -> Job:
+        # The balance loss is a mean over a microbatch, and which samples share one depends on the number of processes: with
+        # one sample each, it is the same mean over samples on any number.
+        fixed = [f"run_name={name}", "autoresume=true", "device_train_microbatch_size=1", *self.fixed]
+        return Job(str(self.path), str(self.path / "data"), [*fixed, *overrides], mohd, **values)
+
+    def run(self, name: str) -> Path:
+        return self.path / "runs" / name
 
 
 class Seen(Callback):

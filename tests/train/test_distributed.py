@@ -13,14 +13,13 @@ import os
 import pickle
 import shutil
 import signal
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch.distributed import checkpoint as dcp
-from train.distributed_support import Job, in_processes, run, run_in, seen
+from train.distributed_support import Place, in_processes, run, run_in, seen
 from train.test_run import timeless
 from train.train_support import make_config, make_data
 
@@ -39,20 +38,11 @@ RECOMPUTED = "fsdp_config={state_dict_type: sharded, activation_checkpointing: t
 MODELS = ("x2", "dense")
 
 
-@dataclass
-class Runs:
+class Runs(Place):
     """Runs of both models: in one process, sharded over two, the same with recomputation."""
 
-    path: Path
-
-    def job(self, name: str, mohd: str = "x2", *overrides: str, **values: Any) -> Job:
-        fixed = [f"run_name={name}", f"max_duration={BATCHES}ba", "save_interval=2ba", "eval_interval=4ba"]
-        # The router's own learning rate would not be its own if sharding took the groups apart.
-        fixed += ["autoresume=true", "device_train_microbatch_size=1", "optimizer.router_lr=1.0e-3"]
-        return Job(str(self.path), str(self.path / "data"), [*fixed, *overrides], mohd, **values)
-
-    def run(self, name: str) -> Path:
-        return self.path / "runs" / name
+    # The router's own learning rate would not be its own if sharding took the groups apart.
+    fixed = (f"max_duration={BATCHES}ba", "save_interval=2ba", "eval_interval=4ba", "optimizer.router_lr=1.0e-3")
 
     def checkpoint(self, name: str, batch: int = BATCHES) -> Path:
         return self.run(name) / "checkpoints" / f"ep0-ba{batch}"

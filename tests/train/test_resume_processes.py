@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -18,7 +17,7 @@ from unittest import mock
 import pytest
 from composer.utils import dist
 from streaming.base.shared import prefix
-from train.distributed_support import ENVIRONMENT, PROGRAM, Job, in_processes, run, run_in, seen, start
+from train.distributed_support import ENVIRONMENT, PROGRAM, Job, Place, in_processes, run, run_in, seen, start
 from train.test_run import assert_same_run, timeless
 from train.train_support import make_data
 
@@ -32,21 +31,10 @@ BOUND = 60  # seconds from SIGTERM to the end
 MODELS = ("x2", "dense")
 
 
-@dataclass
-class Folder:
-    """Where the runs of these tests lie, and how one is described."""
+class Folder(Place):
+    """Where the runs of these tests lie."""
 
-    path: Path
-
-    def job(self, name: str, mohd: str = "x2", *overrides: str, **values: Any) -> Job:
-        # The balance loss is a mean over a microbatch, and which samples share one depends on the number of processes: with
-        # one sample each, it is the same mean over samples on any number.
-        fixed = [f"run_name={name}", f"max_duration={BATCHES}ba", "save_interval=3ba", "eval_interval=5ba"]
-        fixed += ["autoresume=true", "device_train_microbatch_size=1"]
-        return Job(str(self.path), str(self.path / "data"), [*fixed, *overrides], mohd, **values)
-
-    def run(self, name: str) -> Path:
-        return self.path / "runs" / name
+    fixed = (f"max_duration={BATCHES}ba", "save_interval=3ba", "eval_interval=5ba")
 
 
 @pytest.fixture(scope="module")

@@ -32,19 +32,17 @@ def one_at_a_time() -> Iterator[None]:
 
     A run of several nodes takes no turn: inside, its nodes wait for each other, so that two such runs, each first on another
     node, or a run whose "nodes" share a machine, would wait for ever."""
-    if (
-        dist.get_local_rank() != 0 or dist.get_world_size() > dist.get_local_world_size()
-    ):  # the others wait for rank 0 inside
-        with _one_name_a_node():
-            yield
-        return
-    descriptor = os.open(lock_path().with_suffix(".start"), os.O_RDWR | os.O_CREAT, 0o600)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        with _one_name_a_node():
-            yield
-    finally:
-        os.close(descriptor)
+    one_node = dist.get_world_size() <= dist.get_local_world_size()
+    with contextlib.ExitStack() as stack:
+        if one_node and dist.get_local_rank() == 0:  # the others wait for rank 0 inside
+            lock = stack.enter_context(open(lock_path().with_suffix(".start"), "ab", opener=_mine))
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        stack.enter_context(_one_name_a_node())
+        yield
+
+
+def _mine(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)
 
 
 @contextlib.contextmanager

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-BLOCK_ELEMENTS = 1 << 17  # floats of a block: half a megabyte, within a core's second-level cache
+from mohd_train.kernels.fusion import blocks
 
 
 class Source(NamedTuple):
@@ -28,9 +28,9 @@ def active_inputs(x_TD: Tensor, rstd_T: Tensor, gain_D: Tensor, rows: Tensor, su
     width = x_TD.shape[1] // sub_dims
     x_rows, gain = x_TD.reshape(-1, width), gain_D.to(rstd_T.dtype).view(sub_dims, width)
     out = x_TD.new_empty(rows.shape[0], width)
-    step = max(1, BLOCK_ELEMENTS // width)
-    for part, chosen in zip(out.split(step), rows.split(step), strict=True):
+    for start, stop in blocks(rows.shape[0], width):
+        chosen = rows[start:stop]
         scale = rstd_T.index_select(0, chosen // sub_dims).unsqueeze(1)
         block = x_rows.index_select(0, chosen).to(rstd_T.dtype) * scale
-        part.copy_(block.mul_(gain.index_select(0, chosen % sub_dims)))
+        out[start:stop] = block.mul_(gain.index_select(0, chosen % sub_dims))
     return out.view(x_TD.shape[0], -1)

@@ -7,6 +7,8 @@ first is read by an unpickler that knows DCP's own classes alone, the others by 
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import io
 import json
 import pickle
@@ -122,18 +124,14 @@ def _check_optimizer(found: metadata.Metadata) -> None:
 def _plain(folder: Path, found: metadata.Metadata) -> dict[str, Any]:
     """Everything that isn't a tensor, by its flat name; ``torch.serialization.safe_globals`` says what may be in it."""
     values: dict[str, Any] = {}
-    files: dict[str, Any] = {}
-    try:
+    with contextlib.ExitStack() as stack:
+        opened = functools.cache(lambda name: stack.enter_context((folder / name).open("rb")))
         for name, entry in found.state_dict_metadata.items():
             if isinstance(entry, metadata.BytesStorageMetadata):
                 info = found.storage_data[metadata.MetadataIndex(name)]
-                file = files.setdefault(info.relative_path, None) or (folder / info.relative_path).open("rb")
-                files[info.relative_path] = file
+                file = opened(info.relative_path)
                 file.seek(info.offset)
                 values[name] = torch.load(io.BytesIO(file.read(info.length)), weights_only=True)
-    finally:
-        for file in files.values():
-            file.close()
     return values
 
 

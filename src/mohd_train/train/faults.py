@@ -13,7 +13,7 @@ import traceback
 from composer.core import State
 from composer.utils import dist
 
-from mohd_train.errors import UserError
+from mohd_train.errors import UserError, causes
 from mohd_train.train.record import RunRecord, now
 
 log = logging.getLogger(__name__)
@@ -80,10 +80,8 @@ def end_workers(error: BaseException) -> None:
     The traceback holds the loader's iterator, whose end torch waits for: else it takes the workers' end for another fault, and
     raises it anywhere. One that is stopped or hangs in a read is killed.
     """
-    found: BaseException | None = error
-    while found is not None:
-        traceback.clear_frames(found.__traceback__)
-        found = found.__cause__ or found.__context__
+    for one in causes(error):
+        traceback.clear_frames(one.__traceback__)
     gc.collect()
     for child in multiprocessing.active_children():
         if child.daemon:

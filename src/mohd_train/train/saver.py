@@ -19,7 +19,7 @@ from composer.loggers import Logger
 from composer.utils import checkpoint, dist
 from torch.distributed.checkpoint.api import CheckpointException
 
-from mohd_train.errors import UserError
+from mohd_train.errors import UserError, causes
 from mohd_train.train.checkpoint import NAME
 from mohd_train.train.data import on_rank_zero
 
@@ -46,10 +46,7 @@ def remove(path: Path) -> None:
 
 def _cause(error: BaseException) -> OSError | None:
     """The OSError behind what torch.save raised: its zip writer hides it behind a RuntimeError of its own."""
-    found: BaseException | None = error
-    while found is not None and not isinstance(found, OSError):
-        found = found.__cause__ or found.__context__
-    return found
+    return next((one for one in causes(error) if isinstance(one, OSError)), None)
 
 
 def write_whole(state_dict: dict[str, Any], filename: str) -> None:
@@ -121,8 +118,8 @@ def save_sharded(save: Callable[[str], str | None], filename: str) -> str | None
         try:
             saved = save(str(temporary / Path(filename).name))
         except CheckpointException as error:  # the same one on every rank
-            causes = [_cause(failure) for failure, _ in error.failures.values()]
-            cause = next((one for one in causes if one is not None), None)
+            found = [_cause(failure) for failure, _ in error.failures.values()]
+            cause = next((one for one in found if one is not None), None)
             if cause is None:
                 raise
             raise UserError(_failure(folder, cause)) from error

@@ -81,13 +81,12 @@ class Uploads(Callback):
         if not saved or saved[-1] == self._queued or not Path(saved[-1]).exists():
             return
         path = Path(saved[-1])
-        staged, metrics = path.with_name(STAGED + path.name), path.with_name(STAGED + METRICS)
+        staged, metrics = (path.with_name(STAGED + name) for name in (path.name, f"{METRICS}.{path.stem}"))
         staged.unlink(missing_ok=True)
         try:
             os.link(path, staged)
         except OSError:  # a file system without hard links
             shutil.copyfile(path, staged)
-        metrics = metrics.with_name(f"{metrics.name}.{path.stem}")
         shutil.copyfile(self.folder / METRICS, metrics)
         record = (self.folder / RECORD).read_bytes()
         self._queued = saved[-1]

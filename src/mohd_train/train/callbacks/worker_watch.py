@@ -6,11 +6,14 @@ import logging
 import multiprocessing
 import threading
 
-from composer.core import Callback, State
+from composer.core import Callback, Event, State
 from composer.loggers import Logger
 
 log = logging.getLogger(__name__)
 SLACK = 5.0  # seconds beyond the loader's own timeout, which ends a wait with less harm where it can
+# A batch is waited for from here on, until it has come or there are no more.
+WAITS = (Event.BEFORE_DATALOADER, Event.EVAL_START, Event.EVAL_BATCH_END)
+COME = (Event.AFTER_DATALOADER, Event.EPOCH_END, Event.EVAL_BATCH_START, Event.EVAL_END)
 
 
 class WorkerWatch(Callback):
@@ -48,33 +51,12 @@ class WorkerWatch(Callback):
         for worker in workers:
             worker.kill()
 
-    def before_dataloader(self, state: State, logger: Logger) -> None:
-        """A training batch is waited for."""
-        self._start()
-
-    def after_dataloader(self, state: State, logger: Logger) -> None:
-        """It came."""
-        self._stop()
-
-    def epoch_end(self, state: State, logger: Logger) -> None:
-        """There are no more."""
-        self._stop()
-
-    def eval_start(self, state: State, logger: Logger) -> None:
-        """A validation batch is waited for."""
-        self._start()
-
-    def eval_batch_start(self, state: State, logger: Logger) -> None:
-        """It came."""
-        self._stop()
-
-    def eval_batch_end(self, state: State, logger: Logger) -> None:
-        """The next one is waited for."""
-        self._start()
-
-    def eval_end(self, state: State, logger: Logger) -> None:
-        """There are no more."""
-        self._stop()
+    def run_event(self, event: Event, state: State, logger: Logger) -> None:
+        """Between the events, a batch is waited for or has come."""
+        if event in WAITS:
+            self._start()
+        elif event in COME:
+            self._stop()
 
     def close(self, state: State, logger: Logger) -> None:
         """The run is over."""
