@@ -28,7 +28,7 @@ demo: setup  ## raw text -> shards -> three models -> ten tasks -> table and fig
 test: setup  ## every test: under 10 minutes on two cores
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist worksteal $(ARGS)
 
-test-faults: setup  ## every fault that is injected: what happened, steps lost (measured), recovered (about 10 minutes)
+test-faults: setup  ## every fault that is injected: what happened, steps lost (measured), recovered (about 4 minutes)
 	OMP_NUM_THREADS=1 $(PY) -m pytest tests/faults tests/train tests/data -m "fault" $(ARGS)
 
 check: setup  ## ruff and mypy
