@@ -14,12 +14,17 @@ import argparse
 from pathlib import Path
 
 from mohd_train.errors import run_cli
+from mohd_train.storage import path_or_uri
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "results", nargs="*", type=Path, metavar="RESULTS", help="SWEEP_DIR; or result files and folders"
+        "results",
+        nargs="*",
+        type=path_or_uri,
+        metavar="RESULTS",
+        help="SWEEP_DIR; or result files and folders (s3://... too)",
     )
     parser.add_argument("--table", type=int, choices=[1, 2, 3, 4, 5], default=2, help="default: %(default)s")
     parser.add_argument("--format", choices=["md", "csv", "latex", "html"], default="md", help="default: %(default)s")

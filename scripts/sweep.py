@@ -15,6 +15,7 @@ import argparse
 from pathlib import Path
 
 from mohd_train.errors import run_cli
+from mohd_train.storage import path_or_uri, refuse_remote
 from mohd_train.sweep.commands import COMMANDS, LAUNCHERS, Request
 from mohd_train.sweep.scale import SCALES
 
@@ -42,7 +43,7 @@ def _parse() -> tuple[str, Request]:
     parser.add_argument("--only", nargs="+", default=[], help="runs, settings or models; patterns such as '*x2*'")
     parser.add_argument("--seeds", nargs="+", type=_seed, help="in place of the file's")
     parser.add_argument("--scale", choices=SCALES, help="default: paper; tiny: an eighth as wide, on two cores")
-    parser.add_argument("--out", type=Path, help="default: runs/sweep/NAME[-tiny]")
+    parser.add_argument("--out", type=path_or_uri, help="default: runs/sweep/NAME[-tiny]")
     parser.add_argument("--data", help="prepared data, for all runs")
     parser.add_argument("--raw", help="or raw rows, prepared once into OUT/data,")
     parser.add_argument("--tokenizer", help="with this tokenizer")
@@ -56,6 +57,7 @@ def _parse() -> tuple[str, Request]:
     parser.add_argument("--claim", metavar="PVC:PATH", help="k8s: volume with checkout, data and runs, and where it is")
     parser.add_argument("--once", action="store_true", help="status: print the table once")
     options = vars(parser.parse_intermixed_args())
+    refuse_remote(options["out"], "--out", "then copy it (aws s3 sync OUT s3://...)")
     overrides = list(options["overrides"])
     for name in ("only", "seeds"):  # they take every word that follows, key=value too
         words = options[name] or []

@@ -5,9 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
+
+if TYPE_CHECKING:
+    from support.s3_server import S3Server
 
 pytest_plugins = ["support.fault_table"]
 ROOT = Path(__file__).resolve().parents[1]
@@ -45,3 +49,31 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from train.train_support import make_data
 
     return make_data(tmp_path_factory.mktemp("prepared") / "data")
+
+
+@pytest.fixture(scope="session")
+def _server() -> Iterator[S3Server]:
+    from support.s3_server import S3Server
+
+    server = S3Server()
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def s3(_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[S3Server]:
+    """An empty bucket on a server of S3's protocol that this process uses."""
+    from support.s3_server import BUCKET, point_to
+
+    from mohd_train import storage
+
+    point_to(_server, monkeypatch)
+    monkeypatch.setattr(storage, "WAIT", 0.01)
+    monkeypatch.setattr(storage, "ATTEMPTS", 3)
+    client = _server.client()
+    client.create_bucket(Bucket=BUCKET)
+    yield _server
+    _server.fail = lambda _: None
+    _server.refused = 0
+    for entry in client.list_objects_v2(Bucket=BUCKET).get("Contents", []):
+        client.delete_object(Bucket=BUCKET, Key=entry["Key"])

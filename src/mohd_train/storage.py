@@ -115,10 +115,18 @@ class Storage:
         return f"{self._path}/{name}" if self._path else name
 
     def names(self) -> set[str]:
-        """Objects in this folder, below its subfolders too. Raises UserError where the bucket can't be listed or is not there."""
+        """Objects in this folder, below its subfolders too.
+
+        Raises:
+            UserError: the bucket can't be listed or is not there, or an object's name leads out of the folder.
+        """
         prefix = f"{self._path}/" if self._path else ""
         keys = attempted(lambda: self._store.list_objects(prefix), f"listing {self.uri}")
-        return {key.removeprefix(prefix) for key in keys if key.startswith(prefix)}
+        names = {key.removeprefix(prefix) for key in keys if key.startswith(prefix)}
+        for name in names:
+            if name.startswith("/") or ".." in name.split("/"):  # as a file, it would lie anywhere
+                raise UserError(f"{self.uri} is refused: it holds an object named {name!r}; remove that")
+        return names
 
     def download(self, name: str, target: Path) -> bool:
         """Brings an object, whole or not at all; False where there is none. Raises UserError for a lasting failure."""
@@ -133,12 +141,47 @@ class Storage:
 
         return attempted(once, f"downloading {self.uri}/{name}")
 
+    def download_all(self, name: str, target: Path, names: set[str]) -> None:
+        """Brings what :meth:`upload` stored under ``name``: an object, or a folder, by ``names``. Raises as :meth:`download`."""
+        for one in sorted(names):
+            if one == name:
+                self.download(one, target)
+            elif one.startswith(f"{name}/"):
+                self.download(one, target / one.removeprefix(f"{name}/"))
+
+    def text(self, name: str) -> str | None:
+        """An object's content; None where there is none. Raises UserError for a lasting failure, and for what is no text."""
+        with tempfile.TemporaryDirectory(prefix="mohd_train-download-") as scratch:
+            target = Path(scratch) / "object"
+            try:
+                return target.read_text(encoding="utf-8") if self.download(name, target) else None
+            except UnicodeDecodeError as error:
+                raise UserError(f"{self.uri}/{name} is broken ({error}); remove it, or set another folder") from None
+
+    def pointed(self, link: str) -> str:
+        """The name in this folder that a link (an object whose content is a key, as Composer writes it) stands for; empty: none."""
+        return (self.text(link) or "").strip().rpartition("/")[2]
+
     def upload(self, name: str, path: Path) -> None:
-        """Stores a local file; an object of this name is replaced. Raises UserError for a lasting failure."""
-        attempted(lambda: self._store.upload_object(self.key(name), str(path)), f"uploading {self.uri}/{name}")
+        """Stores a local file, in place of an object of this name; or the files of a folder, the hidden ones last.
+
+        A sharded checkpoint is whole once its ``.metadata`` is there: an old one is emptied before any other file is replaced.
+
+        Raises:
+            UserError: a lasting failure.
+        """
+        if path.is_dir():
+            files = sorted(path.iterdir(), key=lambda file: (file.name.startswith("."), file.name))
+            for file in files:
+                if file.name.startswith("."):
+                    self.upload_bytes(f"{name}/{file.name}", b"")
+            for file in files:
+                self.upload(f"{name}/{file.name}", file)
+        else:
+            attempted(lambda: self._store.upload_object(self.key(name), str(path)), f"uploading {self.uri}/{name}")
 
     def upload_bytes(self, name: str, content: bytes) -> None:
-        """As :meth:`upload`."""
+        """As :meth:`upload` of a file."""
         with tempfile.NamedTemporaryFile(prefix="mohd_train-upload-") as file:
             file.write(content)
             file.flush()
@@ -175,16 +218,15 @@ def bring_checkpoint(uri: str, folder: Path) -> Path:
     storage = Storage(place)
     names = storage.names()
     if f"{name}.symlink" in names:
-        link = folder / "link"
-        storage.download(f"{name}.symlink", link)
-        name = link.read_text(encoding="utf-8").strip().rpartition("/")[2]
-    if name not in names:
-        found = sorted(one for one in names if one.endswith(".pt"))
+        name = storage.pointed(f"{name}.symlink")
+    there = {one.partition("/")[0] for one in names}
+    if name not in there:
+        found = sorted(one for one in there if one.startswith("ep"))
         raise UserError(f"{uri}: no such checkpoint; {place} has {', '.join(found[-3:]) or 'none'}")
     parts = [part for part in place.split("/") if part]
     run = parts[-2] if parts[-1] == "checkpoints" else parts[-1]
     target = folder / run / "checkpoints" / name
-    storage.download(name, target)
+    storage.download_all(name, target, names)
     for other in names:
         if other == "run.json" or other.startswith("tokenizer/"):
             storage.download(other, folder / run / other)

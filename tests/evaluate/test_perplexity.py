@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from support.s3_server import BUCKET, S3Server
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -47,6 +48,15 @@ class Constant(nn.Module):
 
     def forward(self, input_ids: torch.Tensor) -> SimpleNamespace:
         return SimpleNamespace(logits=self.log_V.expand(*input_ids.shape, -1))
+
+
+def test_stored_on_object_storage(
+    llama: Path, prepared: Path, s3: S3Server, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = replace(options(llama, prepared, Path()), output=f"s3://{BUCKET}/eval")
+    for words in ("", "perplexity: reused from "):
+        run_perplexity(asked)
+        assert f"{words or 'results: '}s3://{BUCKET}/eval/tiny-llama/perplexity.json" in capsys.readouterr().out
 
 
 def test_likelihood_of_known_probabilities() -> None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import runpy
 import shutil
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ import pytest
 import torch
 from support.native import save_native
 from support.plans import small_plan
+from support.s3_server import BUCKET, S3Server
 from transformers import AutoModelForCausalLM
 
 from mohd_train.errors import UserError
@@ -306,3 +309,45 @@ def test_command_line(
     assert "**tiny-llama**" in (tmp_path / "t.md").read_text(encoding="utf-8")
     assert call(tables, tmp_path / "absent", monkeypatch=monkeypatch) == 1
     assert call(tables, monkeypatch=monkeypatch) == 2
+
+
+def test_results_on_object_storage(
+    options: EvalOptions, suite: Suite, s3: S3Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Stored as they are done, reused on another machine, read by the tables; one that can't be stored is kept here and named."""
+    local = replace(options)
+    run_eval(local, suite)
+    options.output = f"s3://{BUCKET}/eval"
+    run_eval(options, suite)
+    assert f"results: s3://{BUCKET}/eval/tiny-llama" in capsys.readouterr().out
+    kept = s3.client().list_objects_v2(Bucket=BUCKET)["Contents"]
+    assert [entry["Key"] for entry in kept] == ["eval/tiny-llama/boolq.json", "eval/tiny-llama/sciq.json"]
+    run_eval(options, suite)
+    assert capsys.readouterr().out.count("reused") == 2
+    assert s3.client().list_objects_v2(Bucket=BUCKET)["Contents"] == kept
+    assert table_text(2, [options.output], "csv") == table_text(2, [local.output], "csv")
+    with pytest.raises(UserError, match=r"the sweep is s3://.*aws s3 sync"):
+        table_text(4, [options.output], "md")
+
+    s3.fail = lambda environ: "403 AccessDenied" if environ["REQUEST_METHOD"] == "PUT" else None
+    options.tasks = ["arc_easy"]
+    with pytest.raises(
+        UserError, match=r"uploading .*arc_easy.json failed .*AccessDenied.*the result is whole in (\S+),"
+    ) as caught:
+        run_eval(options, suite)
+    path = Path(re.search(r"whole in (\S+),", str(caught.value))[1])
+    assert results.read(path).settings.task == "arc_easy"
+    shutil.rmtree(path.parent.parent)
+
+
+def test_a_reason_on_object_storage_ends_with_the_result(options: EvalOptions, suite: Suite) -> None:
+    """There it can't be removed."""
+    run_eval(options, suite)
+    folder = stored(options).parent
+    content = stored(options).read_bytes()
+    stored(options).unlink()
+    info = results.read(stored(options, "boolq")).model
+    assert results.write_missing(folder, "sciq", info, "no network") == results.missing_path(folder, "sciq")
+    assert [one.task for one in results.find([options.output]).missing] == ["sciq"]
+    stored(options).write_bytes(content)
+    assert results.find([options.output]).missing == []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import shutil
 import signal
@@ -32,9 +33,8 @@ from train.train_support import make_config
 from mohd_train import storage
 from mohd_train.config.schema import Config
 from mohd_train.data.prepare import Request, prepare
-from mohd_train.errors import UserError
+from mohd_train.errors import UserError, run_cli
 from mohd_train.evaluate.checkpoint import locate
-from mohd_train.evaluate.options import parse
 from mohd_train.hf.convert import export
 from mohd_train.model.checkpoint import read_checkpoint
 from mohd_train.train.run import dry_run, train
@@ -147,7 +147,7 @@ def test_a_half_uploaded_checkpoint(
 def test_a_busy_storage(tmp_path: Path, data: Path, whole: Path, s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(_: object) -> None:
         wait_for(s3, "ep0-ba2-rank0.pt")
-        s3.fail = first(2)
+        s3.fail = first(2, method="PUT")
 
     inject(monkeypatch, At("batch_end", 3, fail))
     s3.fail = first(2, "500 Internal Error")  # at the start too
@@ -249,6 +249,35 @@ def test_another_run_is_refused(tmp_path: Path, data: Path, s3: S3Server, remote
     fault_table.record(lost=None)
 
 
+@pytest.mark.fault("two machines train one run on S3", happened="the one that started last has it; the other one stops")
+def test_two_machines(
+    tmp_path: Path, whole: Path, s3: S3Server, remote: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first one, given up in batch 4, comes back once the second has gone on to the end."""
+    over = multiprocessing.get_context("fork").Event()
+    with monkeypatch.context() as patch:
+        inject(
+            patch, At("after_backward", 3, lambda _: over.wait(60)), At("after_backward", 5, lambda _: time.sleep(1))
+        )
+        one = multiprocessing.get_context("fork").Process(target=lambda: run_cli(lambda: train(remote("one"))))
+        one.start()
+    wait_for(s3, "ep0-ba2-rank0.pt")
+    train(remote("two"))
+    there = stored(s3)
+    over.set()
+    one.join(60)
+    assert one.exitcode == 1
+    left = record_of(tmp_path / "one")
+    assert "checkpoints belongs to another session of this run by now, begun 20" in left["error"]
+    assert "what it has trained since its last upload stays in" in left["error"]
+    assert left["status"] == "failed"
+    assert 4 <= last_batch(tmp_path / "one") < 8
+    ends_as(tmp_path / "two", whole)
+    assert stored(s3) == there
+    assert json.loads(there["run.json"]) == record_of(tmp_path / "two")
+    fault_table.record(lost=0, stopped=last_batch(tmp_path / "one"), resumed=8)
+
+
 def test_the_further_one_of_disk_and_storage(
     tmp_path: Path, whole: Path, s3: S3Server, remote: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -311,6 +340,13 @@ def test_a_shard_is_missing_on_storage(tmp_path: Path, data: Path, whole: Path, 
     fault_table.measured_resume(tmp_path / "runs" / "a", before)
 
 
+def test_names_that_lead_away_are_refused(s3: S3Server, tmp_path: Path) -> None:
+    put(s3, "ep0-ba2/../../../../away", b"x")
+    with pytest.raises(UserError, match=r"is refused: it holds an object named 'ep0-ba2/\.\./"):
+        storage.bring_checkpoint(f"{RUN}/ep0-ba2", tmp_path / "a" / "b")
+    assert not list(tmp_path.rglob("away"))
+
+
 def test_a_checkpoint_on_storage_is_read(tmp_path: Path, data: Path, remote: Callable[..., Config]) -> None:
     """By load_path, evaluation and export."""
     train(remote("one", "max_duration=2ba"))
@@ -338,6 +374,4 @@ def test_what_must_be_local_says_so(tmp_path: Path, data: Path) -> None:
     fails(make_config(tmp_path, data, "run_name=a", f"data.local={away}"), "data.local is s3://.* set data.remote")
     with pytest.raises(UserError, match=r"--out is s3://.*aws s3 sync"):
         prepare(Request(str(tmp_path), away, "none"))
-    with pytest.raises(UserError, match=r"--output is s3://.*aws s3 sync"):
-        parse(None, ["--checkpoint", "x.pt", "--output", away])
     assert not list(tmp_path.glob("s3*"))

@@ -18,6 +18,8 @@ from typing import Any
 
 import pytest
 import torch
+from composer.utils import dist, get_device
+from support.s3_server import BUCKET, S3Server
 from torch.distributed import checkpoint as dcp
 from train.distributed_support import Place, in_processes, run, run_in, seen
 from train.test_run import timeless
@@ -28,8 +30,10 @@ from mohd_train.evaluate.checkpoint import locate
 from mohd_train.hf.convert import load_native
 from mohd_train.model.checkpoint import read_checkpoint
 from mohd_train.model.sharded import METADATA_FILE
+from mohd_train.storage import here
 from mohd_train.train import parallel
 from mohd_train.train.checkpoint import newest_whole
+from mohd_train.train.folder import check_shared
 from mohd_train.train.run import train
 
 BATCHES = 8
@@ -105,6 +109,36 @@ def test_kill_and_resume_equals_uninterrupted(runs: Runs) -> None:
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
     names = sorted(path.name for path in half.parent.iterdir())
     assert names == ["ep0-ba6", "ep0-ba8", "latest-rank0.pt"]
+
+
+def test_goes_on_from_object_storage(runs: Runs, s3: S3Server) -> None:
+    """Every part is stored, the index last; with the disk gone, and the newest one a half, the run goes on and equals."""
+    client, where = s3.client(), f"s3://{BUCKET}/runs/stored"
+    for session, crash in enumerate((7, None), 1):
+        run_in(2, runs.job("x2-stored", "x2", FSDP, f"save_folder={where}", fsdp=True, session=session, crash=crash))
+        path = runs.run("x2-stored")
+        local = [
+            f"ep0-ba{n}/{part}"
+            for n in (2, 4, 6, 8)[: 3 if crash else 4]
+            for part in (".metadata", "__0_0.distcp", "__1_0.distcp")
+        ]
+        there = {
+            entry["Key"].removeprefix("runs/stored/"): entry
+            for entry in client.list_objects_v2(Bucket=BUCKET)["Contents"]
+        }
+        assert sorted(name for name in there if name.startswith("ep")) == local
+        newest = client.get_object(Bucket=BUCKET, Key="runs/stored/latest-rank0.pt.symlink")["Body"].read().decode()
+        assert newest == ("runs/stored/ep0-ba6" if crash else "runs/stored/ep0-ba8")
+        if crash:
+            client.put_object(Bucket=BUCKET, Key=f"{newest}/.metadata", Body=b"")
+            shutil.rmtree(path)
+    assert json.loads((path / "run.json").read_text())["sessions"][-1]["from"] == f"{where}/ep0-ba4"
+    assert timeless(path / "metrics.jsonl") == timeless(runs.run("x2-sharded") / "metrics.jsonl")
+    (_, whole), (_, stored) = (
+        read_checkpoint(folder) for folder in (runs.checkpoint("x2-sharded"), here(f"{where}/latest-rank0.pt"))
+    )
+    assert all(torch.equal(whole[name], stored[name]) for name in whole)
+    assert not list((path / "checkpoints").glob(".*"))
 
 
 def test_goes_on_in_another_number_of_processes(runs: Runs) -> None:
@@ -189,6 +223,32 @@ def test_code_is_refused(runs: Runs, tmp_path: Path, place: str) -> None:
     with pytest.raises(UserError):
         train(config)
     assert not flag.exists()
+
+
+def test_nodes_must_share_the_folder(tmp_path: Path) -> None:
+    """Known before anything is written; two nodes that see one folder by two names are well."""
+
+    def nodes(*folders: Path) -> list[str]:
+        def work() -> None:
+            rank = os.environ["RANK"]
+            os.environ |= {"NODE_RANK": rank, "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+            dist.initialize_dist(get_device("cpu"))
+            try:
+                check_shared(folders[int(rank)] / "runs" / "a")
+            except UserError as error:
+                (tmp_path / f"said-{rank}").write_text(str(error))
+
+        assert in_processes(work) == [0, 0]
+        return [path.read_text() for path in sorted(tmp_path.glob("said-*"))]
+
+    for name in ("one", "two"):
+        (tmp_path / name / "runs").mkdir(parents=True)
+    (tmp_path / "other").symlink_to(tmp_path / "one")
+    assert nodes(tmp_path / "one", tmp_path / "other") == []
+    said = nodes(tmp_path / "one", tmp_path / "two")
+    assert len(said) == 2
+    assert "two/runs/a on node 1 is not node 0's" in said[1]
+    assert not [*tmp_path.glob("*/runs/*"), *tmp_path.glob("*/runs/.*")]
 
 
 def test_a_run_goes_on_as_it_was_saved(runs: Runs) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from mohd_train.storage import path_or_uri, refuse_remote
+from mohd_train.storage import path_or_uri
 
 
 @dataclass
@@ -16,7 +16,7 @@ class EvalOptions:
     """What `eval/run_eval.py` is asked to do."""
 
     checkpoint: Path | str
-    output: Path
+    output: Path | str
     tasks: list[str] = field(default_factory=list)  # empty: all ten
     data_dir: Path | None = None  # None: the hub
     limit: int | None = None  # questions a task (a subject); None: all
@@ -36,7 +36,7 @@ class PerplexityOptions:
 
     checkpoint: Path | str
     data: Path  # a prepared folder
-    output: Path
+    output: Path | str
     domains: list[str] = field(default_factory=list)  # empty: all
     limit: int | None = None  # batches a domain; None: all
     batch_size: int = 8
@@ -97,7 +97,9 @@ def _parse_one(description: str | None, arguments: Sequence[str]) -> EvalOptions
         "--data-dir", type=Path, help="rows from DIR/<task>/<split>.jsonl (mmlu/<subject>/<split>.jsonl)"
     )
     parser.add_argument("--limit", type=int, help="questions a task, for trials; such results are marked")
-    parser.add_argument("--output", type=path_or_uri, default=Path("eval/results"), help="default: %(default)s")
+    parser.add_argument(
+        "--output", type=path_or_uri, default=Path("eval/results"), help="s3://... too; default: %(default)s"
+    )
     parser.add_argument("--batch-size", default="8", help="requests a forward pass, or auto; default: %(default)s")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N; default: %(default)s")
     parser.add_argument(
@@ -114,7 +116,6 @@ def _parse_one(description: str | None, arguments: Sequence[str]) -> EvalOptions
     parser.add_argument("--data", type=Path, help="a folder that data_prep/prepare.py made, for --perplexity")
     parser.add_argument("--domains", nargs="+", default=[], help="of --data; default: all")
     args = parser.parse_args(arguments)
-    refuse_remote(args.output, "--output", "copy it to the storage when it is done (aws s3 sync FOLDER s3://...)")
     args.tasks = [name for item in args.tasks for name in re.split(r"[,\s]+", item) if name]
     if not re.fullmatch(r"auto|[1-9]\d*", args.batch_size):
         parser.error(f"argument --batch-size: {args.batch_size!r} is neither auto nor a positive number")

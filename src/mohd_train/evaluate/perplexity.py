@@ -28,6 +28,7 @@ from mohd_train.data.tokenize import tokenizer_sha256
 from mohd_train.errors import UserError
 from mohd_train.evaluate import checkpoint as checkpoints
 from mohd_train.evaluate.options import PerplexityOptions
+from mohd_train.evaluate.output import Output
 from mohd_train.evaluate.results import KEY, check_writable, hardware, rename_broken, versions, write_json
 
 FORMAT = "mohd_train.perplexity/1"
@@ -87,7 +88,10 @@ def run_perplexity(options: PerplexityOptions, console: Console | None = None) -
         location, tokenizer=options.tokenizer, name=options.name, device=options.device, dtype=options.dtype
     )
     data = _data_config(options, manifest, loaded)
-    path = options.output / str(loaded.info["name"]) / "perplexity.json"
+    output = Output(options.output)
+    path = output.folder / str(loaded.info["name"]) / "perplexity.json"
+    output.fetch(path.parent.name)
+    where = f"{output.where}/{path.parent.name}/{path.name}"
     settings = {
         "data": manifest.sha256(),
         "domains": sorted(data.domains),
@@ -100,11 +104,12 @@ def run_perplexity(options: PerplexityOptions, console: Console | None = None) -
         loaders = build_eval_loaders(data, manifest, device_batch_size=options.batch_size)
         parts = {name: _measure(name, loader, loaded.model, options.limit, console) for name, loader in loaders.items()}
         _store(path, settings, loaded.info, parts, options.data)
+        output.send(path)
     else:
-        console.print(f"perplexity: reused from {path}", soft_wrap=True, highlight=False)
+        console.print(f"perplexity: reused from {where}", soft_wrap=True, highlight=False)
     console.print(f"{loaded.info['name']}: {loaded.info['checkpoint']}", soft_wrap=True, highlight=False)
     console.print(_table(parts))
-    console.print(f"results: {path}", soft_wrap=True)
+    console.print(f"results: {where}", soft_wrap=True)
     return 0
 
 

@@ -213,18 +213,22 @@ def missing_path(folder: Path, task: str) -> Path:
     return folder / f"{task}.missing.json"
 
 
-def write_missing(folder: Path, task: str, model: dict[str, Any], reason: str) -> None:
-    """Keeps the reason; a result that is stored there already stands, and nothing is written."""
-    if not (folder / f"{task}.json").exists():
-        when = datetime.now(timezone.utc).isoformat(timespec="seconds")
-        ours = {"format": MISSING_FORMAT, "task": task, "reason": reason, "model": model, "date": when}
-        write_json(missing_path(folder, task), {KEY: ours})
+def write_missing(folder: Path, task: str, model: dict[str, Any], reason: str) -> Path | None:
+    """Keeps the reason, in the file that is returned; a result that is stored there already stands, and nothing is written."""
+    if (folder / f"{task}.json").exists():
+        return None
+    when = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    ours = {"format": MISSING_FORMAT, "task": task, "reason": reason, "model": model, "date": when}
+    write_json(missing_path(folder, task), {KEY: ours})
+    return missing_path(folder, task)
 
 
 def read_missing(folder: Path, notes: list[str]) -> list[Missing]:
-    """The reasons kept under ``folder``; a broken file is named in ``notes``."""
+    """The reasons kept under ``folder`` for what has no result; a broken file is named in ``notes``."""
     found = []
     for file in sorted(folder.rglob("*.missing.json")):
+        if file.with_name(file.name.replace(".missing.json", ".json")).exists():  # object storage keeps the reason
+            continue
         try:
             ours = json.loads(file.read_text(encoding="utf-8"))[KEY]
             found.append(Missing(ours["task"], _model(ours), str(ours["reason"])))

@@ -18,6 +18,7 @@ from mohd_train.evaluate import checkpoint as checkpoints
 from mohd_train.evaluate import report, results
 from mohd_train.evaluate.harness import BOOTSTRAP_ITERS, HarnessLM, score
 from mohd_train.evaluate.options import EvalOptions
+from mohd_train.evaluate.output import Output
 from mohd_train.evaluate.row_manifest import why_missing
 from mohd_train.evaluate.rows import RowFile
 from mohd_train.evaluate.suite import Suite, TaskSpec, load_suite
@@ -35,6 +36,7 @@ def run_eval(options: EvalOptions, suite: Suite | None = None, console: Console 
     suite, console = suite or load_suite(), console or Console()
     specs = suite.select(options.tasks)
     _check(options, suite)
+    output = Output(options.output)
     location = checkpoints.locate(options.checkpoint)
     datasets.disable_progress_bars()
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # a line for each truncated request; they are counted instead
@@ -45,7 +47,8 @@ def run_eval(options: EvalOptions, suite: Suite | None = None, console: Console 
         )
         lm = HarnessLM(loaded, options.batch_size, {"auto": None, "yes": True, "no": False}[options.bos])
         info = {**loaded.info, "max_length": lm.max_length, "bos": lm.bos}
-        folder = options.output / str(info["name"])
+        folder = output.folder / str(info["name"])
+        output.fetch(folder.name)
         jobs = [(task, _settings(task, options, suite, str(info["dtype"]))) for task in built]
         for task in built:
             if said := results.set_aside(folder / f"{task.spec.name}.json"):
@@ -58,12 +61,13 @@ def run_eval(options: EvalOptions, suite: Suite | None = None, console: Console 
         }
         results.check_writable(folder)
         for name, reason in failed.items():
-            results.write_missing(folder, name, info, reason)
-        done = _run(jobs, kept, lm, info, folder, options, console)
+            if (path := results.write_missing(folder, name, info, reason)) is not None:
+                output.send(path)
+        done = _run(jobs, kept, lm, info, folder, options, console, output)
     console.print(f"{info['name']}: {info['checkpoint']}", soft_wrap=True, highlight=False)
     console.print(report.results_table(suite, done, failed))
     _notes(console, built, failed)
-    console.print(f"results: {folder}", soft_wrap=True)
+    console.print(f"results: {output.where}/{folder.name}", soft_wrap=True)
     return 1 if failed else 0
 
 
@@ -135,6 +139,7 @@ def _run(
     folder: Path,
     options: EvalOptions,
     console: Console,
+    output: Output,
 ) -> dict[str, results.Result]:
     done: dict[str, results.Result] = {}
     for number, (task, settings) in enumerate(jobs, start=1):
@@ -165,6 +170,7 @@ def _run(
             seconds=round(seconds, 2),
         )
         results.write_json(path, data)
+        output.send(path)
         results.missing_path(folder, name).unlink(missing_ok=True)
         done[name] = results.read(path)
         console.print(place, report.one_line(done[name], seconds), markup=False, highlight=False, soft_wrap=True)

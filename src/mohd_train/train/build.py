@@ -38,7 +38,7 @@ from mohd_train.train.checkpoint import LATEST, RunMetadata, check_checkpoint, n
 from mohd_train.train.composer_model import MoHDComposerModel
 from mohd_train.train.data import TrainData, build_data, check_on_nodes, on_rank_zero
 from mohd_train.train.faults import Notices
-from mohd_train.train.folder import open_folder
+from mohd_train.train.folder import check_shared, open_folder
 from mohd_train.train.lock import RunLock
 from mohd_train.train.logs import log_to_folder
 from mohd_train.train.optimizer import build_optimizer, build_scheduler
@@ -110,11 +110,11 @@ def prepare(config: Config) -> Run:
     registry.check_callbacks(config.callbacks)
     if parallel.world_size() > 1:
         dist.initialize_dist(get_device(device), config.dist_timeout)
-    if parallel.is_sharded(config):
-        refuse_remote(config.save_folder, "save_folder of sharded checkpoints", "set fsdp_config.state_dict_type=full")
     refuse_remote(config.run_folder, "run_folder", "set save_folder to that address, and the run's files go there too")
     check_writable(Path(config.run_folder))
     check_writable(local_save_folder(config))
+    if parallel.is_sharded(config) and dist.get_world_size() > dist.get_local_world_size():
+        check_shared(local_save_folder(config))
     plan = make_plan(config.model, config.mohd, config.max_seq_len)
     parallel.resolve_kernels(config, plan, device)
     manifest = check_on_nodes(config)

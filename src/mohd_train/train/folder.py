@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import shutil
+import uuid
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,6 +25,36 @@ from mohd_train.train.secrets import shown
 
 if TYPE_CHECKING:
     from mohd_train.train.build import Run
+
+
+def check_shared(folder: Path) -> None:
+    """Makes sure that all nodes mean one folder by ``folder``: into a sharded checkpoint, which is one, all of them write.
+
+    A file is put beside it for that moment. To be called by every process.
+
+    Raises:
+        UserError: on every rank, where a node does not see that file.
+    """
+    place, probe = folder.absolute(), f".mohd_train-{uuid.uuid4().hex}"
+    levels = next(i for i, parent in enumerate((place, *place.parents)) if parent.is_dir())
+    box = [(levels, probe)]
+    dist.broadcast_object_list(box)
+    levels, probe = box[0]
+    path = (place, *place.parents)[levels] / probe
+    try:
+        if dist.get_global_rank() == 0:
+            path.touch()
+        dist.barrier()
+        seen = dist.all_gather_object((dist.get_node_rank(), path.exists()))
+    finally:
+        if dist.get_global_rank() == 0:
+            path.unlink(missing_ok=True)
+    apart = sorted({node for node, same in seen if not same})
+    if apart:
+        raise UserError(
+            f"{folder} on node {apart[0]} is not node 0's, and a sharded checkpoint is one folder; put run_folder and save_folder "
+            "on a file system that the nodes share, or set fsdp_config.state_dict_type=full"
+        )
 
 
 def open_folder(run: Run) -> RunRecord:
@@ -91,6 +122,7 @@ def _new_session(run: Run) -> RunRecord:
     config = run.config
     record = run.earlier or RunRecord(run.folder, {"run_name": config.run_name, "started": now(), "sessions": []})
     session = {
+        "id": uuid.uuid4().hex,
         "started": now(),
         "hardware": hardware(run.device, dist.get_world_size()),
         "from": run.source or None,

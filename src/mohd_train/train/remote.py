@@ -20,8 +20,9 @@ from composer.utils import dist
 from mohd_train.config.schema import Config
 from mohd_train.errors import UserError
 from mohd_train.model.checkpoint import read_checkpoint
-from mohd_train.storage import Storage, is_remote
+from mohd_train.storage import Storage, bring_checkpoint, is_remote
 from mohd_train.train.checkpoint import LATEST, NAME, newest_whole
+from mohd_train.train.saver import remove
 
 LINK = f"{LATEST}.symlink"
 RECORD, METRICS = "run.json", "metrics.jsonl"
@@ -81,11 +82,7 @@ def _bring(config: Config) -> Brought:
         _bring_run(config, found, scratch)
     here = config.autoresume and _newest_here(config) >= 0
     if found.checkpoint is None and not here and config.load_path and is_remote(config.load_path):
-        place, _, name = config.load_path.rpartition("/")
-        target = scratch / name
-        if not Storage(place).download(name, target):
-            raise UserError(f"{config.load_path}: no such checkpoint; check address and access")
-        found.source, found.checkpoint = config.load_path, target
+        found.source, found.checkpoint = config.load_path, bring_checkpoint(config.load_path, scratch)
     return found
 
 
@@ -94,23 +91,23 @@ def _bring_run(config: Config, found: Brought, scratch: Path) -> None:
     storage = Storage(config.save_folder)
     names = storage.names()
     if RECORD in names and not (config.save_overwrite and not config.autoresume):
-        found.record = _record(storage, scratch / RECORD)
+        found.record = _record(storage)
     if not config.autoresume or found.record is None or LINK not in names:
         return
-    storage.download(LINK, scratch / LINK)
-    newest = (scratch / LINK).read_text(encoding="utf-8").strip().rpartition("/")[2]
-    batches = {int(match[1]): name for name in names if (match := NAME.fullmatch(name))}
+    newest = storage.pointed(LINK)
+    there = {name.partition("/")[0] for name in names}
+    batches = {int(match[1]): name for name in there if (match := NAME.fullmatch(name))}
     last = next((batch for batch, name in batches.items() if name == newest), None)
     if last is None or _newest_here(config) >= last:
         return
     for batch in sorted((batch for batch in batches if batch <= last), reverse=True):
         target = scratch / batches[batch]
-        storage.download(batches[batch], target)
+        storage.download_all(batches[batch], target, names)
         try:
             read_checkpoint(target)
         except UserError as error:
             found.skipped.append(str(error).replace(str(target), f"{storage.uri}/{batches[batch]}"))
-            target.unlink()
+            remove(target)
             continue
         found.source, found.checkpoint, found.goes_on = f"{storage.uri}/{batches[batch]}", target, True
         found.metrics = scratch / METRICS if storage.download(METRICS, scratch / METRICS) else None
@@ -132,10 +129,9 @@ def _newest_here(config: Config) -> int:
     return int(match[1]) if match else -1
 
 
-def _record(storage: Storage, target: Path) -> dict[str, Any]:
-    storage.download(RECORD, target)
+def _record(storage: Storage) -> dict[str, Any]:
     try:
-        data = json.loads(target.read_bytes())
+        data = json.loads(storage.text(RECORD) or "")
     except ValueError as error:
         raise UserError(f"{storage.uri}/{RECORD} is broken ({error}); set another save_folder") from None
     if not isinstance(data, dict) or not {"config", "status", "data", "sessions"} <= data.keys():

@@ -12,7 +12,7 @@ from mohd_train.train import parallel, registry
 from mohd_train.train.build import Built, Run, build_model, build_trainer, prepare, share_run_id, start
 from mohd_train.train.callbacks import FirstBatchWatchdog
 from mohd_train.train.callbacks.progress import short
-from mohd_train.train.callbacks.uploads import complete
+from mohd_train.train.callbacks.uploads import TakenOver, complete
 from mohd_train.train.data import TrainData, build_data, on_rank_zero
 from mohd_train.train.faults import explain, settle_workers
 from mohd_train.train.optimizer import build_optimizer
@@ -153,7 +153,7 @@ def _close(run: Run, built: Built | None, record: RunRecord | None, error: BaseE
             log.error("%s can't be written: %s", record.path, problem.strerror)
     if built is not None:
         built.trainer.engine.close()
-    if built is not None and built.uploads is not None:
+    if built is not None and built.uploads is not None and not isinstance(error, TakenOver):
         try:
             built.uploads.finish()
         except UserError as problem:  # beside what ended the run, which is told first

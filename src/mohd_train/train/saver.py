@@ -155,9 +155,9 @@ def _whole_files() -> Iterator[None]:
         checkpoint._write_checkpoint_file, checkpoint._save_checkpoint = theirs
 
 
-def _name(saved: str) -> str:
+def checkpoint_of(saved: str) -> Path:
     """The checkpoint, file or folder, that Composer knows by what this rank has written of it."""
-    return str(Path(saved).parent) if saved.endswith(".distcp") else saved
+    return Path(saved).parent if saved.endswith(".distcp") else Path(saved)
 
 
 class CheckpointSaver(callbacks.CheckpointSaver):
@@ -177,7 +177,7 @@ class CheckpointSaver(callbacks.CheckpointSaver):
         with _whole_files():
             super()._save_checkpoint(state, logger)
         if self.saved_checkpoints:
-            self.newest = _name(self.saved_checkpoints[-1])
+            self.newest = str(checkpoint_of(self.saved_checkpoints[-1]))
 
     def save_now(self, state: State, logger: Logger) -> None:
         """Saves this batch, unless it is saved already."""
@@ -186,7 +186,7 @@ class CheckpointSaver(callbacks.CheckpointSaver):
 
     def is_kept(self, path: str) -> bool:
         """Whether ``keep_every`` covers it."""
-        match = NAME.fullmatch(Path(_name(path)).name)
+        match = NAME.fullmatch(checkpoint_of(path).name)
         return self.keep_every is not None and match is not None and int(match[1]) % self.keep_every == 0
 
     def _rotate_checkpoints(self, sharding_enabled: bool = False) -> None:
@@ -194,5 +194,5 @@ class CheckpointSaver(callbacks.CheckpointSaver):
         excess = len(rotating) - self.num_checkpoints_to_keep
         for path in rotating[: max(excess, 0)]:
             if dist.get_global_rank() == 0:  # of a sharded checkpoint every rank knows its part
-                remove(Path(_name(path)))
+                remove(checkpoint_of(path))
             self.saved_checkpoints.remove(path)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import os
 import shutil
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 from composer.core import Callback, State
 from composer.loggers import Logger
@@ -18,10 +20,14 @@ from mohd_train.errors import UserError
 from mohd_train.storage import Storage, is_remote
 from mohd_train.train.checkpoint import newest_whole
 from mohd_train.train.remote import LINK, METRICS, RECORD, Brought, local_save_folder
-from mohd_train.train.saver import CheckpointSaver
+from mohd_train.train.saver import CheckpointSaver, checkpoint_of, remove
 
 log = logging.getLogger(__name__)
 STAGED = ".upload-"
+
+
+class TakenOver(UserError):
+    """Another session of the run writes to its ``save_folder`` by now."""
 
 
 class Uploads(Callback):
@@ -29,7 +35,11 @@ class Uploads(Callback):
 
     Training goes on meanwhile, and also where the storage fails for longer than the attempts of :mod:`mohd_train.storage`: the
     checkpoint is on the local disk, a warning says so, and the next checkpoint tries anew. The run only ends well if its last
-    checkpoint has arrived. It must stand after the saver and the recorder in ``state.callbacks``. Rank 0 alone.
+    checkpoint has arrived. It must stand after the saver and the recorder in ``state.callbacks``. Rank 0 alone; of a sharded
+    checkpoint it uploads what every rank has written to the run folder.
+
+    Where another machine has gone on with the run meanwhile, as after a preemption that this one survived, nothing more is
+    uploaded, and this session stops.
 
     Args:
         storage: the remote ``save_folder``.
@@ -45,6 +55,8 @@ class Uploads(Callback):
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="upload")
         self._futures: list[tuple[str, Future[None]]] = []
         self._queued: str | None = None  # the newest checkpoint that is stored or on its way
+        self._session = session_of((folder / RECORD).read_text(encoding="utf-8"))
+        self._taken_over: TakenOver | None = None
 
     def batch_checkpoint(self, state: State, logger: Logger) -> None:
         """After a checkpoint of this batch and its record."""
@@ -52,8 +64,15 @@ class Uploads(Callback):
             self._submit_newest()
 
     def batch_end(self, state: State, logger: Logger) -> None:
-        """Says what failed."""
-        for text in self._collect(wait=False):
+        """Says what failed.
+
+        Raises:
+            TakenOver: another session goes on with this run.
+        """
+        problems = self._collect(wait=False)
+        if self._taken_over is not None:
+            raise self._taken_over
+        for text in problems:
             self.notice(state, "upload", f"{text}; training goes on, and the next checkpoint will be uploaded")
 
     def finish(self) -> None:
@@ -61,6 +80,7 @@ class Uploads(Callback):
 
         Raises:
             UserError: they can't be; the line names the checkpoint on the local disk.
+            TakenOver: another session goes on with this run.
         """
         self._collect(wait=True)
         self._submit_newest()  # again, where it failed
@@ -69,6 +89,8 @@ class Uploads(Callback):
             self._submit("the run's records", self._upload_records)
             problems = self._collect(wait=True)
         self._pool.shutdown(wait=True)
+        if self._taken_over is not None:
+            raise self._taken_over
         if problems:
             raise UserError(
                 f"{problems[0]}; the run's files are whole in {self.folder}: mend the storage and start the run again with "
@@ -80,13 +102,13 @@ class Uploads(Callback):
         saved = self.saver.saved_checkpoints
         if not saved or saved[-1] == self._queued or not Path(saved[-1]).exists():
             return
-        path = Path(saved[-1])
+        path = checkpoint_of(saved[-1])
         staged, metrics = (path.with_name(STAGED + name) for name in (path.name, f"{METRICS}.{path.stem}"))
-        staged.unlink(missing_ok=True)
-        try:
-            os.link(path, staged)
-        except OSError:  # a file system without hard links
-            shutil.copyfile(path, staged)
+        remove(staged)
+        if path.is_dir():
+            shutil.copytree(path, staged, copy_function=_second_name)
+        else:
+            _second_name(path, staged)
         shutil.copyfile(self.folder / METRICS, metrics)
         record = (self.folder / RECORD).read_bytes()
         self._queued = saved[-1]
@@ -97,6 +119,7 @@ class Uploads(Callback):
 
     def _upload(self, name: str, staged: Path, metrics: Path, record: bytes) -> None:
         try:
+            self._check_ours()
             self.storage.upload(name, staged)
             self.storage.upload(METRICS, metrics)
             self.storage.upload_bytes(RECORD, record)
@@ -104,10 +127,22 @@ class Uploads(Callback):
             log.info("uploaded %s/%s", self.storage.uri, name)
         finally:
             with contextlib.suppress(OSError):
-                staged.unlink(missing_ok=True)
-                metrics.unlink(missing_ok=True)
+                remove(staged)
+                remove(metrics)
+
+    def _check_ours(self) -> None:
+        """Raises TakenOver where the storage's record is of a session that began after this one."""
+        text = self.storage.text(RECORD)
+        theirs = self._session if text is None else session_of(text)
+        if theirs != self._session:
+            self._taken_over = TakenOver(
+                f"{self.storage.uri} belongs to another session of this run by now, begun {theirs.get('started')}; this one "
+                f"stops, and what it has trained since its last upload stays in {self.folder} alone"
+            )
+            raise self._taken_over
 
     def _upload_records(self) -> None:
+        self._check_ours()
         for name in (METRICS, RECORD):
             if (self.folder / name).exists():
                 self.storage.upload(name, self.folder / name)
@@ -123,10 +158,26 @@ class Uploads(Callback):
             if error is not None:
                 problems.append(str(error) if isinstance(error, UserError) else f"uploading {name} failed ({error})")
                 log.warning("%s", problems[-1])
-                if self._queued is not None and Path(self._queued).name == name:
+                if self._queued is not None and checkpoint_of(self._queued).name == name:
                     self._queued = None
         self._futures = open_ones
         return problems
+
+
+def session_of(record: str) -> dict[str, Any]:
+    """When and by which name the last session of a ``run.json`` began; empty where that can't be said."""
+    try:
+        last = json.loads(record)["sessions"][-1]
+        return {key: last[key] for key in ("id", "started")}
+    except (ValueError, LookupError, TypeError):
+        return {}
+
+
+def _second_name(path: str | Path, other: str | Path) -> None:
+    try:
+        os.link(path, other)
+    except OSError:  # a file system without hard links
+        shutil.copyfile(path, other)
 
 
 def complete(config: Config, brought: Brought) -> None:
@@ -145,4 +196,4 @@ def complete(config: Config, brought: Brought) -> None:
 def clear_staged(folder: Path) -> None:
     """Removes what a killed run left of its uploads."""
     for path in folder.glob(f"{STAGED}*"):
-        path.unlink(missing_ok=True)
+        remove(path)
