@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import multiprocessing
@@ -22,6 +23,7 @@ import torch
 from composer.core import Callback, State
 from composer.loggers import Logger
 from composer.utils import dist, get_free_tcp_port
+from torch._dynamo.utils import counters
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper
 from torch.distributed.fsdp import FullyShardedDataParallel
 from train.train_support import ROOT, make_config
@@ -135,10 +137,18 @@ def run(job: Job) -> None:
             )
             patches.enter_context(as_gpu)
             patches.enter_context(mock.patch("torch.cuda.current_device", return_value=torch.device("cpu")))
+        if config.compile:  # all but code generation
+            torch._dynamo.reset()
+            counters.clear()
+            traced = functools.partial(torch.compile, backend="aot_eager")
+            patches.enter_context(mock.patch.object(torch, "compile", traced))
         try:
             train(config)
         except Crash:
             assert job.crash is not None
+        if config.compile:
+            found = {"graphs": counters["stats"]["unique_graphs"], "breaks": list(counters["graph_break"])}
+            (Path(config.run_folder) / "graphs.json").write_text(json.dumps(found))
 
 
 def seen(folder: Path) -> dict[int, list[str]]:

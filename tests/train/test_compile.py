@@ -7,10 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.plans import small_plan
 from torch._dynamo.utils import counters
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from train.train_support import make_config
 
 from mohd_train.model.checkpoint import read_checkpoint
+from mohd_train.model.transformer import Transformer
 from mohd_train.train.callbacks.metrics_file import read_metrics
 from mohd_train.train.run import train
 
@@ -37,3 +40,23 @@ def test_a_compiled_run_equals_a_plain_one(tmp_path: Path, data: Path, monkeypat
     assert set(one) == set(two)
     for name, value in one.items():
         torch.testing.assert_close(two[name], value, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("setting", ["x2", "dense"])
+def test_recomputed_blocks_are_one_graph(setting: str) -> None:
+    """Activation checkpointing within the compiled model: a block must give tensors alone, in plain tuples."""
+    torch._dynamo.reset()
+    counters.clear()
+    plain, recomputed = (Transformer(small_plan(setting), seed=1) for _ in range(2))
+    names = [name for name, _ in plain.named_parameters()]
+    recomputed.blocks = torch.nn.ModuleList(checkpoint_wrapper(block) for block in recomputed.blocks)
+    ids = torch.randint(97, (2, 16))
+    losses = []
+    for model in (plain, torch.compile(recomputed, backend="aot_eager", fullgraph=True)):
+        out = model(ids, labels_BT=ids, logits=False)
+        losses.append(out.cross_entropy + out.balance_loss)
+        losses[-1].backward()
+    assert counters["stats"]["unique_graphs"] == 1
+    torch.testing.assert_close(losses[0], losses[1], rtol=1e-6, atol=0)
+    for name, ours, theirs in zip(names, plain.parameters(), recomputed.parameters(), strict=True):
+        torch.testing.assert_close(theirs.grad, ours.grad, rtol=1e-4, atol=1e-6, msg=name)

@@ -43,7 +43,7 @@ MODELS = ("x2", "dense")
 
 
 class Runs(Place):
-    """Runs of both models: in one process, sharded over two, the same with recomputation."""
+    """Runs of both models: in one process, sharded over two, the same with recomputation, and that through torch.compile."""
 
     # The router's own learning rate would not be its own if sharding took the groups apart.
     fixed = (f"max_duration={BATCHES}ba", "save_interval=2ba", "eval_interval=4ba", "optimizer.router_lr=1.0e-3")
@@ -60,11 +60,12 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
         run(made.job(f"{mohd}-one", mohd))
     sharded = [made.job(f"{mohd}-sharded", mohd, FSDP, fsdp=True) for mohd in MODELS]
     recomputed = [made.job(f"{mohd}-recomputed", mohd, RECOMPUTED, fsdp=True) for mohd in MODELS]
-    run_in(2, *sharded, *recomputed)
+    compiled = [made.job(f"{mohd}-compiled", mohd, RECOMPUTED, "compile=true", fsdp=True) for mohd in MODELS]
+    run_in(2, *sharded, *recomputed, *compiled)
     return made
 
 
-@pytest.mark.parametrize("kind", ["sharded", "recomputed"])
+@pytest.mark.parametrize("kind", ["sharded", "recomputed", "compiled"])
 @pytest.mark.parametrize("mohd", MODELS)
 def test_fsdp_equals_one_process(runs: Runs, mohd: str, kind: str) -> None:
     one, two = runs.run(f"{mohd}-one"), runs.run(f"{mohd}-{kind}")
@@ -79,6 +80,14 @@ def test_fsdp_equals_one_process(runs: Runs, mohd: str, kind: str) -> None:
     assert whole.keys() == parts.keys()
     for name in whole:
         torch.testing.assert_close(parts[name], whole[name], rtol=1e-4, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("mohd", MODELS)
+def test_blocks_are_traced_under_recomputation(runs: Runs, mohd: str) -> None:
+    """FSDP's own hooks break the graph between blocks; nothing within one does."""
+    found = json.loads((runs.run(f"{mohd}-compiled") / "graphs.json").read_text())
+    assert found["graphs"] > 0
+    assert all("is_available" in reason for reason in found["breaks"]), found["breaks"]
 
 
 def test_each_process_writes_its_part(runs: Runs) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -10,8 +10,7 @@ from torch import Tensor, nn
 from mohd_train.config.plan import SubDimPlan
 
 
-@dataclass
-class Routing:
+class Routing(NamedTuple):
     """What the router of one component decided for T tokens.
 
     Attributes:

@@ -8,7 +8,7 @@ Shapes: B batch, T positions, D hidden size d, V vocabulary, N sub-dimensions, K
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -27,8 +27,7 @@ from mohd_train.model.sub_dimension import Normed, SubDimensions
 IGNORE_INDEX = -100
 
 
-@dataclass
-class LayerRouting:
+class LayerRouting(NamedTuple):
     """Routing of one layer; None for a dense component."""
 
     attention: Routing | None
