@@ -24,7 +24,7 @@ from mohd_train.train.saver import leftovers, remove
 from mohd_train.train.secrets import shown
 
 if TYPE_CHECKING:
-    from mohd_train.train.build import Run
+    from mohd_train.train.prepare import Run
 
 
 def check_shared(folder: Path) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from mohd_train.config.schema import Config
 from mohd_train.errors import UserError
 from mohd_train.train import parallel, registry
-from mohd_train.train.build import Built, Run, build_model, build_trainer, prepare, share_run_id, start
+from mohd_train.train.build import Built, build_model, build_trainer, share_run_id, start
 from mohd_train.train.callbacks import FirstBatchWatchdog
 from mohd_train.train.callbacks.progress import short
 from mohd_train.train.callbacks.uploads import TakenOver, complete
@@ -17,6 +17,7 @@ from mohd_train.train.data import TrainData, build_data, on_rank_zero
 from mohd_train.train.faults import explain, settle_workers
 from mohd_train.train.optimizer import build_optimizer
 from mohd_train.train.preemption import Preempted, StopSignal, stop_signal
+from mohd_train.train.prepare import Run, prepare
 from mohd_train.train.record import RunRecord
 
 log = logging.getLogger(__name__)
