@@ -50,8 +50,8 @@ def _by_batch(folder: Path) -> dict[int, Path]:
 
 def whole_run(checkpoint: Path) -> list[str]:
     """``checkpoint`` and those before it in its folder, oldest first: what keep-last-K counts."""
-    until = next(batch for batch, path in _by_batch(checkpoint.parent).items() if path == checkpoint)
-    return [str(path) for batch, path in _by_batch(checkpoint.parent).items() if batch <= until]
+    found = list(_by_batch(checkpoint.parent).values())
+    return [str(path) for path in found[: found.index(checkpoint) + 1]]
 
 
 def newest_whole(folder: Path) -> tuple[Path | None, list[str]]:
@@ -78,7 +78,8 @@ def newest_whole(folder: Path) -> tuple[Path | None, list[str]]:
 
 def latest_in(folder: Path) -> str | None:
     """The newest checkpoint of a folder by name, for messages."""
-    return str(next(reversed(_by_batch(folder).values()))) if _by_batch(folder) else None
+    found = list(_by_batch(folder).values())
+    return str(found[-1]) if found else None
 
 
 def point_latest(checkpoint: Path) -> None:
