@@ -131,7 +131,7 @@ class Uploads(Callback):
                 remove(metrics)
 
     def _check_ours(self) -> None:
-        """Raises TakenOver where the storage's record is another session's. Of two at least one goes on: who stops uploads no more."""
+        """Raises TakenOver where the storage's record is another session's. Of two, one goes on: who stops uploads no more."""
         text = self.storage.text(RECORD)
         theirs = self._session if text is None else session_of(text)
         if theirs != self._session:
