@@ -37,7 +37,7 @@ def make_sweep(
 ) -> SweepFolder:
     """A launched sweep at the tiny scale whose runs ended with ``perplexity(setting, seed)``; None: not started, < 0: cut off."""
     sweep = read_sweep(CONFIGS / "sweep" / f"{name}.yaml")
-    choice = Choice("tiny", seeds, only)
+    choice = Choice("tiny", seeds, only, ("max_duration=300ba",))
     runs = expand(sweep, choice, path)
     folder = SweepFolder(path)
     folder.claim(sweep, choice, DataSource(folder="data"), runs)

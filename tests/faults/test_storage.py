@@ -275,7 +275,7 @@ def test_two_machines(
     ends_as(tmp_path / "two", whole)
     assert stored(s3) == there
     assert json.loads(there["run.json"]) == record_of(tmp_path / "two")
-    fault_table.record(lost=0, stopped=last_batch(tmp_path / "one"), resumed=8)
+    fault_table.record(lost=0, stopped=last_batch(tmp_path / "one"))
 
 
 def test_the_further_one_of_disk_and_storage(
