@@ -36,9 +36,11 @@ def test_rows_of_every_mode(mode: str, root: Path, tmp_path: Path) -> None:
     assert (x2["activation_bytes"] is not None) == (mode in ("layer", "train"))
 
 
-def test_sweep_gives_a_row_a_point(root: Path, tmp_path: Path) -> None:
+def test_sweep_gives_a_row_a_point(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "out.json"
     run(root, "--models", "tiny:x2", "--sweep", "tokens=16,32", "--json", str(file))
+    shown = capsys.readouterr().out
+    assert all(f"tiny:x2 tokens={size}" in shown for size in (16, 32))
     rows = json.loads(file.read_text(encoding="utf-8"))["rows"]
     assert [(row["sweep"], row["tokens"]) for row in rows if row["model"] == "tiny:x2"] == [
         ("tokens=16", 16),

@@ -156,7 +156,7 @@ def render(rows: list[dict[str, Any]]) -> Table:
     for entry in rows:
         kept = entry["activation_ratio"]
         table.add_row(
-            entry["model"],
+            f"{entry['model']} {entry.get('sweep', '')}".strip(),
             entry["backend"],
             str(entry["tokens"]),
             f"{entry['ratio_min']:.3f}",
