@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import signal
 import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from filelock import FileLock
 from mohd_train.data import pool
 from mohd_train.data import prepare as module
 from mohd_train.data.manifest import Manifest
+from mohd_train.data.pool import WorkerPool
 from mohd_train.data.prepare import Request, prepare
 from mohd_train.errors import UserError
 
@@ -172,6 +174,45 @@ def test_bad_rows_are_reported_with_exact_lines(pieces: Path, tmp_path: Path) ->
     ]
     splits = manifest.domains["cc"]
     assert splits["train"].documents + splits["val"].documents == 198
+
+
+class Backwards(WorkerPool):
+    """Does the last of every four jobs first."""
+
+    def run(self, function: Any, jobs: Iterable[Any]) -> Iterator[Any]:
+        window: list[Any] = []
+        for job in jobs:
+            window.append(job)
+            if len(window) == 4:
+                yield from self._backwards(function, window)
+                window = []
+        yield from self._backwards(function, window)
+
+    def _backwards(self, function: Any, window: list[Any]) -> Iterator[Any]:
+        for job in reversed(window):
+            yield from super().run(function, [job])
+
+
+def test_lines_are_exact_where_bad_rows_stop_it_early(
+    pieces: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Units are done out of order, and those behind a gap are there from before."""
+    path = write_rows(tmp_path / "raw" / "cc" / "a.jsonl", make_texts(200, 1))
+    lines = path.read_bytes().split(b"\n")
+    for line in (17, 26, 31, 150):
+        lines[line - 1] = b"{broken"
+    path.write_bytes(b"\n".join(lines))
+    asked = request(tmp_path / "raw", tmp_path / "out", pieces, unit_bytes=500, max_bad_rows=2)
+    monkeypatch.setattr("mohd_train.data.prepare.WorkerPool", Backwards)
+    with pytest.raises(UserError, match=r"cc/a\.jsonl:17: .*cc/a\.jsonl:26: .*cc/a\.jsonl:31: ") as caught:
+        prepare(asked)
+    assert "3 bad rows among" in str(caught.value)
+    with pytest.raises(UserError, match="4 bad rows"):
+        prepare(dataclasses.replace(asked, max_bad_rows=3))
+    units = sorted((tmp_path / "out").rglob("*.npz"))
+    units[len(units) // 3].unlink()  # a kill left the units behind it
+    with pytest.raises(UserError, match=r"cc/a\.jsonl:17: .*cc/a\.jsonl:26: .*cc/a\.jsonl:31: "):
+        prepare(asked)
 
 
 def test_copies_across_domains_are_never_on_both_sides(pieces: Path, tmp_path: Path) -> None:

@@ -23,10 +23,11 @@ Sources = dict[str, list[Source]]
 
 @dataclass
 class RowCount:
-    """Good and bad rows so far."""
+    """Good and bad rows so far, and whether the bad ones are enough to stop."""
 
     documents: int = 0
     bad: int = 0
+    stop: bool = False
 
     def too_many(self, limit: float) -> bool:
         """Whether there are more bad rows than `limit`: a share of all rows below 1, else a count."""
@@ -36,7 +37,8 @@ class RowCount:
 def tokenize_sources(
     sources: Sources, folder: Path, pool: WorkerPool, unit_bytes: int, limit: float, show: bool
 ) -> None:
-    """Makes every unit that is not there yet. Stops early when bad rows are too many; :func:`report_bad_rows` says so.
+    """Makes every unit that is not there yet. Stops early when bad rows are too many; :func:`report_bad_rows` says so. What
+    workers have in hand is finished then: a unit that lacks would shift the line numbers of those behind it.
 
     Raises UserError for a truncated or corrupt compressed file.
     """
@@ -49,8 +51,7 @@ def tokenize_sources(
             count.bad += len(info.bad)
             progress.advance(job.source_bytes, info.documents, info.tokens)
             judged = limit >= 1 or count.documents + count.bad >= _EARLY_ROWS
-            if judged and count.too_many(limit):
-                return
+            count.stop = count.stop or (judged and count.too_many(limit))
 
 
 def unit_files(folder: Path, domain: str, index: int) -> list[Path]:
@@ -68,7 +69,11 @@ def report_bad_rows(sources: Sources, folder: Path, report: Path, limit: float) 
     for domain, files in sources.items():
         for index, source in enumerate(files):
             line = 0
-            for path in unit_files(folder, domain, index):
+            for part, path in enumerate(unit_files(folder, domain, index)):
+                if (
+                    int(path.stem) != part
+                ):  # stopped before this one; those behind it are an earlier, killed preparation's
+                    break
                 info = load_info(path)
                 rows += [{"file": source.name, "line": line + at, "problem": problem} for at, problem in info.bad]
                 line += info.lines
@@ -86,7 +91,7 @@ def report_bad_rows(sources: Sources, folder: Path, report: Path, limit: float) 
 
 
 def _jobs(sources: Sources, folder: Path, unit_bytes: int, progress: TokenProgress, count: RowCount) -> Iterator[Job]:
-    """Units yet to be made, in order; those found made are counted."""
+    """Units yet to be made, in order, until `count` says to stop; those found made are counted."""
 
     def made(path: Path, source_bytes: int) -> bool:
         if not path.exists():
@@ -102,6 +107,8 @@ def _jobs(sources: Sources, folder: Path, unit_bytes: int, progress: TokenProgre
             place = folder / domain / f"{index:06d}"
             make = _unpacked_jobs if source.compression else _range_jobs
             for job in make(source, place, unit_bytes):
+                if count.stop:
+                    return
                 if not made(job.out, job.source_bytes):
                     yield job
 
