@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from composer.core import State
 from faults.conftest import FULL
 from faults.faults_support import (
     At,
@@ -37,6 +38,7 @@ from mohd_train.errors import UserError, run_cli
 from mohd_train.evaluate.checkpoint import locate
 from mohd_train.hf.convert import export
 from mohd_train.model.checkpoint import read_checkpoint
+from mohd_train.train.callbacks import Uploads
 from mohd_train.train.run import dry_run, train
 
 RUN = f"s3://{BUCKET}/runs/a/checkpoints"
@@ -249,6 +251,16 @@ def test_another_run_is_refused(tmp_path: Path, data: Path, s3: S3Server, remote
     fault_table.record(lost=None)
 
 
+def uploaded(state: State) -> None:
+    """Waits until no upload is on its way."""
+    uploads = next(callback for callback in state.callbacks if isinstance(callback, Uploads))
+    for _ in range(600):
+        if all(future.done() for _, future in uploads._futures):
+            return
+        time.sleep(0.1)
+    raise AssertionError("an upload never ended")
+
+
 @pytest.mark.fault("two machines train one run on S3", happened="the one that started last has it; the other one stops")
 def test_two_machines(
     tmp_path: Path, whole: Path, s3: S3Server, remote: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
@@ -256,9 +268,7 @@ def test_two_machines(
     """The first one, given up in batch 4, comes back once the second has gone on to the end."""
     over = multiprocessing.get_context("fork").Event()
     with monkeypatch.context() as patch:
-        inject(
-            patch, At("after_backward", 3, lambda _: over.wait(60)), At("after_backward", 5, lambda _: time.sleep(1))
-        )
+        inject(patch, At("after_backward", 3, lambda _: over.wait(60)), At("after_backward", 5, uploaded))
         one = multiprocessing.get_context("fork").Process(target=lambda: run_cli(lambda: train(remote("one"))))
         one.start()
     wait_for(s3, "ep0-ba2-rank0.pt")

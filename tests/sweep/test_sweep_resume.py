@@ -35,7 +35,7 @@ def test_a_killed_run_of_a_sweep_goes_on_exactly(
     sweep_file: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(local, "POLL", 0.05)
-    longer = (*SMALL, "max_duration=40ba", "save_interval=3ba", "eval_interval=10ba")
+    longer = (*SMALL, "max_duration=100ba", "save_interval=3ba", "eval_interval=10ba")
     whole, killed = (
         request(sweep_file, data, only=("x2",), out=tmp_path / name, overrides=longer) for name in ("whole", "killed")
     )
@@ -46,7 +46,7 @@ def test_a_killed_run_of_a_sweep_goes_on_exactly(
     killer.join()
     folder = SweepFolder(tmp_path / "killed")
     assert run_status(folder, X2).state in ("killed", "failed")
-    assert 8 <= len(read_metrics(folder.path / X2 / "metrics.jsonl")) < 40
+    assert 8 <= len(read_metrics(folder.path / X2 / "metrics.jsonl")) < 100
     assert resume(Request(target=folder.path)) == 0
-    last = next((tmp_path / "whole" / X2 / "checkpoints").glob("ep*-ba40-rank0.pt"))
+    last = next((tmp_path / "whole" / X2 / "checkpoints").glob("ep*-ba100-rank0.pt"))
     assert_same_run(tmp_path / "whole" / X2, folder.path / X2, last.name)
