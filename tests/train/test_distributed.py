@@ -131,11 +131,8 @@ def test_goes_on_from_object_storage(runs: Runs, s3: S3Server) -> None:
             for n in (2, 4, 6, 8)[: 3 if crash else 4]
             for part in (".metadata", "__0_0.distcp", "__1_0.distcp")
         ]
-        there = {
-            entry["Key"].removeprefix("runs/stored/"): entry
-            for entry in client.list_objects_v2(Bucket=BUCKET)["Contents"]
-        }
-        assert sorted(name for name in there if name.startswith("ep")) == local
+        keys = [entry["Key"] for entry in client.list_objects_v2(Bucket=BUCKET, Prefix="runs/stored/ep")["Contents"]]
+        assert sorted(key.removeprefix("runs/stored/") for key in keys) == local
         newest = client.get_object(Bucket=BUCKET, Key="runs/stored/latest-rank0.pt.symlink")["Body"].read().decode()
         assert newest == ("runs/stored/ep0-ba6" if crash else "runs/stored/ep0-ba8")
         if crash:

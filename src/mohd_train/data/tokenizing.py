@@ -70,9 +70,7 @@ def report_bad_rows(sources: Sources, folder: Path, report: Path, limit: float) 
         for index, source in enumerate(files):
             line = 0
             for part, path in enumerate(unit_files(folder, domain, index)):
-                if (
-                    int(path.stem) != part
-                ):  # stopped before this one; those behind it are an earlier, killed preparation's
+                if int(path.stem) != part:  # stopped before it; what lies behind is of a killed preparation
                     break
                 info = load_info(path)
                 rows += [{"file": source.name, "line": line + at, "problem": problem} for at, problem in info.bad]

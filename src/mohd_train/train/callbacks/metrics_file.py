@@ -12,6 +12,7 @@ from composer.core import State
 from composer.loggers import Logger, LoggerDestination
 from composer.utils import dist
 
+from mohd_train.data.manifest import write_atomic
 from mohd_train.errors import UserError
 
 # Composer logs these before the step, so they'd be one behind the line's own batch and tokens.
@@ -78,7 +79,7 @@ class MetricsFile(LoggerDestination):
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
         kept = [record for record in read_metrics(self.path) if record["batch"] <= state.timestamp.batch.value]
-        self._replace(b"".join(_line(record) for record in kept))
+        write_atomic(self.path, b"".join(_line(record) for record in kept))
         self._last = kept[-1] if kept else {}
         self._last_offset = self.path.stat().st_size - len(_line(self._last)) if kept else 0
 
@@ -110,17 +111,9 @@ class MetricsFile(LoggerDestination):
             record = self._last | record
             with self.path.open("rb") as file:
                 before = file.read(self._last_offset)
-            self._replace(before + _line(record))
+            write_atomic(self.path, before + _line(record))
         else:
             with self.path.open("r+b") as file:
                 self._last_offset = file.seek(0, os.SEEK_END)
                 file.write(_line(record))
         self._last = record
-
-    def _replace(self, content: bytes) -> None:
-        temporary = self.path.with_name(f".{self.path.name}.tmp")
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, self.path)
