@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from support.routing import choose
 from torch import Tensor
+from torch._inductor import cpu_vec_isa
+from torch._inductor.utils import run_and_get_code
 
 from mohd_train.kernels import ops
 
@@ -91,3 +95,31 @@ def test_no_copy_is_kept() -> None:
         chosen = ops.make_selection(indices, sub_dims=N, shared=3, backend="grouped")
         ops.up_projection(normed, (values["q"], values["k"]), chosen, source=source, backend="grouped")
     assert set(kept) == {(37,)}  # 1 / rms(x) alone
+
+
+@pytest.mark.skipif(not cpu_vec_isa.pick_vec_isa(), reason="no compiler, or a processor without vector instructions")
+def test_generated_code_moves_whole_rows() -> None:
+    """No loop runs through the K*C places of a token one by one, as with an index that has to be divided by C."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    tokens, width, active = 40, 16, 6
+    indices, slope = choose(tokens, N, active, 1), torch.randn(tokens, active * width)
+    shapes = ((tokens, N * width), (N * width,), (5, N * width), (N * width, 5), (tokens, active))
+    inputs = [torch.randn(shape, requires_grad=True) for shape in shapes]
+
+    def run(x: Tensor, gain: Tensor, up: Tensor, down: Tensor, weights: Tensor) -> Tensor:
+        rstd = (x.square().mean(-1) + EPS).rsqrt().detach()
+        chosen = ops.make_selection(indices, sub_dims=N, shared=1, backend="grouped")
+        source = ops.Source(x, rstd, gain)
+        (h,) = ops.up_projection(x * rstd[:, None] * gain, (up,), chosen, source=source, backend="grouped")
+        return ops.down_projection(h, down, chosen, weights, backend="grouped")
+
+    wants = torch.autograd.grad(run(*inputs), inputs, slope)
+    compiled = torch.compile(run, fullgraph=True, dynamic=False)
+    gots, codes = run_and_get_code(lambda: torch.autograd.grad(compiled(*inputs), inputs, slope))
+    for got, want in zip(gots, wants, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+    assert len(codes) == 2  # forward, backward
+    assert all("mohd.up_sorted" in code for code in codes)
+    one_by_one = re.compile(rf"x\d<static_cast<int64_t>\({active * width}L\); x\d\+=static_cast<int64_t>\(1L\)")
+    assert not [match for code in codes for match in one_by_one.findall(code)]

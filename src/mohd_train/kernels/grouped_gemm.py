@@ -16,21 +16,19 @@ from torch import Tensor
 
 from mohd_train.kernels import few_tokens, grouped, spans, token_order
 from mohd_train.kernels.selection import Selection
-from mohd_train.kernels.source import Source, active_inputs
+from mohd_train.kernels.source import Source, active_inputs, active_inputs_traced
 
 _up = torch.library.custom_op("mohd::up", grouped.up, mutates_args=())
 _up_backward = torch.library.custom_op("mohd::up_backward", grouped.up_backward, mutates_args=())
 _down = torch.library.custom_op("mohd::down", grouped.down, mutates_args=())
 _down_backward = torch.library.custom_op("mohd::down_backward", grouped.down_backward, mutates_args=())
-_down_sorted = torch.library.custom_op("mohd::down_sorted", spans.down, mutates_args=())
-_down_sorted_backward = torch.library.custom_op("mohd::down_sorted_backward", spans.down_backward, mutates_args=())
 
 
 @torch.library.custom_op("mohd::up_sorted", mutates_args=())
 def _up_sorted(
-    x_TKC: Tensor, weights: list[Tensor], ends: Tensor, source: list[Tensor], sub_dims: int, shared: int
+    x_TKC: Tensor, weights: list[Tensor], ends: Tensor, source: list[Tensor], sub_dims: int, shared: int, traced: bool
 ) -> list[Tensor]:
-    return [spans.up(x_TKC, weight, ends, sub_dims, shared) for weight in weights]
+    return [spans.up(x_TKC.flatten(1), weight, ends, sub_dims, shared) for weight in weights]
 
 
 @torch.library.custom_op("mohd::up_sorted_backward", mutates_args=())
@@ -38,29 +36,25 @@ def _up_sorted_backward(
     grads: list[Tensor], weights: list[Tensor], ends: Tensor, kept: list[Tensor], sub_dims: int, shared: int
 ) -> tuple[Tensor, list[Tensor]]:
     """`kept`: x_TKC, or x_TD, rstd_T, gain_D and the rows to make it of again."""
-    if len(kept) == 1:
-        x_TKC = kept[0]
-    else:
-        x_TD, rstd_T, gain_D, rows = kept
-        x_TKC = active_inputs(x_TD, rstd_T, gain_D, rows, sub_dims).to(weights[0].dtype)
+    x_TKC = kept[0] if len(kept) == 1 else active_inputs(Source(*kept[:3]), kept[3], sub_dims, weights[0].dtype)
     grad_x, grad_weights = None, []
     for grad, weight in zip(grads, weights, strict=True):
-        grad_x, grad_weight = spans.up_backward(grad, x_TKC, weight, ends, sub_dims, shared, grad_x)
+        grad_x, grad_weight = spans.up_backward(grad, x_TKC.flatten(1), weight, ends, sub_dims, shared, grad_x)
         grad_weights.append(grad_weight)
     assert grad_x is not None
-    return grad_x, grad_weights
+    return grad_x.view(x_TKC.shape), grad_weights
 
 
 def _up_sorted_shapes(
     grads: list[Tensor], weights: list[Tensor], ends: Tensor, kept: list[Tensor], sub_dims: int, shared: int
 ) -> tuple[Tensor, list[Tensor]]:
-    width = weights[0].shape[1] // sub_dims
-    columns = kept[0].shape[1] if len(kept) == 1 else kept[3].shape[0] // kept[0].shape[0] * width
-    return grads[0].new_empty(grads[0].shape[0], columns), [weight.new_empty(weight.shape) for weight in weights]
+    tokens, width = kept[0].shape[0], weights[0].shape[1] // sub_dims
+    active = kept[0].shape[1] if len(kept) == 1 else kept[3].shape[0] // tokens
+    return grads[0].new_empty(tokens, active, width), [weight.new_empty(weight.shape) for weight in weights]
 
 
 def _save_up_sorted(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    x_TKC, weights, ends, source, *ctx.sizes = inputs
+    x_TKC, weights, ends, source, *ctx.sizes, ctx.traced = inputs
     ctx.save_for_backward(ends, *weights, *(source or [x_TKC]))
     ctx.count, ctx.no_grads = len(weights), [None] * len(source)
 
@@ -68,13 +62,36 @@ def _save_up_sorted(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> 
 def _up_sorted_gradient(ctx: Any, grads: list[Tensor]) -> tuple[Any, ...]:
     ends, *saved = ctx.saved_tensors
     weights, kept = saved[: ctx.count], saved[ctx.count :]
+    if ctx.traced and len(kept) > 1:  # where the compiler sees it, it is one loop
+        kept = [active_inputs_traced(Source(*kept[:3]), kept[3], ctx.sizes[0], weights[0].dtype)]
     grad_x, grad_weights = _up_sorted_backward(list(grads), weights, ends, kept, *ctx.sizes)
-    return grad_x, grad_weights, None, ctx.no_grads, None, None
+    return grad_x, grad_weights, None, ctx.no_grads, None, None, None
 
 
 _up_sorted.register_fake(lambda x, weights, *rest: [x.new_empty(x.shape[0], weight.shape[0]) for weight in weights])
 _up_sorted_backward.register_fake(_up_sorted_shapes)
 _up_sorted.register_autograd(_up_sorted_gradient, setup_context=_save_up_sorted)
+
+
+@torch.library.custom_op("mohd::down_sorted", mutates_args=())
+def _down_sorted(
+    h_TF: Tensor, weight_DF: Tensor, ends: Tensor, sub_dims: int, shared: int, active: int, tokens_T: Tensor | None
+) -> Tensor:
+    y_TKC = spans.down(h_TF, weight_DF, ends, sub_dims, shared, active, tokens_T)
+    return y_TKC.view(y_TKC.shape[0], active, -1)
+
+
+@torch.library.custom_op("mohd::down_sorted_backward", mutates_args=())
+def _down_sorted_backward(
+    grad_TKC: Tensor,
+    h_TF: Tensor,
+    weight_DF: Tensor,
+    ends: Tensor,
+    sub_dims: int,
+    shared: int,
+    tokens_T: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    return spans.down_backward(grad_TKC.flatten(1), h_TF, weight_DF, ends, sub_dims, shared, tokens_T)
 
 
 def _up_shape(x_TKC: Tensor, weight_OD: Tensor, *rest: Any) -> Tensor:
@@ -87,7 +104,7 @@ def _down_shape(h_TF: Tensor, weight_DF: Tensor, *rest: Any) -> Tensor:
 
 
 def _down_sorted_shape(h_TF: Tensor, weight_DF: Tensor, *rest: Any) -> Tensor:
-    return _down_shape(h_TF, weight_DF, *rest[:4])
+    return _down_shape(h_TF, weight_DF, *rest[:4]).unflatten(1, (rest[3], -1))
 
 
 def _gradient_shapes(grad: Tensor, inputs: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
@@ -144,7 +161,7 @@ def cast_for_autocast(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _up_all(x_TKC: Tensor, weights_OD: Sequence[Tensor], s: Selection, source: Source | None) -> list[Tensor]:
-    """Rows as in `x_TKC`, which is sorted where the selection has an order."""
+    """Rows as in `x_TKC`, which is sorted and [T, K, C] where the selection has an order."""
     weights = [cast_for_autocast(x_TKC, weight)[1] for weight in weights_OD]
     x_TKC, sizes = cast_for_autocast(x_TKC, weights_OD[0])[0], (s.sub_dims, s.shared)
     if s.choices is not None:
@@ -153,20 +170,22 @@ def _up_all(x_TKC: Tensor, weights_OD: Sequence[Tensor], s: Selection, source: S
         run = grouped.up if _plain() else _up
         return [run(x_TKC, weight, s.pairs, s.ends, *sizes) for weight in weights]
     if _plain():
-        return [spans.up(x_TKC, weight, s.order.ends, *sizes) for weight in weights]
+        return [spans.up(x_TKC.flatten(1), weight, s.order.ends, *sizes) for weight in weights]
     kept = [] if source is None else [*source, s.rows.index_select(0, s.order.pairs)]
-    return _up_sorted(x_TKC, weights, s.order.ends, kept, *sizes)
+    return _up_sorted(x_TKC, weights, s.order.ends, kept, *sizes, torch.compiler.is_compiling())
 
 
 def _down_one(h_TF: Tensor, weight_DF: Tensor, s: Selection, tokens_T: Tensor | None = None) -> Tensor:
-    """Compact [T, K*C], sorted where the selection has an order; `tokens_T` sorts h, where it is not sorted yet."""
+    """Compact [T, K*C], but sorted and [T, K, C] where the selection has an order; `tokens_T` sorts h, if it is not yet."""
     h_TF, weight_DF = cast_for_autocast(h_TF, weight_DF)
     sizes = (s.sub_dims, s.shared, s.indices_TK.shape[1])
     if s.choices is not None:
         return few_tokens.down(h_TF, weight_DF, s.choices, *sizes)
     if s.order is None:
         return (grouped.down if _plain() else _down)(h_TF, weight_DF, s.pairs, s.ends, *sizes)
-    return (spans.down if _plain() else _down_sorted)(h_TF, weight_DF, s.order.ends, *sizes, tokens_T)
+    if _plain():
+        return spans.down(h_TF, weight_DF, s.order.ends, *sizes, tokens_T).unflatten(1, (sizes[2], -1))
+    return _down_sorted(h_TF, weight_DF, s.order.ends, *sizes, tokens_T)
 
 
 def _sorted_inputs(x_TKC: Tensor, s: Selection) -> Tensor:
@@ -188,7 +207,7 @@ def down(h_TF: Tensor, weight_DF: Tensor, selection: Selection) -> Tensor:
     if order is None:
         return _down_one(h_TF, weight_DF, selection)
     y_TKC = _down_one(h_TF, weight_DF, selection, order.tokens)
-    return token_order.unsort_compact(y_TKC, order, selection.indices_TK.shape[1])
+    return token_order.unsort_compact(y_TKC, order)
 
 
 def ffn(
@@ -203,4 +222,4 @@ def ffn(
     x_TKC, order = _sorted_inputs(x_TKC, selection), selection.order
     gate_TF, up_TF = _up_all(x_TKC, (w_gate_FD, w_up_FD), selection, source)
     y_TKC = _down_one(F.silu(gate_TF) * up_TF, w_down_DF, selection)
-    return y_TKC if order is None else token_order.unsort_compact(y_TKC, order, selection.indices_TK.shape[1])
+    return y_TKC if order is None else token_order.unsort_compact(y_TKC, order)

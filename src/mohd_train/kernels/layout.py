@@ -14,12 +14,13 @@ from torch import Tensor
 
 def _take(full_TD: Tensor, rows: Tensor, slots_TN: Tensor) -> Tensor:
     tokens, sub_dims = slots_TN.shape
-    return full_TD.reshape(tokens * sub_dims, -1).index_select(0, rows).view(tokens, -1)
+    full = full_TD.unflatten(1, (sub_dims, -1)).flatten(0, 1)
+    return full.index_select(0, rows).unflatten(0, (tokens, -1)).flatten(1)
 
 
 def _place(compact_TKC: Tensor, rows: Tensor, slots_TN: Tensor) -> Tensor:
     tokens, sub_dims = slots_TN.shape
-    compact = compact_TKC.reshape(rows.shape[0], -1)
+    compact = compact_TKC.unflatten(1, (rows.shape[0] // tokens, -1)).flatten(0, 1)
     if torch.compiler.is_compiling():
         active = rows.shape[0] // tokens
         pair = slots_TN.clamp(min=0) + torch.arange(tokens, device=rows.device).unsqueeze(1) * active

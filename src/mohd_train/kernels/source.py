@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from mohd_train.kernels.fusion import blocks
@@ -20,17 +21,31 @@ class Source(NamedTuple):
     gain_D: Tensor
 
 
-def active_inputs(x_TD: Tensor, rstd_T: Tensor, gain_D: Tensor, rows: Tensor, sub_dims: int) -> Tensor:
-    """n on the active sub-dimensions, compact [T, K*C] in x's dtype, multiplied and rounded as in the norm.
+def active_inputs(source: Source, rows: Tensor, sub_dims: int, dtype: torch.dtype) -> Tensor:
+    """n on the active sub-dimensions, [T, K, C]: multiplied and rounded to x's dtype as in the norm, then cast to `dtype`.
 
-    `rows` int64 [T*K]: token * N + sub-dimension, in the order wanted.
+    `rows` int64 [T*K]: token * N + sub-dimension, in the order wanted. In blocks that stay in cache.
     """
-    width = x_TD.shape[1] // sub_dims
-    x_rows, gain = x_TD.reshape(-1, width), gain_D.to(rstd_T.dtype).view(sub_dims, width)
-    out = x_TD.new_empty(rows.shape[0], width)
-    for start, stop in blocks(rows.shape[0], width):
-        chosen = rows[start:stop]
-        scale = rstd_T.index_select(0, chosen // sub_dims).unsqueeze(1)
-        block = x_rows.index_select(0, chosen).to(rstd_T.dtype) * scale
-        out[start:stop] = block.mul_(gain.index_select(0, chosen % sub_dims))
-    return out.view(x_TD.shape[0], -1)
+    x_rows, gain_NC = _views(source, sub_dims)
+    out = x_rows.new_empty(rows.shape[0], x_rows.shape[1])
+    for start, stop in blocks(*out.shape):
+        out[start:stop] = _made(x_rows, source.rstd_T, gain_NC, rows[start:stop])
+    return out.to(dtype).unflatten(0, (source.x_TD.shape[0], -1))
+
+
+def active_inputs_traced(source: Source, rows: Tensor, sub_dims: int, dtype: torch.dtype) -> Tensor:
+    """The same for a compiler, which makes one loop of it."""
+    x_rows, gain_NC = _views(source, sub_dims)
+    made = _made(x_rows, source.rstd_T, gain_NC, rows).to(x_rows.dtype)
+    return made.to(dtype).unflatten(0, (source.x_TD.shape[0], -1))
+
+
+def _views(source: Source, sub_dims: int) -> tuple[Tensor, Tensor]:
+    gain = source.gain_D.to(source.rstd_T.dtype)
+    return source.x_TD.unflatten(1, (sub_dims, -1)).flatten(0, 1), gain.view(sub_dims, -1)
+
+
+def _made(x_rows: Tensor, rstd_T: Tensor, gain_NC: Tensor, rows: Tensor) -> Tensor:
+    tokens = rows // gain_NC.shape[0]
+    scaled = x_rows.index_select(0, rows).to(rstd_T.dtype) * rstd_T.index_select(0, tokens).unsqueeze(1)
+    return scaled * gain_NC.index_select(0, rows - tokens * gain_NC.shape[0])

@@ -126,12 +126,14 @@ def permute(x: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
 
 
 def sort_compact(x_TKC: Tensor, order: TokenOrder, active: int) -> Tensor:
-    """[T, K*C] in the tokens' order, slots as the spans want them."""
-    rows = x_TKC.reshape(order.pairs.shape[0], -1)
-    return permute(rows, order.pairs, order.pair_places).view(-1, active * rows.shape[1])
+    """[T, K*C] to [T, K, C] in the tokens' order, slots as the spans want them.
+
+    K and C apart: code generated for whole rows of C is vectorized, for an index divided by C it is not.
+    """
+    rows = x_TKC.unflatten(1, (active, -1)).flatten(0, 1)
+    return permute(rows, order.pairs, order.pair_places).unflatten(0, (-1, active))
 
 
-def unsort_compact(x_TKC: Tensor, order: TokenOrder, active: int) -> Tensor:
-    """The way back."""
-    rows = x_TKC.reshape(order.pairs.shape[0], -1)
-    return permute(rows, order.pair_places, order.pairs).view(-1, active * rows.shape[1])
+def unsort_compact(x_TKC: Tensor, order: TokenOrder) -> Tensor:
+    """The way back: [T, K, C] to [T, K*C]."""
+    return permute(x_TKC.flatten(0, 1), order.pair_places, order.pairs).unflatten(0, x_TKC.shape[:2]).flatten(1)
