@@ -17,6 +17,9 @@ from mohd_train.kernels.grouped import runs
 from mohd_train.kernels.selection import TILE, tiles
 
 BLOCK_ELEMENTS = 1 << 17  # floats of a block of the full width: half a megabyte, within a core's second-level cache
+SUMMED = (
+    16  # neighbouring tokens of a partial sum; gathered ones (TILE) are fewer, as each is a stream of its own to read
+)
 
 
 def fuse_residual(
@@ -79,13 +82,13 @@ def _backward_traced(
 
 
 def _outer_sum(grad_TNC: Tensor, z_TSC: Tensor) -> Tensor:
-    """sum_t z[t, s, j] grad[t, n, j]: [S, N, C], by partial sums of TILE tokens, which stay in cache."""
+    """sum_t z[t, s, j] grad[t, n, j]: [S, N, C], by partial sums of SUMMED tokens, which stay in cache."""
     (tokens, sub_dims, width), slots = grad_TNC.shape, z_TSC.shape[1]
-    count, whole = tokens // TILE, tokens // TILE * TILE
+    count, whole = tokens // SUMMED, tokens // SUMMED * SUMMED
     sums = []
     if count:
-        grad = grad_TNC[:whole].reshape(count, TILE, 1, sub_dims, width)
-        sums.append((grad * z_TSC[:whole].reshape(count, TILE, slots, 1, width)).sum(1).sum(0))
+        grad = grad_TNC[:whole].reshape(count, SUMMED, 1, sub_dims, width)
+        sums.append((grad * z_TSC[:whole].reshape(count, SUMMED, slots, 1, width)).sum(1).sum(0))
     if whole < tokens or not count:  # an empty rest would keep all of z from the forward pass on
         sums.append((grad_TNC[whole:].unsqueeze(1) * z_TSC[whole:].unsqueeze(2)).sum(0))
     return sums[0] if len(sums) == 1 else sums[0] + sums[1]
