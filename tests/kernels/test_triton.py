@@ -11,6 +11,10 @@ from typing import Any
 
 import pytest
 import torch
+from support.routing import choose
+
+from mohd_train.kernels import ops
+from mohd_train.kernels.selection import same_choice
 
 pytest.importorskip("triton")
 
@@ -24,6 +28,7 @@ MODULES = {
     "triton_norm": ("norm_router_kernel", "norm_router_grad_x_kernel", "norm_router_grad_weights_kernel"),
 }  # fmt: skip
 KERNELS = [(module, kernel) for module, kernels in MODULES.items() for kernel in kernels]
+GEMMS = [kernel for kernel in MODULES["triton_kernels"] if "scale" not in kernel]
 FLOAT32 = ("mixing", "grad_mixing", "scale", "grad_scale", "gain", "centroids", "logits", "grad_logits", "rstd",
            "grad_gain", "grad_centroids")  # fmt: skip
 INDEX = ("tile_tokens", "indices", "pairs", "ends")
@@ -73,22 +78,48 @@ def test_compiles_for(module: str, kernel: str, capability: int) -> None:
     from mohd_train.kernels import triton_launch
 
     function = getattr(importlib.import_module(f"mohd_train.kernels.{module}"), kernel)
-    sizes, warps, stages = triton_launch._sizes(function)[0]
-    done = compiled(module, kernel, {**sizes, "C": 96}, capability, warps, stages)
+    size = triton_launch.sizes_of(function, 64, capability)[0]
+    done = compiled(module, kernel, {**size.blocks, "C": 96}, capability, size.warps, size.stages)
     assert done.asm["cubin"]
     assert done.metadata.shared <= SHARED_LIMIT[capability]
-    if module == "triton_kernels" and "scale" not in kernel:
+    if kernel in GEMMS:
         assert "mma" in done.asm["ptx"]  # tensor cores
         assert "cp.async" in done.asm["ptx"]  # loads wide enough to go to shared memory in the background
 
 
-@pytest.mark.parametrize(("kernel", "width"), [("contract_kernel", 64), ("expand_kernel", 192), ("swiglu_kernel", 512)])
-def test_largest_block_sizes_fit_the_smaller_gpu(kernel: str, width: int) -> None:
-    from mohd_train.kernels import triton_launch
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize(
+    ("kernel", "tile"), [(kernel, tile) for kernel in GEMMS for tile in ((64,) if "weight" in kernel else (64, 128))]
+)
+def test_no_block_size_spills_registers_or_wants_too_much_shared_memory(
+    kernel: str, tile: int, capability: int, tmp_path: Path
+) -> None:
+    """Each that may be chosen, at width 256, read from what the assembler says of its registers."""
+    import triton
 
-    sizes, warps, stages = triton_launch.GEMM_SIZES[-1]
-    done = compiled("triton_kernels", kernel, {**sizes, "C": width}, 80, warps, stages)
-    assert done.metadata.shared <= SHARED_LIMIT[80]
+    from mohd_train.kernels import triton_kernels, triton_launch
+
+    assembler = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
+    for size in triton_launch.sizes_of(getattr(triton_kernels, kernel), tile, capability):
+        sizes = {"BM": tile, **size.blocks, "C": 256}
+        done = compiled("triton_kernels", kernel, sizes, capability, size.warps, size.stages)
+        assert done.metadata.shared <= SHARED_LIMIT[capability]
+        (tmp_path / "kernel.ptx").write_text(done.asm["ptx"])
+        command = [assembler, "-v", f"-arch=sm_{capability}{'a' if capability == 90 else ''}", "kernel.ptx"]
+        said = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+        assert "0 bytes spill stores, 0 bytes spill loads" in said.stdout + said.stderr, size
+
+
+@pytest.mark.parametrize(
+    ("tokens", "active", "n", "shared", "tile"),
+    [(16384, 4, 16, 3, 128), (8192, 4, 16, 3, 64), (16384, 12, 16, 9, 64), (65536, 12, 16, 9, 128), (1, 4, 4, 4, 64)],
+)
+def test_tiles_are_large_where_little_is_wasted(tokens: int, active: int, n: int, shared: int, tile: int) -> None:
+    assert ops.triton_tile(tokens, active, n, shared) == tile
+    if tile == 128:
+        chosen = same_choice(choose(tokens, n, active, shared), n, shared, tile)
+        used = (chosen >= 0).any(1).sum() * tile
+        assert used <= tokens * 17 / 16 + tile
 
 
 def test_refused_where_it_cannot_run() -> None:
@@ -115,6 +146,6 @@ def test_block_sizes_to_choose_among_fit_the_kernel(module: str, kernel: str) ->
     from mohd_train.kernels import triton_launch
 
     function = getattr(importlib.import_module(f"mohd_train.kernels.{module}"), kernel)
-    for sizes, _, _ in triton_launch._sizes(function):
-        assert set(sizes) <= set(function.arg_names)
+    for size in triton_launch.sizes_of(function, 128, 90):
+        assert set(size.blocks) <= set(function.arg_names)
     assert set(triton_launch.KEYS) & set(function.arg_names)

@@ -7,7 +7,7 @@ from support.routing import choose, component, operands
 
 from mohd_train.kernels import ops
 
-ops.TRITON_TILE = 16
+ops.TRITON_TILES = (16, 16)
 CASES = {  # tokens, N, K, S, C
     "one slice": (19, 5, 3, 2, 16),
     "several slices, odd width": (18, 5, 4, 2, 24),

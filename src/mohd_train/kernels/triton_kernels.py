@@ -1,5 +1,6 @@
 """The device code of the `triton` backend. No program waits for the host: grids come from shapes alone.
 
+Programs are numbered so that a few tiles go through all columns before the next ones start.
 Tokens that chose the same sub-dimensions stand in tiles of BM (-1 fills a tile up, an empty tile starts with -1): a tile reads the
 same weight slices for all its tokens, so shared and specialized sub-dimensions go through one K-loop into one accumulator.
 
@@ -11,6 +12,14 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+
+ROWS_AT_ONCE = tl.constexpr(8)  # tiles of tokens that run through all columns together: their rows stay in the L2 cache
+
+
+@triton.jit
+def _tile_and_block():
+    """(tile of tokens, block of columns) of a program on the grid (blocks, tiles)."""
+    return tl.swizzle2d(tl.program_id(1), tl.program_id(0), tl.num_programs(1), tl.num_programs(0), ROWS_AT_ONCE)
 
 
 @triton.jit
@@ -38,8 +47,8 @@ def contract_kernel(
     K: tl.constexpr, C: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """out_i[t, o] = sum over k and c of x[t, k, c] w_i[idx[t, k], c, o]: up-projections (q, k, v in one launch: the
-    second grid axis runs through the columns of all of them), down-projection's dgrad."""
-    tile, block = tl.program_id(0), tl.program_id(1)
+    first grid axis runs through the columns of all of them), down-projection's dgrad."""
+    tile, block = _tile_and_block()
     first = tl.load(tile_tokens + tile * BM)
     if first >= 0:
         before1 = tl.cdiv(OUT0, BN)
@@ -63,7 +72,7 @@ def swiglu_kernel(
     K: tl.constexpr, C: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """gate and up as `contract_kernel` makes them, in one K-loop that reads x once, and h = silu(gate) up beside them."""
-    tile, block = tl.program_id(0), tl.program_id(1)
+    tile, block = _tile_and_block()
     first = tl.load(tile_tokens + tile * BM)
     if first >= 0:
         tokens = tl.load(tile_tokens + tile * BM + tl.arange(0, BM))
@@ -93,7 +102,7 @@ def swiglu_grad_kernel(
 ):  # fmt: skip
     """Down-projection's dgrad (x: gradient of its output), which goes no further than this epilogue: the gradients of gate
     and up, and h again for the weight gradient, so that the forward pass need not keep it."""
-    tile, block = tl.program_id(0), tl.program_id(1)
+    tile, block = _tile_and_block()
     first = tl.load(tile_tokens + tile * BM)
     if first >= 0:
         tokens = tl.load(tile_tokens + tile * BM + tl.arange(0, BM))
@@ -130,7 +139,7 @@ def expand_kernel(
 ):  # fmt: skip
     """out[t, k, c] = scale[t, k] * sum over the COUNT weights i and over o of h_i[t, o] w_i[idx[t, k], c, o]:
     down-projection (scale: alpha * g), up-projections' dgrad."""
-    tile, block = tl.program_id(0), tl.program_id(1)
+    tile, block = _tile_and_block()
     first = tl.load(tile_tokens + tile * BM)
     if first >= 0:
         tokens = tl.load(tile_tokens + tile * BM + tl.arange(0, BM))

@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -24,37 +24,67 @@ from mohd_train.kernels import triton_norm as norm_kernels
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 PRECISION = "ieee"  # float32 products as torch computes them by default; bfloat16 is not affected
 KEYS = ("OUT", "OUT0", "OUT1", "OUT2", "N", "D", "K", "C", "COUNT")  # what a choice of block sizes holds for
-MULTIPLIES = (
-    kernels.contract_kernel, kernels.expand_kernel, kernels.swiglu_kernel, kernels.swiglu_grad_kernel,
-    kernels.weight_grad_kernel,
+
+
+class Size(NamedTuple):
+    """Block sizes of a kernel to choose among: none spills registers where it may be chosen (a test compiles them all)."""
+
+    blocks: dict[str, int]
+    warps: int
+    stages: int
+    capability: int = 80  # the least
+
+
+# By the tile of the tokens. Two accumulators (SwiGLU), or two more tensors in the epilogue (its gradient), leave room for fewer.
+TILE_SIZES = {
+    64: (
+        Size({"BN": 64, "BK": 32}, 4, 4), Size({"BN": 64, "BK": 64}, 4, 3), Size({"BN": 128, "BK": 32}, 8, 4),
+        Size({"BN": 128, "BK": 64}, 8, 3),
+    ),
+    128: (
+        Size({"BN": 64, "BK": 32}, 8, 4), Size({"BN": 128, "BK": 32}, 8, 4), Size({"BN": 128, "BK": 64}, 8, 3, 90),
+        Size({"BN": 256, "BK": 32}, 8, 4, 90),
+    ),
+}  # fmt: skip
+SWIGLU_SIZES = {64: TILE_SIZES[64], 128: (Size({"BN": 64, "BK": 32}, 8, 4), Size({"BN": 64, "BK": 64}, 8, 3))}
+# Its rows are places of a sub-dimension. A stage more than elsewhere: which rows to read is read first.
+WEIGHT_SIZES = (
+    Size({"BM": 64, "BN": 64, "BK": 32}, 4, 5), Size({"BM": 64, "BN": 128, "BK": 32}, 8, 5),
+    Size({"BM": 64, "BN": 128, "BK": 64}, 8, 4), Size({"BM": 128, "BN": 128, "BK": 32}, 8, 5),
+    Size({"BM": 128, "BN": 128, "BK": 64}, 8, 4), Size({"BM": 128, "BN": 256, "BK": 64}, 8, 4, 90),
 )  # fmt: skip
-# Block sizes to choose among, warps, stages. 128 columns want 8 warps on sm80 (4 spill).
-GEMM_SIZES = (({"BN": 64, "BK": 32}, 4, 4), ({"BN": 64, "BK": 64}, 4, 3), ({"BN": 128, "BK": 32}, 8, 4), ({"BN": 128, "BK": 64}, 8, 3))  # fmt: skip # noqa: E501
-ROW_SIZES = (({"BT": 16, "BC": 64}, 4, 2), ({"BT": 32, "BC": 64}, 4, 2), ({"BT": 16, "BC": 128}, 8, 2))
-NORM_SIZES = (({"BT": 16, "BD": 64}, 4, 2), ({"BT": 16, "BD": 128}, 4, 2), ({"BT": 32, "BD": 128}, 8, 2))
+ROW_SIZES = (Size({"BT": 16, "BC": 64}, 4, 2), Size({"BT": 32, "BC": 64}, 4, 2), Size({"BT": 16, "BC": 128}, 8, 2))
+NORM_SIZES = (Size({"BT": 16, "BD": 64}, 4, 2), Size({"BT": 16, "BD": 128}, 4, 2), Size({"BT": 32, "BD": 128}, 8, 2))
+
+
+def sizes_of(kernel: Any, tile: int, capability: int) -> list[Size]:
+    """What `kernel` may choose among for tokens in tiles of `tile` on a GPU of this capability (80: sm80)."""
+    if kernel is kernels.weight_grad_kernel:
+        sizes = WEIGHT_SIZES
+    elif kernel in (kernels.swiglu_kernel, kernels.swiglu_grad_kernel):
+        sizes = SWIGLU_SIZES[tile]
+    elif kernel in (kernels.contract_kernel, kernels.expand_kernel):
+        sizes = TILE_SIZES[tile]
+    else:
+        sizes = ROW_SIZES if "BC" in kernel.arg_names else NORM_SIZES
+    return [size for size in sizes if size.capability <= capability]
 
 
 @functools.cache
-def _sizes(kernel: Any) -> tuple[tuple[dict[str, int], int, int], ...]:
-    if kernel in MULTIPLIES:
-        rows = {"BM": 64} if kernel is kernels.weight_grad_kernel else {}  # elsewhere BM is the tile of the tokens
-        return tuple(({**sizes, **rows}, warps, stages) for sizes, warps, stages in GEMM_SIZES)
-    return ROW_SIZES if "BC" in kernel.arg_names else NORM_SIZES
-
-
-@functools.cache
-def _tuned(kernel: Any) -> Any:
-    configs = [triton.Config(sizes, num_warps=warps, num_stages=stages) for sizes, warps, stages in _sizes(kernel)]
+def _tuned(kernel: Any, tile: int) -> Any:
+    major, minor = torch.cuda.get_device_capability()
+    sizes = sizes_of(kernel, tile, 10 * major + minor)
+    configs = [triton.Config(size.blocks, num_warps=size.warps, num_stages=size.stages) for size in sizes]
     return triton.autotune(configs, key=[name for name in KEYS if name in kernel.arg_names])(kernel)
 
 
 def launch(kernel: Any, grid: Callable[[dict[str, Any]], tuple[int, ...]], *arguments: Any, **constants: Any) -> None:
     """Runs `kernel` on a grid that follows from the block sizes, tuned on CUDA."""
     if INTERPRETED:
-        sizes = dict.fromkeys(_sizes(kernel)[0][0], 16)
+        sizes = dict.fromkeys(sizes_of(kernel, 64, 90)[0].blocks, 16)
         kernel[grid(sizes)](*arguments, **constants, **sizes)
     else:
-        _tuned(kernel)[grid](*arguments, **constants)
+        _tuned(kernel, constants.get("BM", 0))[grid](*arguments, **constants)
 
 
 def _three(tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -76,7 +106,7 @@ def contract(x_TKC: Tensor, weights_dO: Sequence[Tensor], indices_TK: Tensor, ti
     outs = [x_TKC.new_empty(x_TKC.shape[0], weight.shape[1]) for weight in weights_dO]
     launch(
         kernels.contract_kernel,
-        lambda meta: (tiles.shape[0], _column_blocks(widths, meta["BN"])),
+        lambda meta: (_column_blocks(widths, meta["BN"]), tiles.shape[0]),
         x_TKC.contiguous(), *_three(weights_dO), *_three(outs), tiles, indices_TK, *widths, *weights_dO[0].stride(),
         K=active, C=x_TKC.shape[1] // active, BM=tiles.shape[1], PRECISION=PRECISION,
     )  # fmt: skip
@@ -89,7 +119,7 @@ def swiglu(x_TKC: Tensor, gate_dF: Tensor, up_dF: Tensor, indices_TK: Tensor, ti
     outs = [x_TKC.new_empty(x_TKC.shape[0], gate_dF.shape[1]) for _ in range(3)]
     launch(
         kernels.swiglu_kernel,
-        lambda meta: (tiles.shape[0], triton.cdiv(gate_dF.shape[1], meta["BN"])),
+        lambda meta: (triton.cdiv(gate_dF.shape[1], meta["BN"]), tiles.shape[0]),
         x_TKC.contiguous(), gate_dF, up_dF, *outs, tiles, indices_TK, gate_dF.shape[1], *gate_dF.stride(),
         K=active, C=x_TKC.shape[1] // active, BM=tiles.shape[1], PRECISION=PRECISION,
     )  # fmt: skip
@@ -103,7 +133,7 @@ def swiglu_grad(
     active, outs = indices_TK.shape[1], [torch.empty_like(gate_TF) for _ in range(3)]
     launch(
         kernels.swiglu_grad_kernel,
-        lambda meta: (tiles.shape[0], triton.cdiv(w_dF.shape[1], meta["BN"])),
+        lambda meta: (triton.cdiv(w_dF.shape[1], meta["BN"]), tiles.shape[0]),
         grad_TKC.contiguous(), w_dF, gate_TF, up_TF, *outs, tiles, indices_TK, w_dF.shape[1], *w_dF.stride(),
         K=active, C=grad_TKC.shape[1] // active, BM=tiles.shape[1], PRECISION=PRECISION,
     )  # fmt: skip
@@ -123,7 +153,7 @@ def expand(
     out = inputs_TO[0].new_empty(tokens, active * width)
     launch(
         kernels.expand_kernel,
-        lambda meta: (tiles.shape[0], active * triton.cdiv(width, meta["BN"])),
+        lambda meta: (active * triton.cdiv(width, meta["BN"]), tiles.shape[0]),
         *_three([part.contiguous() for part in inputs_TO]), *_three(weights_dO),
         out if scale_TK is None else scale_TK.contiguous(), out, tiles, indices_TK,
         *_widths(weights_dO), *weights_dO[0].stride(),
