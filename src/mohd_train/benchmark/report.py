@@ -17,7 +17,7 @@ import torch
 from rich.table import Table
 
 from mohd_train.benchmark.cases import Settings
-from mohd_train.benchmark.measure import clock_of
+from mohd_train.benchmark.measure import Peak, clock_of
 from mohd_train.errors import UserError
 
 
@@ -63,7 +63,7 @@ def row(name: str, baseline: str, models: dict[str, Measured], settings: Setting
     }
 
 
-def environment(settings: Settings, peak: float, source: str) -> dict[str, Any]:
+def environment(settings: Settings, peak: Peak) -> dict[str, Any]:
     """What the figures depend on."""
     git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
     cuda = settings.device.type == "cuda"
@@ -79,8 +79,8 @@ def environment(settings: Settings, peak: float, source: str) -> dict[str, Any]:
         "dtype": str(settings.dtype).removeprefix("torch."),
         "compile": settings.compile,
         "clock": clock_of(settings)[0],
-        "peak_tflops": peak / 1e12,
-        "peak_source": source,
+        "peak_tflops": peak.flops / 1e12,
+        "peak_source": peak.source,
     }
 
 

@@ -13,6 +13,7 @@ from rich.console import Console
 
 from mohd_train.benchmark.cases import MODES, Settings, build, flops, read_plan
 from mohd_train.benchmark.measure import (
+    Peak,
     activation_bytes,
     check_against_reference,
     keep_pages,
@@ -60,13 +61,13 @@ def main(configs: Path, arguments: argparse.Namespace) -> int:
     settings = _settings(arguments)
     keeps = settings.device.type == "cpu" and keep_pages()
     names = [name.strip() for name in arguments.models.split(",") if name.strip()]
-    peak, source = peak_flops(settings, arguments.peak_tflops)
+    peak = peak_flops(settings, arguments.peak_tflops)
     console, rows = Console(stderr=True), []
     for value, overrides, changed in _sweep(arguments.sweep, settings):
         for entry in compare(names, configs, changed, overrides, arguments, peak, console):
             rows.append({**entry, "sweep": value} if value else entry)
             if arguments.json:
-                write_json(arguments.json, {**environment(settings, peak, source), "keeps_freed_pages": keeps}, rows)
+                write_json(arguments.json, {**environment(settings, peak), "keeps_freed_pages": keeps}, rows)
     return show(rows, arguments.plot)
 
 
@@ -84,7 +85,7 @@ def compare(
     settings: Settings,
     overrides: list[str],
     arguments: argparse.Namespace,
-    peak: float,
+    peak: Peak,
     console: Console,
 ) -> list[dict[str, Any]]:
     """One row a model: it and its baseline (the dense model of its base) timed in turn in this process."""
@@ -99,7 +100,8 @@ def compare(
             steps[name], found[name] = _prepare(name, plan, settings)
         for name, times in rounds(steps, arguments.rounds, settings).items():
             found[name] = dataclasses.replace(found[name], times=times)
-        rows += [row(name, baseline, found, settings, peak) for name in members]
+        peak.again(settings)
+        rows += [row(name, baseline, found, settings, peak.flops) for name in members]
         if arguments.profile:
             for name, step in steps.items():
                 with profiled(settings) as profile:

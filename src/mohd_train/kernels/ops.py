@@ -50,7 +50,8 @@ def _triton_refusal(device: torch.device, dtype: torch.dtype, width: int | None)
 
 def make_selection(indices_TK: Tensor, *, sub_dims: int, shared: int, backend: str) -> Selection:
     """Wraps a router's choice [T, K] for `backend`: once per component, used by all of its ops."""
-    tile = triton_tile(*indices_TK.shape, sub_dims, shared) if backend == "triton" else None
+    tokens, active = indices_TK.shape
+    tile = triton_tile(tokens, active, sub_dims, shared) if backend == "triton" else None
     return select(indices_TK, sub_dims, shared, tile, sort=backend == "grouped")
 
 

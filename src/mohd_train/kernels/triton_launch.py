@@ -59,6 +59,7 @@ NORM_SIZES = (Size({"BT": 16, "BD": 64}, 4, 2), Size({"BT": 16, "BD": 128}, 4, 2
 
 def sizes_of(kernel: Any, tile: int, capability: int) -> list[Size]:
     """What `kernel` may choose among for tokens in tiles of `tile` on a GPU of this capability (80: sm80)."""
+    sizes: tuple[Size, ...]
     if kernel is kernels.weight_grad_kernel:
         sizes = WEIGHT_SIZES
     elif kernel in (kernels.swiglu_kernel, kernels.swiglu_grad_kernel):
