@@ -87,9 +87,12 @@ def test_every_token_in_one_group_and_the_others_empty() -> None:
         assert (slices[[0, 1, 2, 6]] != 0).any(-1).all(), name
 
 
-def test_wide_slices(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("pages", [1, 1 << 20])
+def test_wide_slices(pages: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mohd_train.kernels.grouped.NARROW", 0)
     monkeypatch.setattr("mohd_train.kernels.spans.NARROW", 0)
+    monkeypatch.setattr("mohd_train.kernels.spans.NARROW_OUTPUT", 0)
+    monkeypatch.setattr("mohd_train.kernels.spans.PAGES", pages)
     for tokens, n, k, s in ((37, 16, 12, 9), (21, 13, 6, 1), (5, 16, 12, 9)):
         indices = choose(tokens, n, k, s)
         compare(component, indices, n, s, operands(indices, n, 4))

@@ -16,6 +16,8 @@ from torch import Tensor
 from mohd_train.kernels import device_groups, token_order
 
 NARROW = 64  # up to this width a GEMM on a strided slice of a weight is slower than one on a copy of the slice
+NARROW_OUTPUT = 128  # the same where the slice's columns are the product's
+PAGES = 16384  # bytes between a slice's rows at whose multiples they share few sets of the cache, so that a copy is faster too
 
 
 def _spans(ends: Tensor, sub_dims: int, shared: int, active: int) -> Iterator[tuple[int, int, slice]]:
@@ -77,13 +79,14 @@ def up_backward(
     if shared:
         write(grad_x[:, :inner], grad_TO, weight_OD[:, :inner])
         torch.mm(grad_TO.t(), x_TKC[:, :inner], out=grad_weight[:, :inner])
+    copied = width <= NARROW_OUTPUT or weight_OD.stride(0) * weight_OD.element_size() % PAGES == 0
     slices: dict[int, Tensor] = {}
     sums: dict[int, Tensor] = {}
     for i, slot, rows in _spans(ends, sub_dims, shared, active):
         columns, x_part, grad_part = _columns(slot, width), x_TKC[rows, _columns(slot, width)], grad_TO[rows]
         if i not in slices:
             piece = weight_OD[:, _columns(i, width)]
-            slices[i] = piece.contiguous() if width <= NARROW else piece
+            slices[i] = piece.contiguous() if copied else piece
         write(grad_x[rows, columns], grad_part, slices[i])
         if width > NARROW and i not in sums:
             sums[i] = grad_weight[:, _columns(i, width)].t()
