@@ -73,7 +73,7 @@ def main(configs: Path, arguments: argparse.Namespace) -> int:
 
 def show(rows: list[dict[str, Any]], picture: Path | None) -> int:
     """The table, and the picture where one is asked for."""
-    Console(width=max(100, Console().width)).print(render(rows))  # whole columns in a pipe too
+    Console(width=max(112, Console().width)).print(render(rows))  # whole columns in a pipe too
     if picture:
         plot(rows, picture)
     return 0
