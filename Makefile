@@ -8,7 +8,7 @@ export PYTHONNOUSERSITE := 1
 export PATH := $(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-faults check format data train eval tables clean
+.PHONY: help setup demo test test-faults check format data train eval tables benchmark clean
 
 help:  ## this list
 	@echo "mohd_train: pretraining MoHD (Mixture of Hidden Dimensions) transformers on MosaicML Composer"
@@ -56,6 +56,9 @@ eval: need-CHECKPOINT setup  ## the ten tasks on a checkpoint or Hugging Face fo
 
 tables: setup  ## Table 2 from results beside the paper's: [RESULTS="folder ..." ARGS="--format latex"]
 	$(PY) eval/make_tables.py $(or $(RESULTS),eval/results) $(ARGS)
+
+benchmark: setup  ## time MoHD against LLaMA on this machine's GPU, or CPU (10 minutes), into benchmarks/ [OUT= ARGS=]
+	$(PY) scripts/benchmark.py --record "$(or $(OUT),benchmarks)" $(ARGS)
 
 clean:  ## remove caches (never data, runs or the environment)
 	rm -rf .pytest_cache .ruff_cache .mypy_cache .hypothesis build dist

@@ -66,14 +66,13 @@ def row(name: str, baseline: str, models: dict[str, Measured], settings: Setting
 def environment(settings: Settings, peak: Peak) -> dict[str, Any]:
     """What the figures depend on."""
     git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
-    cuda = settings.device.type == "cuda"
     return {
         "command": _command(),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "commit": git.stdout.strip() or None,
         "torch": torch.__version__,
         "python": platform.python_version(),
-        "device": torch.cuda.get_device_name() if cuda else _cpu_name(),
+        "device": device_name(settings.device.type),
         "threads": torch.get_num_threads(),
         "load_average": os.getloadavg()[0],
         "dtype": str(settings.dtype).removeprefix("torch."),
@@ -85,15 +84,19 @@ def environment(settings: Settings, peak: Peak) -> dict[str, Any]:
 
 
 def _command() -> str:
-    """What was typed, but for where the record went: it moves."""
+    """What was typed, but for where the record and its plot went: they move."""
     words = [Path(sys.argv[0]).name, *sys.argv[1:]]
-    if "--json" in words:
-        place = words.index("--json")
-        words = words[:place] + words[place + 2 :]
+    for option in ("--json", "--plot"):
+        if option in words:
+            place = words.index(option)
+            words = words[:place] + words[place + 2 :]
     return "python scripts/" + " ".join(words)
 
 
-def _cpu_name() -> str:
+def device_name(kind: str) -> str:
+    """What the GPU or the processor calls itself."""
+    if kind == "cuda":
+        return torch.cuda.get_device_name()
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:

@@ -47,6 +47,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--peak-tflops", type=float, help="peak for MFU; default: data sheet, or measured on a CPU")
     parser.add_argument("--sweep", help="tokens=512,1024 or sub_dims=8,16 or expansion=1,2,4: repeat for each value")
     parser.add_argument("--json", type=Path, help="write {environment, rows} there")
+    parser.add_argument(
+        "--record", type=Path, help="measure all that is wanted of a machine into this folder, part by part"
+    )
     parser.add_argument("--load", type=Path, help="measure nothing: show (and plot) the results in this file")
     parser.add_argument("--plot", type=Path, help="draw the ratios there (.svg or .png)")
     parser.add_argument("--profile", action="store_true", help="also show where each model's step spends its time")
