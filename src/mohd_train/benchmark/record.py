@@ -34,7 +34,7 @@ PROJECTIONS = (
 
 
 def _on_cuda() -> dict[str, tuple[str, ...]]:
-    """Tokens such that 80 GB should do, by `estimate`'s activations and the weights of all models of a part beside one's gradients."""
+    """Tokens such that 80 GB should do, reckoned: activations, one model's gradients, the weights of all models of a part."""
     parts: dict[str, tuple[str, ...]] = {}
     for kernels in ("grouped", "triton"):
         words = (*TRAIN, "--kernels", kernels)
