@@ -2,7 +2,7 @@
 
 For one specialized sub-dimension a token (a group is a run then). Nothing waits for the host. Not measured on a GPU; tested with a
 stand-in for the product. Torch 2.7 has none; elsewhere (older torch, sm80, other dtypes, several a token) `spans` reads the
-ends once an op.
+ends once a selection.
 
 Shapes: T tokens, D hidden, N sub-dimensions, K active, S shared, C = D / N, G = N - S; compact tensors [T, K*C], sorted.
 """

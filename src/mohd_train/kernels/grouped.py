@@ -2,7 +2,7 @@
 
 Tokens keep their order. A run's rows are gathered, multiplied and added back, while they are in cache; every slice of a weight's
 gradient is written in place by one op, since autograd would fill a full-size zero tensor for each slice.
-Host sync: none on CPU. On CUDA each op reads its run ends once, as `torch.mm` takes its sizes from the host.
+Host sync: none on CPU. On CUDA the first op of a selection reads the run ends, as `torch.mm` takes sizes from the host (`host`).
 
 Shapes: T tokens, D hidden, N sub-dimensions, K active, S shared, C = D / N, O and F widths. A compact tensor is [T, K*C].
 """
@@ -14,13 +14,15 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-NARROW = 64  # up to this width a GEMM on a strided slice of a weight is slower than one on a copy of the slice
+from mohd_train.kernels.host import ends_on_host
+
+NARROW = 64  # up to this width a CPU is slower on a strided slice of a weight than on a copy of the slice
 
 
 def runs(pairs: Tensor, ends: Tensor, shared: int) -> Iterator[tuple[int, Tensor]]:
     """(sub-dimension, its pairs) for every specialized sub-dimension that some token chose."""
     start = 0
-    for place, end in enumerate(ends.tolist()):
+    for place, end in enumerate(ends_on_host(ends)):
         if end > start:
             yield shared + place, pairs[start:end]
         start = end
@@ -57,7 +59,7 @@ def up_backward(
     for i, pair in runs(pairs, ends, shared):
         part, columns = grad_TO.index_select(0, pair // active), slice(i * width, (i + 1) * width)
         piece, x_part = weight_OD[:, columns], x_rows.index_select(0, pair)
-        if width <= NARROW:
+        if width <= NARROW and weight_OD.is_cpu:
             grad_rows.index_copy_(0, pair, part @ piece.contiguous())
             grad_weight[:, columns] = (x_part.t() @ part).t()
         else:
@@ -106,7 +108,7 @@ def _slices(weight: Tensor, ends: Tensor, shared: int, sub_dims: int, *, columns
     """An uninitialized gradient of `weight`, but zero where no token chose the slice."""
     grad = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
     width, start = weight.shape[1 if columns else 0] // sub_dims, 0
-    for place, end in enumerate(ends.tolist()):
+    for place, end in enumerate(ends_on_host(ends)):
         part = slice((shared + place) * width, (shared + place + 1) * width)
         if end == start:
             (grad[:, part] if columns else grad[part]).zero_()

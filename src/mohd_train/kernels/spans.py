@@ -1,7 +1,7 @@
 """The GEMMs of the `grouped` backend on sorted tokens (`token_order`): every operand is a view, nothing is gathered.
 
 A span's product is added to the shared product's rows in place; every slice of a weight's gradient is written by one op.
-Host sync: none on CPU; on CUDA each op reads its group ends once, except where `device_groups` serves.
+Host sync: none on CPU; on CUDA the first op of a selection reads the group ends (`host`), except where `device_groups` serves.
 
 Shapes: T tokens, D hidden, N sub-dimensions, K active, S shared, C = D / N, O and F widths; compact tensors [T, K*C], sorted.
 """
@@ -14,15 +14,17 @@ import torch
 from torch import Tensor
 
 from mohd_train.kernels import device_groups, token_order
+from mohd_train.kernels.host import ends_on_host
 
-NARROW = 64  # up to this width a GEMM on a strided slice of a weight is slower than one on a copy of the slice
-NARROW_OUTPUT = 128  # the same where the slice's columns are the product's
+# Where a GEMM on a strided slice of a weight is slower than one on a copy of the slice: a matter of a CPU's caches.
+NARROW = 64  # up to this width
+NARROW_OUTPUT = 128  # up to this where the slice's columns are the product's
 PAGES = 16384  # bytes between a slice's rows at whose multiples they share few sets of the cache, so that a copy is faster too
 
 
 def _spans(ends: Tensor, sub_dims: int, shared: int, active: int) -> Iterator[tuple[int, int, slice]]:
     """(sub-dimension, slot, its tokens) of every span that holds a token."""
-    bounds = [0, *ends.tolist()]
+    bounds = [0, *ends_on_host(ends)]
     for choice, slot, first, last in token_order.spans(sub_dims - shared, active - shared):
         if bounds[last + 1] > bounds[first]:
             yield shared + choice, shared + slot, slice(bounds[first], bounds[last + 1])
@@ -30,6 +32,10 @@ def _spans(ends: Tensor, sub_dims: int, shared: int, active: int) -> Iterator[tu
 
 def _columns(place: int, width: int) -> slice:
     return slice(place * width, (place + 1) * width)
+
+
+def _narrow(weight: Tensor, width: int) -> bool:
+    return weight.is_cpu and width <= NARROW
 
 
 def up(x_TKC: Tensor, weight_OD: Tensor, ends: Tensor, sub_dims: int, shared: int) -> Tensor:
@@ -44,10 +50,11 @@ def up(x_TKC: Tensor, weight_OD: Tensor, ends: Tensor, sub_dims: int, shared: in
     else:
         out.zero_()
     slices: dict[int, Tensor] = {}
+    copied = _narrow(weight_OD, width)
     for i, slot, rows in _spans(ends, sub_dims, shared, active):
         if i not in slices:
             piece = weight_OD[:, _columns(i, width)]
-            slices[i] = piece.contiguous() if width <= NARROW else piece
+            slices[i] = piece.contiguous() if copied else piece
         out[rows].addmm_(x_TKC[rows, _columns(slot, width)], slices[i].t())
     return out
 
@@ -79,7 +86,8 @@ def up_backward(
     if shared:
         write(grad_x[:, :inner], grad_TO, weight_OD[:, :inner])
         torch.mm(grad_TO.t(), x_TKC[:, :inner], out=grad_weight[:, :inner])
-    copied = width <= NARROW_OUTPUT or weight_OD.stride(0) * weight_OD.element_size() % PAGES == 0
+    narrow, pages_apart = _narrow(weight_OD, width), weight_OD.stride(0) * weight_OD.element_size() % PAGES == 0
+    copied = weight_OD.is_cpu and (width <= NARROW_OUTPUT or pages_apart)
     slices: dict[int, Tensor] = {}
     sums: dict[int, Tensor] = {}
     for i, slot, rows in _spans(ends, sub_dims, shared, active):
@@ -88,10 +96,10 @@ def up_backward(
             piece = weight_OD[:, _columns(i, width)]
             slices[i] = piece.contiguous() if copied else piece
         write(grad_x[rows, columns], grad_part, slices[i])
-        if width > NARROW and i not in sums:
+        if not narrow and i not in sums:
             sums[i] = grad_weight[:, _columns(i, width)].t()
             torch.mm(grad_part.t(), x_part, out=sums[i].t())
-        elif width > NARROW:
+        elif not narrow:
             sums[i].t().addmm_(grad_part.t(), x_part)
         elif i not in sums:
             sums[i] = x_part.t() @ grad_part
@@ -100,7 +108,7 @@ def up_backward(
     for i in range(shared, sub_dims):
         if i not in sums:
             grad_weight[:, _columns(i, width)].zero_()
-        elif width <= NARROW:
+        elif narrow:
             grad_weight[:, _columns(i, width)] = sums[i].t()
     return grad_x, grad_weight
 
