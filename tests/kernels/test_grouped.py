@@ -10,7 +10,7 @@ from support.routing import choose, component, operands
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from mohd_train.kernels import ops
+from mohd_train.kernels import fusion, ops
 from mohd_train.kernels.selection import TILE, select, tiles
 
 SHAPES = [  # tokens, N, K, S, C
@@ -102,6 +102,14 @@ def test_blocks_of_several_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mohd_train.kernels.fusion.BLOCK_ELEMENTS", 5 * 32)
     indices = choose(37, 8, 4, 3)
     compare(component, indices, 8, 3, operands(indices, 8, 4))
+
+
+def test_a_gpu_takes_few_blocks() -> None:
+    """Each is some ten launches: those of a CPU's cache would be a thousand for the tokens of a step."""
+    found = fusion.blocks(32768, 4096, torch.device("cuda"))
+    assert len(found) == 4
+    assert found[-1] == (24576, 32768)
+    assert len(fusion.blocks(32768, 4096, torch.device("cpu"))) == 1024
 
 
 def test_non_contiguous_inputs() -> None:

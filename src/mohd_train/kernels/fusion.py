@@ -17,9 +17,9 @@ from mohd_train.kernels.grouped import runs
 from mohd_train.kernels.selection import TILE, tiles
 
 BLOCK_ELEMENTS = 1 << 17  # floats of a block of the full width: half a megabyte, within a core's second-level cache
-SUMMED = (
-    16  # neighbouring tokens of a partial sum; gathered ones (TILE) are fewer, as each is a stream of its own to read
-)
+ELSEWHERE_ELEMENTS = 1 << 25  # of a block on a GPU: few launches, and 128 MiB of float32 beside a step's activations
+# Neighbouring tokens of a partial sum. Gathered ones (TILE) are fewer, as each is a stream of its own to read.
+SUMMED = 16
 
 
 def fuse_residual(
@@ -114,7 +114,7 @@ def _fuse_blocks(z: Tensor, mixing: Tensor, indices: Tensor, shared: int, residu
     out = residual.to(dtype, copy=True, memory_format=torch.contiguous_format)
     out_TNC, mixing = out.view(tokens, mixing.shape[0], -1), mixing.to(dtype)
     z = z.reshape(tokens, active, 1, -1)
-    for start, stop in blocks(tokens, out.shape[1]):
+    for start, stop in blocks(tokens, out.shape[1], out.device):
         block, part = out_TNC[start:stop], z[start:stop].to(dtype)
         for k in range(active):
             row = mixing[k] if k < shared else mixing.index_select(0, indices[start:stop, k])
@@ -130,14 +130,14 @@ def _backward_blocks(
     grad, wide, z_rows = grad.reshape(tokens, sub_dims, width), mixing.to(dtype), z.reshape(-1, width)
     grad_z, grad_mixing = z_rows.new_empty(z_rows.shape), torch.zeros_like(wide)
     z_TK, grad_z_TK = z_rows.view(tokens, active, 1, width), grad_z.view(tokens, active, width)
-    for start, stop in blocks(tokens if shared else 0, sub_dims * width):
+    for start, stop in blocks(tokens if shared else 0, sub_dims * width, grad.device):
         block, part = grad[start:stop].to(dtype), z_TK[start:stop].to(dtype)
         buffer = torch.empty_like(block)
         for k in range(shared):
             grad_z_TK[start:stop, k] = torch.mul(block, wide[k], out=buffer).sum(1)
             grad_mixing[k] += torch.mul(block, part[:, k], out=buffer).sum(0)
     for i, pair in runs(pairs, ends, shared):
-        for start, stop in blocks(pair.shape[0], sub_dims * width):
+        for start, stop in blocks(pair.shape[0], sub_dims * width, grad.device):
             chosen = pair[start:stop]
             block = grad.index_select(0, chosen // active).to(dtype)
             part = z_rows.index_select(0, chosen).to(dtype)
@@ -146,7 +146,7 @@ def _backward_blocks(
     return grad_z.view_as(z), grad_mixing.to(mixing.dtype)
 
 
-def blocks(rows: int, width: int) -> list[tuple[int, int]]:
-    """(start, stop) of blocks of rows of this width that stay in cache."""
-    step = max(1, BLOCK_ELEMENTS // width)
+def blocks(rows: int, width: int, device: torch.device) -> list[tuple[int, int]]:
+    """(start, stop) of blocks of rows of this width: on a CPU such that they stay in cache, elsewhere large."""
+    step = max(1, (BLOCK_ELEMENTS if device.type == "cpu" else ELSEWHERE_ELEMENTS) // width)
     return [(start, min(start + step, rows)) for start in range(0, rows, step)]

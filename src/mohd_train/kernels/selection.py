@@ -15,9 +15,8 @@ from torch import Tensor
 from mohd_train.kernels import few_tokens
 from mohd_train.kernels.token_order import TokenOrder, serves, token_order
 
-TILE = (
-    8  # pairs in a tile: a tile holds pairs of one sub-dimension, so reductions over a run need no data-dependent shape
-)
+# Pairs in a tile: a tile holds pairs of one sub-dimension, so that reductions over a run need no data-dependent shape.
+TILE = 8
 
 
 class Selection(NamedTuple):

@@ -24,11 +24,11 @@ class Source(NamedTuple):
 def active_inputs(source: Source, rows: Tensor, sub_dims: int, dtype: torch.dtype) -> Tensor:
     """n on the active sub-dimensions, [T, K, C]: multiplied and rounded to x's dtype as in the norm, then cast to `dtype`.
 
-    `rows` int64 [T*K]: token * N + sub-dimension, in the order wanted. In blocks that stay in cache.
+    `rows` int64 [T*K]: token * N + sub-dimension, in the order wanted. In blocks, as the fusion.
     """
     x_rows, gain_NC = _views(source, sub_dims)
     out = x_rows.new_empty(rows.shape[0], x_rows.shape[1])
-    for start, stop in blocks(*out.shape):
+    for start, stop in blocks(rows.shape[0], out.shape[1], out.device):
         out[start:stop] = _made(x_rows, source.rstd_T, gain_NC, rows[start:stop])
     return out.to(dtype).unflatten(0, (source.x_TD.shape[0], -1))
 
