@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import shutil
 import signal
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -98,7 +99,14 @@ def test_goes_on_from_the_storage_alone(
     before = last_batch(tmp_path / "one")
     assert {"run.json", "config.yaml", "metrics.jsonl", "tokenizer/tokenizer.json"} < stored(s3).keys()
     shutil.rmtree(tmp_path / "one")
-    train(remote("two"))
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(scratch))
+    copies: list[list[Path]] = []
+    with monkeypatch.context() as patch:  # the copy of the checkpoint is gone as soon as it is loaded
+        inject(patch, At("fit_start", 4, lambda _: copies.append(list(scratch.glob("mohd_train-remote-*")))))
+        train(remote("two"))
+    assert copies == [[]]
     ends_as(tmp_path / "two", whole)
     fault_table.measured_resume(tmp_path / "two" / "runs" / "a", before)
     assert record_of(tmp_path / "two")["sessions"][-1]["from"] == f"{RUN}/ep0-ba4-rank0.pt"

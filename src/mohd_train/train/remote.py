@@ -43,6 +43,7 @@ class Brought:
         goes_on: whether it is this run's own, and not ``load_path``'s.
         metrics: the lines up to that checkpoint.
         skipped: newer checkpoints that are broken, each with the reason.
+        scratch: the folder of the copies.
     """
 
     record: dict[str, Any] | None = None
@@ -51,6 +52,15 @@ class Brought:
     goes_on: bool = False
     metrics: Path | None = None
     skipped: list[str] = field(default_factory=list)
+    scratch: Path | None = None
+
+    def clear(self) -> None:
+        """Removes the copies once every process has loaded them: at the end would be too late for one that is killed.
+        To be called by every process."""
+        if self.scratch is not None:
+            dist.barrier()
+            if dist.get_local_rank() == 0:
+                shutil.rmtree(self.scratch, ignore_errors=True)
 
 
 def bring(config: Config) -> Brought:
@@ -75,8 +85,8 @@ def bring(config: Config) -> Brought:
 
 
 def _bring(config: Config) -> Brought:
-    found = Brought()
     scratch = Path(tempfile.mkdtemp(prefix="mohd_train-remote-"))
+    found = Brought(scratch=scratch)
     atexit.register(shutil.rmtree, scratch, ignore_errors=True)
     if is_remote(config.save_folder):
         _bring_run(config, found, scratch)

@@ -106,6 +106,7 @@ def _train(run: Run, stop: StopSignal, watchdog: FirstBatchWatchdog) -> None:
         data = build_data(config, run.manifest)
         say(summary(run, data))
         built = build_trainer(run, data, record, share_run_id(record), stop)
+        run.brought.clear()
         built.trainer.state.callbacks.append(watchdog)
         _fit(run, data, built)
     except BaseException as error:
