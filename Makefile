@@ -25,7 +25,7 @@ demo: setup  ## raw text -> shards -> three models -> ten tasks -> table and fig
 	@$(PY) scripts/demo.py run --out "$(or $(OUT),runs/demo)" $(if $(RAW),--raw "$(RAW)") $(if $(TOKENIZER),--tokenizer "$(TOKENIZER)") \
 	    $(if $(EVAL_DATA),--eval-data "$(EVAL_DATA)") $(ARGS)
 
-test: setup  ## every test: under 10 minutes on two cores
+test: setup  ## every test: 9 to 12 minutes on two cores
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist worksteal $(ARGS)
 
 test-faults: setup  ## every fault that is injected: what happened, steps lost (measured), recovered (about 4 minutes)
@@ -57,7 +57,7 @@ eval: need-CHECKPOINT setup  ## the ten tasks on a checkpoint or Hugging Face fo
 tables: setup  ## Table 2 from results beside the paper's: [RESULTS="folder ..." ARGS="--format latex"]
 	$(PY) eval/make_tables.py $(or $(RESULTS),eval/results) $(ARGS)
 
-benchmark: setup  ## time MoHD against LLaMA on this machine's GPU, or CPU (10 minutes), into benchmarks/ [OUT= ARGS=]
+benchmark: setup  ## time MoHD against LLaMA on this machine's GPU, or CPU (6 minutes), into benchmarks/ [OUT= ARGS=]
 	$(PY) scripts/benchmark.py --record "$(or $(OUT),benchmarks)" $(ARGS)
 
 clean:  ## remove caches (never data, runs or the environment)

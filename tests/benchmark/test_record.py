@@ -44,7 +44,7 @@ def test_a_part_that_fails_stops_no_other_and_nothing_is_overwritten(
     said = " ".join(capfd.readouterr().err.split())
     assert "failed: bad (exit 1)" in said
     files = sorted(file.name.partition("a-machine")[2] for file in tmp_path.iterdir())
-    assert files == ["-r-9-good-2.json", "-r-9-good-2.png", "-r-9-good.json", "-r-9-good.png"]
+    assert files == ["-9-good-2.json", "-9-good-2.png", "-9-good.json", "-9-good.png"]
     for file in tmp_path.glob("*.json"):
         result = json.loads(file.read_text(encoding="utf-8"))
         assert [row["model"] for row in result["rows"]] == ["tiny:dense", "tiny:x2"]

@@ -71,7 +71,7 @@ def record(script: Path, folder: Path, device: str) -> int:
     except OSError as error:
         raise UserError(f"--record {folder}: {error.strerror}") from error
     console, failed = Console(stderr=True), []
-    machine = re.sub(r"[^a-z0-9]+", "-", device_name(device).lower()).strip("-")
+    machine = re.sub(r"[^a-z0-9]+", "-", re.sub(r"\((r|tm)\)", "", device_name(device).lower())).strip("-")
     for number, (name, words) in enumerate(PARTS[device].items(), 1):
         file = _free(folder, f"{datetime.now(timezone.utc):%Y-%m-%d}-{machine}-{name}")
         console.print(f"part {number} of {len(PARTS[device])}, {name}: {file}", highlight=False)
