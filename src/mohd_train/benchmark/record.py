@@ -16,21 +16,9 @@ from mohd_train.errors import UserError
 ALL_355M = "355m:50,355m:75,355m:x2,355m:x3,355m:x4"
 LAYER = ("--mode", "layer", "--threads", "1", "--tokens", "2048", "--rounds", "8")
 TRAIN = ("--mode", "train", "--seq-len", "4096", "--rounds", "10")
-DECODE = ("--models", "355m:x4", "--tokens", "1024", "--rounds", "30")
-PROJECTIONS = (
-    "--models",
-    "355m:x4",
-    "--mode",
-    "projections",
-    "--layers",
-    "3",
-    "--threads",
-    "1",
-    "--tokens",
-    "128",
-    "--rounds",
-    "20",
-)
+X4 = ("--models", "355m:x4")
+DECODE = (*X4, "--tokens", "1024", "--rounds", "30")
+PROJECTIONS = (*X4, "--mode", "projections", "--layers", "3", "--threads", "1", "--tokens", "128", "--rounds", "20")
 
 
 def _on_cuda() -> dict[str, tuple[str, ...]]:

@@ -12,17 +12,24 @@ import torch
 from torch import Tensor
 
 
+def as_rows(x: Tensor, parts: int) -> Tensor:
+    """[T, parts * C] as [T * parts, C].
+
+    By way of [T, parts, C]: code generated for whole rows of C is vectorized, for an index divided by C it is not.
+    """
+    return x.unflatten(1, (parts, -1)).flatten(0, 1)
+
+
 def _take(full_TD: Tensor, rows: Tensor, slots_TN: Tensor) -> Tensor:
     tokens, sub_dims = slots_TN.shape
-    full = full_TD.unflatten(1, (sub_dims, -1)).flatten(0, 1)
-    return full.index_select(0, rows).unflatten(0, (tokens, -1)).flatten(1)
+    return as_rows(full_TD, sub_dims).index_select(0, rows).unflatten(0, (tokens, -1)).flatten(1)
 
 
 def _place(compact_TKC: Tensor, rows: Tensor, slots_TN: Tensor) -> Tensor:
     tokens, sub_dims = slots_TN.shape
-    compact = compact_TKC.unflatten(1, (rows.shape[0] // tokens, -1)).flatten(0, 1)
+    active = rows.shape[0] // tokens
+    compact = as_rows(compact_TKC, active)
     if torch.compiler.is_compiling():
-        active = rows.shape[0] // tokens
         pair = slots_TN.clamp(min=0) + torch.arange(tokens, device=rows.device).unsqueeze(1) * active
         full = compact.index_select(0, pair.view(-1)).view(tokens, sub_dims, -1)
         return torch.where(slots_TN.unsqueeze(-1) >= 0, full, 0).flatten(1)

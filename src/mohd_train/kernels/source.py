@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from mohd_train.kernels.fusion import blocks
+from mohd_train.kernels.layout import as_rows
 
 
 class Source(NamedTuple):
@@ -42,7 +43,7 @@ def active_inputs_traced(source: Source, rows: Tensor, sub_dims: int, dtype: tor
 
 def _views(source: Source, sub_dims: int) -> tuple[Tensor, Tensor]:
     gain = source.gain_D.to(source.rstd_T.dtype)
-    return source.x_TD.unflatten(1, (sub_dims, -1)).flatten(0, 1), gain.view(sub_dims, -1)
+    return as_rows(source.x_TD, sub_dims), gain.view(sub_dims, -1)
 
 
 def _made(x_rows: Tensor, rstd_T: Tensor, gain_NC: Tensor, rows: Tensor) -> Tensor:

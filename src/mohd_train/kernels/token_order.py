@@ -17,6 +17,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from mohd_train.kernels.layout import as_rows
+
 MOST_GROUPS = 64  # more would leave a few tokens a group: the runs are gathered then
 
 
@@ -126,12 +128,8 @@ def permute(x: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
 
 
 def sort_compact(x_TKC: Tensor, order: TokenOrder, active: int) -> Tensor:
-    """[T, K*C] to [T, K, C] in the tokens' order, slots as the spans want them.
-
-    K and C apart: code generated for whole rows of C is vectorized, for an index divided by C it is not.
-    """
-    rows = x_TKC.unflatten(1, (active, -1)).flatten(0, 1)
-    return permute(rows, order.pairs, order.pair_places).unflatten(0, (-1, active))
+    """[T, K*C] to [T, K, C] in the tokens' order, slots as the spans want them. K and C stay apart, see `as_rows`."""
+    return permute(as_rows(x_TKC, active), order.pairs, order.pair_places).unflatten(0, (-1, active))
 
 
 def unsort_compact(x_TKC: Tensor, order: TokenOrder) -> Tensor:
