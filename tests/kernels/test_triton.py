@@ -110,6 +110,17 @@ def test_no_block_size_spills_registers_or_wants_too_much_shared_memory(
         assert "0 bytes spill stores, 0 bytes spill loads" in said.stdout + said.stderr, size
 
 
+@pytest.mark.parametrize(("kernel", "width"), [("contract_kernel", 64), ("expand_kernel", 192), ("swiglu_kernel", 512)])
+def test_largest_block_sizes_fit_the_smaller_gpu(kernel: str, width: int) -> None:
+    from mohd_train.kernels import triton_kernels, triton_launch
+
+    for tile in (64, 128):
+        size = triton_launch.sizes_of(getattr(triton_kernels, kernel), tile, 80)[-1]
+        sizes = {"BM": tile, **size.blocks, "C": width}
+        done = compiled("triton_kernels", kernel, sizes, 80, size.warps, size.stages)
+        assert done.metadata.shared <= SHARED_LIMIT[80]
+
+
 @pytest.mark.parametrize(
     ("tokens", "active", "n", "shared", "tile"),
     [(16384, 4, 16, 3, 128), (8192, 4, 16, 3, 64), (16384, 12, 16, 9, 64), (65536, 12, 16, 9, 128), (1, 4, 4, 4, 64)],
