@@ -58,7 +58,7 @@ def test_nothing_imports_scripts_and_scripts_stay_thin() -> None:
 def test_files_stay_readable() -> None:
     for file in SOURCE.rglob("*.py"):
         lines = len(file.read_text(encoding="utf-8").splitlines())
-        assert lines <= 350, f"{file.relative_to(ROOT)} has {lines} lines"
+        assert lines <= 500, f"{file.relative_to(ROOT)} has {lines} lines"
 
 
 def test_every_public_function_and_class_has_a_docstring() -> None:

@@ -17,7 +17,7 @@ from mohd_train.analysis.interventions import applies, intervene, sub_dimensions
 from mohd_train.analysis.knockout import count_steps, knockout
 from mohd_train.analysis.options import KnockoutOptions
 from mohd_train.errors import UserError
-from mohd_train.model.transformer import Transformer
+from mohd_train.model.llama import Transformer
 
 IDS = torch.arange(4, 68).reshape(2, 32)
 

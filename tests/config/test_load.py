@@ -8,6 +8,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mohd_train.config.compare import config_differences
 from mohd_train.config.load import KNOWN_KEYS, load_config, load_model_plan, to_yaml
 from mohd_train.config.plan import ModelPlan
 from mohd_train.errors import UserError
@@ -59,7 +60,17 @@ BAD = [
     ("mohd.attention.shared_sub_dims=5", "it must lie in 0 .. top_k = 4"),
     ("model.num_key_value_heads=5", "no multiple of model.num_key_value_heads = 5"),
     ("model.head_dim=31", "rotary embeddings need an even number"),
-    ("mohd.scaling=loud", "mohd.scaling is 'loud'; it must be one of sum_preserving, subdims, none"),
+    (
+        "mohd.scaling=loud",
+        "mohd.scaling is 'loud'; it must be one of sum_to_active, sum_to_all, subdims, gate_mass, none",
+    ),
+    ("mohd.balance_count=best", "mohd.balance_count is 'best'; it must be one of selected, highest"),
+    ("mohd.balance_scores=some", "must be one of specialized, all"),
+    ("mohd.router_input=logits", "must be one of normalized, residual"),
+    ("model.init=xavier", "model.init is 'xavier'; it must be one of normal, torch"),
+    ("mohd.router_init_std=-1", "mohd.router_init_std is -1.0; it must be 0 or positive, or null"),
+    ("mohd.router_init_std=.nan", "mohd.router_init_std is nan"),
+    ("mohd.balance_loss_weight=.inf", "mohd.balance_loss_weight is inf"),
     ("max_duration=5", "max_duration is '5'; it must be a number with a unit"),
     ("max_duration=0ba", "must be more than 0"),
     ("device=tpu", "device is 'tpu'; it must be one of auto, cpu, gpu"),
@@ -192,3 +203,17 @@ def test_no_value_ever_breaks_with_a_traceback(
     except UserError as error:
         line = str(error)
     assert "\n" not in line
+
+
+def test_a_value_that_was_renamed_is_read_and_the_same_run(files: list[str], caplog: pytest.LogCaptureFixture) -> None:
+    """``sum_preserving`` of an earlier version, in a config and in a run's record."""
+    old, new = load_config(files, ["mohd.scaling=sum_preserving"]), load_config(files)
+    assert "sum_preserving is called sum_to_active now" in caplog.text
+    assert old.mohd.scaling == new.mohd.scaling == "sum_to_active"
+    record = dataclasses.asdict(new)
+    record["mohd"]["scaling"] = "sum_preserving"
+    for key in ("router_input", "router_init_std", "balance_count", "balance_scores"):  # not known to that version
+        del record["mohd"][key]
+    assert config_differences(record, dataclasses.asdict(new)) == []
+    other = load_config(files, ["mohd.balance_count=highest"])
+    assert config_differences(record, dataclasses.asdict(other)) == ["mohd.balance_count: selected there, highest here"]

@@ -15,7 +15,7 @@ from mohd_train.config.schema import ModelConfig, MoHDSettings, SubDimensionConf
 from mohd_train.estimate.activations import autocast, counting_saved, trace
 from mohd_train.estimate.memory import MemoryModel, Sharding
 from mohd_train.model.count import count
-from mohd_train.model.transformer import Transformer
+from mohd_train.model.llama import Transformer
 
 HALF, X2 = SubDimensionConfig(4, 2, 1), SubDimensionConfig(8, 4, 3)
 SETTINGS = {

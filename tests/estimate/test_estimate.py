@@ -22,7 +22,7 @@ from mohd_train.estimate.hardware import GPUS, default_mfu, gpu_named
 from mohd_train.estimate.launch import Estimate, checkpoint_bytes, checkpoints, estimate, prepared, run_steps
 from mohd_train.estimate.report import render
 from mohd_train.model.count import count
-from mohd_train.model.transformer import Transformer
+from mohd_train.model.llama import Transformer
 from mohd_train.train.optimizer import build_optimizer
 
 A100 = GPUS["a100-80gb"]

@@ -29,7 +29,7 @@ from mohd_train.evaluate.run import run_eval
 from mohd_train.evaluate.suite import Suite
 from mohd_train.evaluate.table_text import table_text
 from mohd_train.model.count import count
-from mohd_train.model.transformer import Transformer
+from mohd_train.model.llama import Transformer
 
 
 @pytest.fixture

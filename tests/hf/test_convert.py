@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 from mohd_train.errors import UserError
 from mohd_train.hf import MoHDForCausalLM
 from mohd_train.hf.convert import export, load_model, read_checkpoint
-from mohd_train.model.transformer import Transformer
+from mohd_train.model.llama import Transformer
 
 
 def native(folder: Path, setting: str = "x2") -> tuple[Path, Transformer]:

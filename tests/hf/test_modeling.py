@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import dataclasses
+import json
 from pathlib import Path
 
 import pytest
@@ -8,10 +10,11 @@ from safetensors.torch import load_file, save_file
 from support.plans import SETTINGS, small_plan
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from mohd_train.config.plan import ModelPlan
 from mohd_train.errors import UserError
 from mohd_train.hf import MoHDConfig, MoHDForCausalLM
 from mohd_train.hf.convert import from_hf_llama, to_hf_llama
-from mohd_train.model.transformer import Transformer
+from mohd_train.model.llama import Transformer
 
 
 def llama(**changes: object) -> LlamaForCausalLM:
@@ -114,6 +117,44 @@ def test_config_round_trip(setting: str, tmp_path: Path) -> None:
     assert isinstance(again, MoHDConfig)
     assert again.to_plan() == plan
     assert (again.bos_token_id, again.tie_word_embeddings) == (1, False)
+
+
+def test_config_round_trip_of_every_reading(tmp_path: Path) -> None:
+    """Each reading away from its default: a field that the configuration forgot would come back as the default."""
+    changed = {
+        "routing": "random",
+        "router_input": "residual",
+        "router_init_std": 0.1,
+        "scaling": "gate_mass",
+        "fusion": "monarch",
+        "gate_input": True,
+        "balance_loss_weight": 0.5,
+        "balance_reduction": "component_mean",
+        "balance_count": "highest",
+        "balance_scores": "all",
+    }
+    plan = small_plan("75", model={"init": "torch"}, **changed)
+    unchanged = small_plan("75")
+    readings = set(changed) | {"init"}
+    assert all(getattr(plan, name) != getattr(unchanged, name) for name in readings)
+    assert {f.name for f in dataclasses.fields(ModelPlan) if f.default is not dataclasses.MISSING} == readings | {
+        "attention",
+        "ffn",
+    }
+    MoHDConfig.from_plan(plan).save_pretrained(tmp_path)
+    assert AutoConfig.from_pretrained(tmp_path).to_plan() == plan
+
+
+def test_a_config_of_an_earlier_version_is_read(tmp_path: Path) -> None:
+    """``sum_preserving`` is called ``sum_to_active`` now; readings that did not exist stand at what was done then."""
+    MoHDConfig.from_plan(small_plan("x2")).save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    values = json.loads(file.read_text())
+    for name in ("init", "router_input", "router_init_std", "balance_count", "balance_scores"):
+        values.pop(name, None)
+    values["scaling"] = "sum_preserving"
+    file.write_text(json.dumps(values))
+    assert AutoConfig.from_pretrained(tmp_path).to_plan() == small_plan("x2")
 
 
 @pytest.mark.parametrize("setting", ["dense", "x2", "75"])

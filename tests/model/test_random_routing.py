@@ -10,9 +10,9 @@ from mohd_train.config.load import load_model_plan
 from mohd_train.config.plan import ModelPlan
 from mohd_train.errors import UserError
 from mohd_train.hf.configuration import MoHDConfig
+from mohd_train.model.llama import Transformer
+from mohd_train.model.mohd import select
 from mohd_train.model.random_routing import random_ranks, token_keys
-from mohd_train.model.router import select
-from mohd_train.model.transformer import Transformer
 
 
 def chosen(model: Transformer, ids: torch.Tensor, **kwargs: object) -> list[torch.Tensor]:

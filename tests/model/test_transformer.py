@@ -10,10 +10,12 @@ from transformers import DynamicCache
 
 from mohd_train.config.plan import SubDimPlan
 from mohd_train.model.count import PARTS, count, count_parameters
-from mohd_train.model.sub_dimension import SubDimensions
-from mohd_train.model.transformer import Transformer
+from mohd_train.model.init import initializer
+from mohd_train.model.llama import Transformer
+from mohd_train.model.mohd import ForwardContext, SubDimensions
 
 ALL = ["dense", *SETTINGS]
+NO_ROPE = (torch.ones(1, 1, 1, 16, dtype=torch.float64), torch.zeros(1, 1, 1, 16, dtype=torch.float64))
 
 
 def scrambled(model: Transformer) -> Transformer:
@@ -39,9 +41,15 @@ def dense_masked(x: Tensor, weight_in: list[nn.Linear], weight_out: nn.Linear, s
         active = sorted([*range(plan.shared), *best[: plan.specialized]])
         g = torch.zeros(plan.sub_dims, dtype=x.dtype)
         g[active] = scores[t, active]
-        alpha = {"sum_preserving": plan.top_k / g.sum(), "subdims": plan.sub_dims, "none": 1.0}[sub.scaling]
+        alpha = {
+            "sum_to_active": plan.top_k / g.sum(),
+            "sum_to_all": plan.sub_dims / g.sum(),
+            "subdims": plan.sub_dims,
+            "gate_mass": plan.sub_dims * g.sum(),
+            "none": 1.0,
+        }[sub.readings.scaling]
         mask = (g > 0).to(x.dtype)
-        sparse = (x[t].view(plan.sub_dims, plan.width) * (g if sub.gate_input else mask)[:, None]).flatten()
+        sparse = (x[t].view(plan.sub_dims, plan.width) * (g if sub.readings.gate_input else mask)[:, None]).flatten()
         h = inner([linear.weight @ sparse for linear in weight_in])
         y = (weight_out.weight @ h).view(plan.sub_dims, plan.width)
         z = y * (alpha * g)[:, None]
@@ -56,13 +64,19 @@ def dense_masked(x: Tensor, weight_in: list[nn.Linear], weight_out: nn.Linear, s
 @pytest.mark.parametrize("setting", list(SETTINGS))
 @pytest.mark.parametrize(
     "readings",
-    [{}, {"scaling": "subdims", "fusion": "none"}, {"scaling": "none", "fusion": "monarch", "gate_input": True}],
+    [
+        {},
+        {"scaling": "subdims", "fusion": "none"},
+        {"scaling": "none", "fusion": "monarch", "gate_input": True},
+        {"scaling": "sum_to_all"},
+        {"scaling": "gate_mass", "gate_input": True},
+    ],
 )
 def test_feed_forward_equals_the_equations(setting: str, readings: dict) -> None:
     model = scrambled(Transformer(small_plan(setting, **readings)).double())
     ffn = model.blocks[0].ffn
     x, residual = torch.randn(2, 7, ffn.gate_proj.in_features, dtype=torch.float64).expand(2, 2, 7, -1).clone()
-    out, _ = ffn(x, residual)
+    out, _ = ffn(x, residual, ForwardContext(NO_ROPE))
 
     def inner(parts: list[Tensor]) -> Tensor:
         return torch.nn.functional.silu(parts[0]) * parts[1]
@@ -78,8 +92,7 @@ def test_attention_of_a_single_token_equals_the_equations(setting: str) -> None:
     model = scrambled(Transformer(small_plan(setting)).double())
     attention = model.blocks[0].attention
     x, residual = torch.randn(2, 5, 1, attention.q_proj.in_features, dtype=torch.float64)
-    rope = (torch.ones(1, 1, 1, 16, dtype=torch.float64), torch.zeros(1, 1, 1, 16, dtype=torch.float64))
-    out, _ = attention(x, residual, rope)
+    out, _ = attention(x, residual, ForwardContext(NO_ROPE))
 
     def inner(parts: list[Tensor]) -> Tensor:  # one token attends to itself: the values, repeated over the query groups
         return parts[2].view(2, 1, 16).expand(2, 2, 16).flatten()
@@ -98,9 +111,7 @@ def test_fully_active_unscaled_model_equals_the_dense_one(monkeypatch: pytest.Mo
     routed = Transformer(small_plan("100"), seed=5).double()
     dense = Transformer(small_plan("dense"), seed=5).double()
     dense.load_state_dict({k: v for k, v in routed.state_dict().items() if k in dense.state_dict()})
-    monkeypatch.setattr(
-        "mohd_train.model.sub_dimension.activation_weights", lambda s, i, _: torch.ones_like(i, dtype=s.dtype)
-    )
+    monkeypatch.setattr("mohd_train.model.mohd.activation_weights", lambda s, i, _: torch.ones_like(i, dtype=s.dtype))
     ids = torch.randint(97, (2, 11))
     torch.testing.assert_close(routed(ids).logits, dense(ids).logits, rtol=0, atol=1e-12)
 
@@ -184,3 +195,36 @@ def test_initial_weights_depend_on_the_seed_and_the_name_alone() -> None:
     other = Transformer(small_plan("x2"), seed=2)
     assert not torch.equal(other.head.weight, one.head.weight)
     assert one.head.weight.std().item() == pytest.approx(0.02, rel=0.05)
+
+
+def test_torch_initialization_is_that_of_torch() -> None:
+    """``init: torch``: Linear and centroids from U(+-1/sqrt(fan_in)), the embedding from N(0, 1), as torch builds them."""
+    model = Transformer(small_plan("x2", model={"init": "torch", "vocab_size": 997}), seed=1)
+    ones = {"attention_norm.weight", "ffn_norm.weight", "norm.weight"}
+    for name, parameter in model.named_parameters():
+        leaf = name.split(".", 2)[-1] if name.startswith("blocks") else name
+        if leaf in ones:
+            assert torch.equal(parameter, torch.ones_like(parameter)), name
+        elif ".fusion." in name:
+            assert torch.equal(parameter, torch.eye(8)[:, :, None].expand(8, 8, 16)), name
+        elif name == "embedding.weight":
+            assert parameter.std().item() == pytest.approx(1, rel=0.02)
+            assert parameter.abs().max() > 3
+        else:
+            bound = parameter.shape[1] ** -0.5
+            assert parameter.abs().max() <= bound, name
+            assert parameter.std().item() == pytest.approx(bound / 3**0.5, rel=0.06), name
+
+
+@pytest.mark.parametrize("init", ["normal", "torch"])
+def test_a_model_built_on_meta_gets_the_same_weights_module_by_module(init: str) -> None:
+    """What FSDP does with ``param_init_fn``: memory for one module, then its parameters, in any order."""
+    plan = small_plan("x2", fusion="monarch", model={"init": init}, router_init_std=0.1)
+    whole = Transformer(plan, seed=5)
+    with torch.device("meta"):
+        model = Transformer(plan)
+    fill = initializer(model, plan, 5)
+    for module in reversed(list(model.modules())):
+        fill(module.to_empty(device="cpu", recurse=False))
+    for name, parameter in whole.named_parameters():
+        assert torch.equal(model.get_parameter(name), parameter), name

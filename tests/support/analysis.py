@@ -12,7 +12,7 @@ from support.plans import small_plan
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from mohd_train.analysis.subject import Subject, load_subject
-from mohd_train.model.transformer import Transformer
+from mohd_train.model.llama import Transformer
 
 VOCABULARY = 97
 

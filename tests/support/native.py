@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from mohd_train.config.plan import ModelPlan
-from mohd_train.model.transformer import Transformer
+from mohd_train.model.llama import Transformer
 
 
 def save_tokenizer(folder: Path, vocab_size: int = 97) -> None:

@@ -47,7 +47,7 @@ def test_table4_carries_the_paper_s_labels(root: Path) -> None:
     assert changed == {
         "x2-no-balance": ["balance_loss_weight: 0.0 here, 0.01 there"],
         "x2-no-fusion": ["fusion: none here, grouped there"],
-        "x2-no-scaling": ["scaling: none here, sum_preserving there"],
+        "x2-no-scaling": ["scaling: none here, sum_to_active there"],
     }
 
 

@@ -28,7 +28,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import Checkpoi
 from torch.distributed.fsdp import FullyShardedDataParallel
 from train.train_support import ROOT, make_config
 
-from mohd_train.model.transformer import Block
+from mohd_train.model.llama import Block
 from mohd_train.train import build, parallel
 from mohd_train.train.run import train
 
@@ -124,6 +124,14 @@ class Seen(Callback):
             raise Crash
 
 
+_to_empty = torch.nn.Module.to_empty
+
+
+def _to_empty_on_cpu(module: torch.nn.Module, *, device: object, recurse: bool = True) -> torch.nn.Module:
+    """Composer gives FSDP's units memory on "cuda:" and the device that it asked for, answered above."""
+    return _to_empty(module, device="cpu" if str(device).startswith("cuda") else device, recurse=recurse)
+
+
 def run(job: Job) -> None:
     """Trains in this process, or in all of this launch."""
     config = make_config(Path(job.folder), Path(job.data), *job.overrides, mohd=job.mohd)
@@ -137,6 +145,7 @@ def run(job: Job) -> None:
             )
             patches.enter_context(as_gpu)
             patches.enter_context(mock.patch("torch.cuda.current_device", return_value=torch.device("cpu")))
+            patches.enter_context(mock.patch.object(torch.nn.Module, "to_empty", _to_empty_on_cpu))
         if config.compile:  # all but code generation
             torch._dynamo.reset()
             counters.clear()

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from mohd_train.config.plan import ModelPlan, SubDimPlan
 from mohd_train.model.count import count
-from mohd_train.model.transformer import Transformer
+from mohd_train.model.llama import Transformer
 from mohd_train.train.composer_model import MoHDComposerModel
 
 PART = SubDimPlan(sub_dims=8, top_k=4, shared=3, width=4)

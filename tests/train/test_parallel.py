@@ -50,6 +50,11 @@ def test_fsdp() -> None:
         parallel.parallelism_config(config(fsdp_config={"sharding_strateg": "FULL_SHARD"}), "gpu")
     with pytest.raises(UserError, match="balance loss"):
         parallel.parallelism_config(config(fsdp_config={"activation_checkpointing_reentrant": True}), "gpu")
+    for precision in ("DEFAULT", "PURE", {"param_dtype": "bf16"}):
+        with pytest.raises(UserError, match=r"mixed_precision is .*; set FULL: .* routers"):
+            parallel.parallelism_config(config(fsdp_config={"mixed_precision": precision}), "gpu")
+    for precision in ("FULL", {"param_dtype": "fp32", "reduce_dtype": "bf16"}):
+        assert parallel.parallelism_config(config(fsdp_config={"mixed_precision": precision}), "gpu") is not None
     found = parallel.parallelism_config(config(fsdp_config={"sharding_strategy": "SHARD_GRAD_OP"}), "gpu")
     assert found is not None
     assert found["fsdp"]["state_dict_type"] == "full"

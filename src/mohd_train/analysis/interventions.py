@@ -21,9 +21,8 @@ from torch import Tensor
 
 from mohd_train.analysis.options import INTERVENTIONS
 from mohd_train.config.plan import SubDimPlan
-from mohd_train.model.router import Routing, select
-from mohd_train.model.sub_dimension import SubDimensions
-from mohd_train.model.transformer import Transformer
+from mohd_train.model.llama import Transformer
+from mohd_train.model.mohd import Routing, SubDimensions, select
 
 KINDS = INTERVENTIONS
 

@@ -24,7 +24,7 @@ from mohd_train.analysis.routing import RoutingTally, component_plan, mohd_trans
 from mohd_train.analysis.study import Advance
 from mohd_train.analysis.subject import Subject
 from mohd_train.errors import UserError
-from mohd_train.model.transformer import LayerRouting, Transformer
+from mohd_train.model.llama import LayerRouting, Transformer
 
 Score = Callable[[], dict[str, float]]  # task -> accuracy of the model as it is now
 

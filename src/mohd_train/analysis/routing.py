@@ -17,7 +17,7 @@ from mohd_train.analysis.corpus import Corpus, open_corpus
 from mohd_train.analysis.subject import Subject, load_subject
 from mohd_train.config.plan import ModelPlan, SubDimPlan
 from mohd_train.errors import UserError
-from mohd_train.model.transformer import LayerRouting, Transformer
+from mohd_train.model.llama import LayerRouting, Transformer
 
 FIGURE_TOKENS = 4096  # of each domain: "mean over 4096 tokens"
 

@@ -19,7 +19,7 @@ from mohd_train.data.tokenize import tokenizer_sha256
 from mohd_train.errors import UserError
 from mohd_train.hf.convert import load_model, read_checkpoint
 from mohd_train.hf.modeling import MoHDForCausalLM
-from mohd_train.model.transformer import Transformer
+from mohd_train.model.llama import Transformer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")

@@ -16,11 +16,9 @@ from mohd_train.config.load import load_model_plan
 from mohd_train.config.plan import ModelPlan
 from mohd_train.errors import UserError
 from mohd_train.kernels import ops
-from mohd_train.model.attention import Attention
 from mohd_train.model.count import count
-from mohd_train.model.rope import rotary_table
-from mohd_train.model.router import Routing
-from mohd_train.model.transformer import Block, Transformer
+from mohd_train.model.llama import Attention, Block, Transformer, rotary_table
+from mohd_train.model.mohd import ForwardContext, Routing
 
 MODES = ("train", "forward", "decode", "projections", "layer")
 Step = Callable[[], list[Tensor]]
@@ -117,13 +115,13 @@ def _layer(block: nn.Module, plan: ModelPlan, settings: Settings, compiled: bool
     shape = (settings.tokens // settings.seq_len, settings.seq_len, plan.hidden_size)
     x, slope = _random(shape, settings).requires_grad_(), _random(shape, settings)
     positions = torch.arange(settings.seq_len, device=settings.device)[None]
-    rope = rotary_table(positions, plan.head_dim, plan.rope_theta, x.dtype)
+    context = ForwardContext(rotary_table(positions, plan.head_dim, plan.rope_theta, x.dtype))
     run = torch.compile(block, fullgraph=True, dynamic=False) if compiled else block
     wanted = [x, *block.parameters()]
 
     def step() -> list[Tensor]:
         with _autocast(settings):
-            out, routing = run(x, rope)
+            out, routing = run(x, context)
         balance = [part.balance_loss for part in (routing.attention, routing.ffn) if part is not None]
         ends, slopes = [out, *balance], [slope, *map(torch.ones_like, balance)]
         return [out.detach(), *torch.autograd.grad(ends, wanted, slopes, allow_unused=True, materialize_grads=True)]
@@ -172,7 +170,7 @@ def _projections(model: nn.Module, plan: ModelPlan, settings: Settings, compiled
     h_TA = _random((settings.batch, plan.query_width), settings).to(settings.dtype)
     parts = [part for block in model.blocks for part in (block.attention, block.ffn)]  # type: ignore[union-attr]
     with torch.no_grad():
-        routed = [part.sub_dimensions and part.sub_dimensions.route(x_TD, None) for part in parts]
+        routed = [part.sub_dimensions and part.sub_dimensions.route(x_TD) for part in parts]
 
     @torch.no_grad()
     def step() -> list[Tensor]:

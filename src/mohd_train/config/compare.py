@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from typing import Any
+
+from omegaconf import MISSING
+
+from mohd_train.config.plan import current_name
+from mohd_train.config.schema import Config
 
 # Keys that may change between the sessions of one run: they decide where and how it runs, not what it computes.
 FREE_KEYS = (
@@ -27,10 +33,21 @@ def _flatten(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+DEFAULTS = {key: value for key, value in _flatten(dataclasses.asdict(Config())).items() if value != MISSING}
+
+
+def _settled(value: dict[str, Any]) -> dict[str, Any]:
+    """Flat, under today's names. Through JSON, so that a tuple and a list, or an int and a float of one value, are the same.
+
+    A key that an earlier version didn't have stands at its default, which is what that version did.
+    """
+    flat = _flatten(json.loads(json.dumps(value)))
+    return DEFAULTS | {key: current_name(key, child) for key, child in flat.items()}
+
+
 def config_differences(there: dict[str, Any], here: dict[str, Any]) -> list[str]:
     """``["optimizer.lr: 0.001 there, 0.0003 here", ...]`` over the keys that decide what a run computes."""
-    # Through JSON, so that a tuple and a list, or an int and a float of one value, are the same.
-    a, b = _flatten(json.loads(json.dumps(there))), _flatten(json.loads(json.dumps(here)))
+    a, b = _settled(there), _settled(here)
     return [
         f"{key}: {a.get(key)} there, {b.get(key)} here"
         for key in sorted(a.keys() | b.keys())

@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import difflib
 import io
+import logging
 import types
 import typing
 from collections.abc import Iterator
@@ -20,9 +21,11 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from mohd_train.config.check import check
-from mohd_train.config.plan import ModelPlan, make_plan
+from mohd_train.config.plan import ModelPlan, current_name, make_plan
 from mohd_train.config.schema import Config, ModelConfig, MoHDSettings
 from mohd_train.errors import UserError
+
+log = logging.getLogger(__name__)
 
 # A later source's mapping replaces these whole (a mix is one thing); other mappings merge key by key.
 REPLACED_WHOLE = ("data.domains",)
@@ -138,7 +141,11 @@ def _override(text: str) -> tuple[dict[str, Any], bool]:
 
 
 def _resolve(config: Config) -> Config:
-    """Fills in what follows from other keys."""
+    """Fills in what follows from other keys, under today's names."""
+    scaling = current_name("mohd.scaling", config.mohd.scaling)
+    if scaling != config.mohd.scaling:
+        log.warning("mohd.scaling: %s is called %s now", config.mohd.scaling, scaling)
+        config.mohd.scaling = scaling
     config.run_name = config.run_name or f"{config.model.name}-{config.mohd.name}"
     try:
         config.run_folder = config.run_folder.format(run_name=config.run_name)

@@ -3,16 +3,31 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Any
 
 from mohd_train.config.schema import ModelConfig, MoHDSettings, SubDimensionConfig
 from mohd_train.errors import UserError
 
-SCALINGS = ("sum_preserving", "subdims", "none")
-FUSIONS = ("grouped", "monarch", "none")
-BALANCE_REDUCTIONS = ("sum", "component_mean")
-ROUTINGS = ("learned", "random")
+# What each reading may be (docs/mohd.md), by its name in the plan and in the schema.
+READINGS = {
+    "init": ("normal", "torch"),
+    "routing": ("learned", "random"),
+    "router_input": ("normalized", "residual"),
+    "scaling": ("sum_to_active", "sum_to_all", "subdims", "gate_mass", "none"),
+    "fusion": ("grouped", "monarch", "none"),
+    "balance_reduction": ("sum", "component_mean"),
+    "balance_count": ("selected", "highest"),
+    "balance_scores": ("specialized", "all"),
+}
+# Values that were renamed: what configs, checkpoints and exports of earlier versions hold.
+RENAMED_VALUES = {"mohd.scaling": {"sum_preserving": "sum_to_active"}}
+
+
+def current_name(key: str, value: Any) -> Any:
+    """The name that the value of a config key has today."""
+    return RENAMED_VALUES[key].get(value, value) if key in RENAMED_VALUES else value
 
 
 @dataclass(frozen=True)
@@ -42,7 +57,7 @@ class SubDimPlan:
 
 @dataclass(frozen=True)
 class ModelPlan:
-    """Everything that decides a model's parameters and its function."""
+    """Everything that decides a model's parameters and its function. Readings have the schema's names and defaults."""
 
     name: str
     base_hidden_size: int  # d0
@@ -57,14 +72,22 @@ class ModelPlan:
     rope_theta: float
     rms_norm_eps: float
     initializer_range: float
+    init: str = ModelConfig.init
     attention: SubDimPlan | None = None  # None: dense
     ffn: SubDimPlan | None = None
-    scaling: str = "sum_preserving"
-    fusion: str = "grouped"
-    gate_input: bool = False
-    balance_loss_weight: float = 0.01
-    balance_reduction: str = "sum"
-    routing: str = "learned"
+    routing: str = MoHDSettings.routing
+    router_input: str = MoHDSettings.router_input
+    router_init_std: float | None = MoHDSettings.router_init_std
+    scaling: str = MoHDSettings.scaling
+    fusion: str = MoHDSettings.fusion
+    gate_input: bool = MoHDSettings.gate_input
+    balance_loss_weight: float = MoHDSettings.balance_loss_weight
+    balance_reduction: str = MoHDSettings.balance_reduction
+    balance_count: str = MoHDSettings.balance_count
+    balance_scores: str = MoHDSettings.balance_scores
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "scaling", current_name("mohd.scaling", self.scaling))
 
     @property
     def query_width(self) -> int:
@@ -107,9 +130,12 @@ class ModelPlan:
         ]
 
 
+_PLAN_FIELDS = {field.name for field in dataclasses.fields(ModelPlan)}
+
+
 def _positive(section: str, **values: float) -> None:
     for key, value in values.items():
-        if value <= 0:
+        if not 0 < value < math.inf:
             raise UserError(f"{section}.{key} is {value}; it must be positive")
 
 
@@ -143,19 +169,8 @@ def make_plan(model: ModelConfig, mohd: MoHDSettings, max_seq_len: int) -> Model
     Raises:
         UserError: an impossible combination, with the key and what would do.
     """
-    _positive(
-        "model",
-        hidden_size=model.hidden_size,
-        intermediate_size=model.intermediate_size,
-        num_hidden_layers=model.num_hidden_layers,
-        num_attention_heads=model.num_attention_heads,
-        num_key_value_heads=model.num_key_value_heads,
-        head_dim=model.head_dim,
-        vocab_size=model.vocab_size,
-        rope_theta=model.rope_theta,
-        rms_norm_eps=model.rms_norm_eps,
-        initializer_range=model.initializer_range,
-    )
+    sizes = {field.name: getattr(model, field.name) for field in dataclasses.fields(model)}
+    _positive("model", **{key: value for key, value in sizes.items() if not isinstance(value, str)})
     if max_seq_len < 1:
         raise UserError(f"max_seq_len is {max_seq_len}; it must be positive")
     if model.num_attention_heads % model.num_key_value_heads:
@@ -167,33 +182,20 @@ def make_plan(model: ModelConfig, mohd: MoHDSettings, max_seq_len: int) -> Model
         raise UserError(f"model.head_dim is {model.head_dim}; rotary embeddings need an even number")
     if mohd.expansion < 1:
         raise UserError(f"mohd.expansion is {mohd.expansion}; it must be 1 (compression) or more (expansion)")
-    _one_of("mohd.scaling", mohd.scaling, SCALINGS)
-    _one_of("mohd.fusion", mohd.fusion, FUSIONS)
-    _one_of("mohd.balance_reduction", mohd.balance_reduction, BALANCE_REDUCTIONS)
-    _one_of("mohd.routing", mohd.routing, ROUTINGS)
-    if mohd.balance_loss_weight < 0:
+    readings = {
+        field.name: getattr(mohd, field.name) for field in dataclasses.fields(mohd) if field.name in _PLAN_FIELDS
+    }
+    readings |= {"name": f"{model.name}-{mohd.name}", "scaling": current_name("mohd.scaling", mohd.scaling)}
+    for key, known in READINGS.items():
+        _one_of(f"model.{key}" if key == "init" else f"mohd.{key}", (sizes | readings)[key], known)
+    if not 0 <= mohd.balance_loss_weight < math.inf:
         raise UserError(f"mohd.balance_loss_weight is {mohd.balance_loss_weight}; it must be 0 (off) or positive")
+    if mohd.router_init_std is not None and not 0 <= mohd.router_init_std < math.inf:
+        raise UserError(
+            f"mohd.router_init_std is {mohd.router_init_std}; it must be 0 or positive, or null for a router that is "
+            "drawn like any other matrix"
+        )
     hidden_size = mohd.expansion * model.hidden_size
-    return ModelPlan(
-        name=f"{model.name}-{mohd.name}",
-        base_hidden_size=model.hidden_size,
-        hidden_size=hidden_size,
-        intermediate_size=model.intermediate_size,
-        num_hidden_layers=model.num_hidden_layers,
-        num_attention_heads=model.num_attention_heads,
-        num_key_value_heads=model.num_key_value_heads,
-        head_dim=model.head_dim,
-        vocab_size=model.vocab_size,
-        max_seq_len=max_seq_len,
-        rope_theta=model.rope_theta,
-        rms_norm_eps=model.rms_norm_eps,
-        initializer_range=model.initializer_range,
-        attention=_component("mohd.attention", mohd.attention, hidden_size),
-        ffn=_component("mohd.ffn", mohd.ffn, hidden_size),
-        scaling=mohd.scaling,
-        fusion=mohd.fusion,
-        gate_input=mohd.gate_input,
-        balance_loss_weight=mohd.balance_loss_weight,
-        balance_reduction=mohd.balance_reduction,
-        routing=mohd.routing,
-    )
+    components = {part: _component(f"mohd.{part}", getattr(mohd, part), hidden_size) for part in ("attention", "ffn")}
+    sizes |= {"base_hidden_size": model.hidden_size, "hidden_size": hidden_size, "max_seq_len": max_seq_len}
+    return ModelPlan(**(sizes | readings | components))

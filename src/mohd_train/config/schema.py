@@ -29,6 +29,9 @@ class ModelConfig:
     vocab_size: int = 32000  # V
     rope_theta: float = 10000.0
     rms_norm_eps: float = 1e-5
+    init: str = (
+        "normal"  # normal: N(0, initializer_range^2) | torch: torch's defaults, as the paper's codebase leaves them
+    )
     initializer_range: float = 0.02
 
 
@@ -43,18 +46,26 @@ class SubDimensionConfig:
 
 @dataclass
 class MoHDSettings:
-    """MoHD on top of the base model. The readings taken of the paper's silences are the defaults here."""
+    """MoHD on top of the base model. Where the paper is silent, the defaults are the readings taken (docs/mohd.md)."""
 
     name: str = "dense"
     expansion: int = 1  # hidden size d = expansion x d0
     attention: Optional[SubDimensionConfig] = None
     ffn: Optional[SubDimensionConfig] = None
     routing: str = "learned"  # who chooses the specialized sub-dimensions: learned | random (a control)
-    scaling: str = "sum_preserving"  # activation scaling: sum_preserving | subdims | none
+    router_input: str = "normalized"  # what the router reads: normalized | residual (the stream before the norm)
+    router_init_std: Optional[float] = (
+        None  # std of the router's logits at the start, at any width; null: as other matrices
+    )
+    scaling: str = "sum_to_active"  # activation scaling: sum_to_active | sum_to_all | subdims | gate_mass | none
     fusion: str = "grouped"  # group fusion (eq. 9): grouped | monarch | none
     gate_input: bool = False  # multiply the component's active inputs by the routing weights too
     balance_loss_weight: float = 0.01  # beta (eq. 13)
     balance_reduction: str = "sum"  # over layers and components: sum | component_mean
+    balance_count: str = "selected"  # f counts what a token selected, or only the highest score: selected | highest
+    balance_scores: str = (
+        "specialized"  # P averages the softmax over the specialized ones, or over all: specialized | all
+    )
 
 
 @dataclass

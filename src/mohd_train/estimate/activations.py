@@ -20,7 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 
 from mohd_train.config.plan import ModelPlan
-from mohd_train.model.transformer import Transformer
+from mohd_train.model.llama import Transformer
 
 COMPUTE_BYTES = {"amp_bf16": 2, "amp_fp16": 2, "fp32": 4}
 

@@ -1,4 +1,4 @@
-"""Hugging Face's face of the model: importing this registers it with AutoConfig and AutoModelForCausalLM."""
+"""The Hugging Face integration: importing this registers it with AutoConfig and AutoModelForCausalLM."""
 
 from mohd_train.hf.configuration import MoHDConfig
 from mohd_train.hf.modeling import MoHDForCausalLM

@@ -18,51 +18,43 @@ RENAMED = {
 }
 
 
+# LLaMA 355M: what a configuration without arguments describes. Readings have the plan's own defaults.
+DEFAULTS: dict[str, Any] = {
+    "name": "355m-dense",
+    "base_hidden_size": 1024,
+    "hidden_size": 1024,
+    "intermediate_size": 2560,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 32,
+    "head_dim": 32,
+    "vocab_size": 32000,
+    "max_seq_len": 4096,
+    "rope_theta": 10000.0,
+    "rms_norm_eps": 1e-5,
+    "initializer_range": 0.02,
+}
+
+
 class MoHDConfig(PretrainedConfig):
-    """Configuration of :class:`MoHDForCausalLM`. The defaults are LLaMA 355M's.
+    """Configuration of :class:`MoHDForCausalLM`: every field of a :class:`ModelPlan`, LLaMA 355M's by default.
 
     Args:
-        base_hidden_size: hidden size d0 of the base model; ``hidden_size`` is this model's d.
-        mohd_attention: ``{"sub_dims": N, "top_k": K, "shared": S, "width": d / N}``, or None for dense attention.
-        mohd_ffn: the same for the FFN.
-        scaling, fusion, gate_input, balance_loss_weight, balance_reduction, routing: see
-            :class:`mohd_train.config.schema.MoHDSettings`.
         kernels: ``auto``, ``reference``, ``grouped`` or ``triton``.
+        kwargs: the plan's fields under their own names, but for :data:`RENAMED`, and what :class:`PretrainedConfig`
+            takes. ``mohd_attention`` and ``mohd_ffn`` are ``{"sub_dims": N, "top_k": K, "shared": S, "width": d / N}``,
+            or None for a dense component; ``hidden_size`` is this model's d, ``base_hidden_size`` d0; the readings are
+            those of :class:`mohd_train.config.schema.MoHDSettings`.
     """
 
     model_type = "mohd"
     keys_to_ignore_at_inference = ["past_key_values"]
 
-    def __init__(
-        self,
-        mohd_name: str = "355m-dense",
-        base_hidden_size: int = 1024,
-        hidden_size: int = 1024,
-        intermediate_size: int = 2560,
-        num_hidden_layers: int = 24,
-        num_attention_heads: int = 32,
-        num_key_value_heads: int = 32,
-        head_dim: int = 32,
-        vocab_size: int = 32000,
-        max_position_embeddings: int = 4096,
-        rope_theta: float = 10000.0,
-        rms_norm_eps: float = 1e-5,
-        initializer_range: float = 0.02,
-        mohd_attention: dict[str, int] | None = None,
-        mohd_ffn: dict[str, int] | None = None,
-        scaling: str = "sum_preserving",
-        fusion: str = "grouped",
-        gate_input: bool = False,
-        balance_loss_weight: float = 0.01,
-        balance_reduction: str = "sum",
-        routing: str = "learned",
-        kernels: str = "auto",
-        use_cache: bool = True,
-        **kwargs: Any,
-    ) -> None:
-        values = {key: value for key, value in locals().items() if key not in ("self", "kwargs", "__class__")}
-        for key, value in values.items():
-            setattr(self, key, value)
+    def __init__(self, kernels: str = "auto", use_cache: bool = True, **kwargs: Any) -> None:
+        self.kernels, self.use_cache = kernels, use_cache
+        for field in dataclasses.fields(ModelPlan):
+            key = RENAMED.get(field.name, field.name)
+            setattr(self, key, kwargs.pop(key, DEFAULTS.get(field.name, field.default)))
         kwargs.setdefault("tie_word_embeddings", False)
         super().__init__(**kwargs)
 

@@ -19,7 +19,7 @@ from mohd_train.errors import UserError
 from mohd_train.hf.configuration import MoHDConfig
 from mohd_train.hf.modeling import MoHDForCausalLM
 from mohd_train.model import checkpoint
-from mohd_train.model.transformer import Transformer
+from mohd_train.model.llama import Transformer
 from mohd_train.storage import here
 
 # Our name -> Hugging Face's LLaMA name; `{}` is the layer.

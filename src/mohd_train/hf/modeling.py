@@ -10,8 +10,8 @@ from transformers import AutoModelForCausalLM, DynamicCache, GenerationMixin, Pr
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from mohd_train.hf.configuration import MoHDConfig
-from mohd_train.model.group_fusion import GroupFusion
-from mohd_train.model.transformer import Transformer
+from mohd_train.model.init import fill_parameter
+from mohd_train.model.llama import Transformer
 
 
 @dataclass
@@ -39,15 +39,9 @@ class MoHDForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]  
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
-        """What :func:`mohd_train.model.init.initialize` does, for the modules that a loaded folder leaves empty."""
-        if isinstance(module, GroupFusion):
-            module.reset_parameters()
-            return
-        for parameter in module.parameters(recurse=False):
-            if parameter.dim() == 1:
-                nn.init.ones_(parameter)
-            else:
-                nn.init.normal_(parameter, std=self.config.initializer_range)
+        """For the modules that a loaded folder leaves without weights."""
+        for leaf, parameter in module.named_parameters(recurse=False):
+            fill_parameter(module, leaf, parameter, self.transformer.plan)
 
     def get_input_embeddings(self) -> nn.Embedding:
         """The token embedding [V, D]."""

@@ -98,7 +98,7 @@ PARTS = {
 
 def count_parameters(plan: ModelPlan) -> dict[str, int]:
     """Parameters by part of the model itself, built on the meta device (seconds, no memory, whatever its size)."""
-    from mohd_train.model.transformer import Transformer
+    from mohd_train.model.llama import Transformer
 
     with torch.device("meta"):
         model = Transformer(plan)

@@ -14,7 +14,8 @@ from composer.utils import dist
 
 import mohd_train
 from mohd_train.config.schema import Config
-from mohd_train.model.transformer import Transformer
+from mohd_train.model.init import initializer
+from mohd_train.model.llama import Transformer
 from mohd_train.storage import Storage, is_remote
 from mohd_train.train import parallel, registry
 from mohd_train.train.callbacks import (
@@ -49,9 +50,16 @@ CHECKPOINT_NAME = "ep{epoch}-ba{batch}-rank{rank}.pt"
 def build_model(run: Run) -> MoHDComposerModel:
     """The model with weights that depend on the seed alone: not on the number of processes, nor on DDP or FSDP.
 
-    It is built in memory in every process, since initialization on the meta device would draw other numbers on other devices.
+    It is built on the meta device. FSDP gives memory to one unit at a time and calls ``param_init_fn``, so that no
+    process ever holds the whole model; otherwise it goes straight to the device it trains on.
     """
-    model = Transformer(run.plan, kernels=run.config.kernels, seed=run.config.seed)
+    with torch.device("meta"):
+        model = Transformer(run.plan, kernels=run.config.kernels)
+    fill = initializer(model, run.plan, run.config.seed)
+    if run.config.fsdp_config is not None:
+        model.param_init_fn = fill  # type: ignore[assignment]  # Composer looks for it by this name
+    else:
+        model.to_empty(device="cuda" if run.device == "gpu" else "cpu").apply(fill)
     parallel.mark_blocks(model)
     return MoHDComposerModel(model, run.counts.flops_per_token)
 
@@ -135,7 +143,8 @@ def build_trainer(run: Run, data: TrainData, record: RunRecord | None, run_id: s
     """Composer's Trainer, with the checkpoint loaded where there is one to go on from."""
     config, device = run.config, run.device
     log_to_folder(run.folder, config.python_log_level)
-    # Deterministic mode would also fill what torch.empty returns, at a cost; nothing here reads memory it hasn't written.
+    # Deterministic mode would also fill what torch.empty returns, at a cost; nothing here reads memory it hasn't
+    # written.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     model = build_model(run)
     metrics = MetricsFile(run.folder / "metrics.jsonl")

@@ -12,8 +12,8 @@ from composer.models import ComposerModel
 from torch import Tensor
 from torchmetrics import Metric
 
-from mohd_train.model.router import Routing
-from mohd_train.model.transformer import IGNORE_INDEX, LayerRouting, Transformer
+from mohd_train.model.llama import IGNORE_INDEX, LayerRouting, Transformer
+from mohd_train.model.mohd import Routing
 
 Batch = Mapping[str, Tensor]
 

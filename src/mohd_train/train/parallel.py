@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,12 @@ from mohd_train.config.plan import ModelPlan
 from mohd_train.config.schema import Config
 from mohd_train.errors import UserError
 from mohd_train.kernels import ops
-from mohd_train.model.transformer import Transformer
+from mohd_train.model.llama import Transformer
 
-# mixed_precision FULL gathers float32 parameters and leaves bfloat16 to autocast, as under DDP: with DEFAULT the router's centroids
-# and its input would be rounded to bfloat16, where 0.4% of the choices flip. Reentrant recomputation would drop the gradient
-# of what isn't a plain tensor output, such as a block's balance loss. A full state dict is one file, for DDP too.
+# mixed_precision FULL gathers float32 parameters and leaves bfloat16 to autocast, as under DDP: with DEFAULT the
+# router's centroids and its input would be rounded to bfloat16, where 0.4% of the choices flip. Reentrant recomputation
+# would drop the gradient of what isn't a plain tensor output, such as a block's balance loss. A full state dict is one
+# file, for DDP too.
 FSDP_DEFAULTS: dict[str, Any] = {
     "mixed_precision": "FULL",
     "activation_checkpointing_reentrant": False,
@@ -70,7 +72,8 @@ def device_batch_size(config: Config) -> int:
 
 
 def microbatch_size(config: Config, device: str) -> int | str:
-    """Samples per forward pass: ``auto`` lets Composer halve on running out of GPU memory; a CPU takes its whole batch at once."""
+    """Samples per forward pass: ``auto`` lets Composer halve on running out of GPU memory; a CPU takes its whole batch
+    at once."""
     whole = device_batch_size(config)
     if config.device_train_microbatch_size == "auto":
         return "auto" if device == "gpu" else whole
@@ -92,6 +95,7 @@ def parallelism_config(config: Config, device: str) -> dict[str, Any] | None:
         if key not in known:
             raise UserError(f"fsdp_config: unknown key {key!r}{nearest(str(key), known)}")
     merged = FSDP_DEFAULTS | dict(config.fsdp_config)
+    _check_mixed_precision(merged["mixed_precision"])
     if merged["activation_checkpointing_reentrant"]:
         raise UserError(
             "fsdp_config.activation_checkpointing_reentrant must be false: it would drop the balance loss's gradient"
@@ -103,9 +107,24 @@ def parallelism_config(config: Config, device: str) -> dict[str, Any] | None:
             raise UserError(f"fsdp_config.sharded_ckpt_prefix_dir must be {SHARDED_NAME}: resuming looks for that name")
         if merged.get("load_planner") is not None or merged.get("save_planner") is not None:
             raise UserError("fsdp_config.load_planner and save_planner are no settings of a file; leave them out")
-        # What a session logs or watches may change, and with it what callbacks keep; the rest is checked to be there before.
+        # What a session logs or watches may change, and with it what callbacks keep; the rest is checked to be there
+        # before.
         merged["load_planner"] = DefaultLoadPlanner(allow_partial_load=True)
     return {"fsdp": merged}
+
+
+def _check_mixed_precision(value: Any) -> None:
+    """Neither the routers' centroids nor their input may be cast: see :data:`FSDP_DEFAULTS`."""
+    if isinstance(value, Mapping):
+        casts = [key for key in ("param_dtype", "buffer_dtype") if value.get(key) not in (None, "fp32", "float32")]
+        if not casts and not value.get("cast_forward_inputs") and not value.get("cast_root_forward_inputs"):
+            return
+    elif str(value).upper() == "FULL":
+        return
+    raise UserError(
+        f"fsdp_config.mixed_precision is {value!r}; set FULL: it would hand the routers bfloat16, in which 0.4% of their "
+        "choices flip (precision: amp_bf16 runs every matrix product in bfloat16 all the same)"
+    )
 
 
 def is_sharded(config: Config) -> bool:

@@ -13,7 +13,7 @@ from mohd_train.config.schema import Config
 from mohd_train.data.manifest import Manifest
 from mohd_train.errors import UserError
 from mohd_train.model.count import Counts, count
-from mohd_train.model.transformer import Transformer
+from mohd_train.model.llama import Transformer
 from mohd_train.storage import is_remote, refuse_remote
 from mohd_train.train import parallel, registry
 from mohd_train.train.checkpoint import check_checkpoint, newest_whole

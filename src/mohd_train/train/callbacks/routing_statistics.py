@@ -13,7 +13,7 @@ from composer.utils import dist
 from torch import Tensor
 
 from mohd_train.config.plan import ModelPlan, SubDimPlan
-from mohd_train.model.router import Routing
+from mohd_train.model.mohd import Routing
 
 
 @dataclass

@@ -1,0 +1,354 @@
+"""MoHD: a transformer component that works on some sub-dimensions of the hidden state (Section 4 of arXiv:2412.05644).
+
+The hidden state of width D is split into N sub-dimensions. For every token S shared ones are always active and a router
+picks K - S of the N - S specialized ones. :class:`SubDimensions` runs a component (attention or feed-forward) on them,
+top to bottom:
+
+    route              which sub-dimensions, and how much each weighs       Router, select          eqs. 6-7, 11-12
+    active inputs, up  W x~, x~ = x on the active sub-dimensions            ops.up_projection       eqs. 3-5
+    inner              attention, or SwiGLU: all heads and inner dims       model/llama.py
+    down               the active slices of W h                             ops.down_projection     eq. 8
+    scale              z = alpha g y                                        activation_weights
+    fuse               y' = B z, back to all D dims                         GroupFusion             eq. 9
+    residual           x + y'                                               ops.fuse_residual       eq. 17
+
+and :func:`balance_loss` keeps the router from always picking the same ones (eq. 13). Where the paper is silent or
+contradicts itself, the reading is a key of the config: docs/mohd.md lists them with their reasons. How the sparse
+products run is the business of :mod:`mohd_train.kernels.ops`, whose reference backend is the mathematics spelled out.
+
+Shape letters: T tokens (batch and sequence flattened), D hidden size, N sub-dimensions, K active ones a token, S shared
+ones, C = D / N the width of one, F width between the projections (attention width or intermediate size).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mohd_train.config.plan import ModelPlan, SubDimPlan
+from mohd_train.kernels import ops
+from mohd_train.model.random_routing import random_ranks
+
+
+class ForwardContext(NamedTuple):
+    """What every layer of one forward pass shares.
+
+    Attributes:
+        rope: cosine and sine [B, 1, T, head_dim] of the positions.
+        mask: bool [B or 1, 1, T, S], True where a query may look; None: plain causal attention.
+        token_mask_T: bool [B*T], False for padding; None: no padding.
+        token_keys_T: int64 [B*T], what random routing goes by; None for a learned router.
+        cache: key/value cache with ``update(k, v, layer)``; None while training.
+        balance: whether the balance loss is wanted.
+    """
+
+    rope: tuple[Tensor, Tensor]
+    mask: Tensor | None = None
+    token_mask_T: Tensor | None = None
+    token_keys_T: Tensor | None = None
+    cache: Any = None
+    balance: bool = True
+
+
+class Routing(NamedTuple):
+    """What the router of one component decided for T tokens.
+
+    Attributes: indices: int64 [T, K], active sub-dimensions: columns 0 .. S-1 hold 0 .. S-1, the rest the chosen ones,
+        ascending. scores: [T, N] ``s = softmax(E x)`` over all N, float32 (float64 for float64 input). weights: [T, K]
+        ``alpha * g`` of the active ones, in the scores' dtype. balance_loss: scalar, already multiplied by its weight
+        (eq. 13); 0 where it was not asked for.
+    """
+
+    indices: Tensor
+    scores: Tensor
+    weights: Tensor
+    balance_loss: Tensor
+
+
+class Normed(NamedTuple):
+    """What the RMSNorm before a component computes along with the normalized x.
+
+    Attributes:
+        logits_TN: the router's logits, float32 or wider.
+        source: what x was normalized from, so that the backward pass can recompute it; None: x is kept.
+    """
+
+    logits_TN: Tensor
+    source: ops.Source | None
+
+
+def select(scores_TN: Tensor, top_k: int, shared: int) -> Tensor:
+    """Active sub-dimensions of every token: the shared ones and the ``top_k - shared`` best of the others (eqs. 6-7,
+    11-12).
+
+    Every backend uses this one rule, with ties to the lower index: argmax for one, a stable sort for several
+    (``torch.topk`` breaks ties differently).
+
+    Args:
+        scores_TN: [T, N] scores or logits.
+        top_k: K, shared ones included.
+        shared: S.
+
+    Returns:
+        int64 [T, K], ascending in each row.
+    """
+    tokens, sub_dims = scores_TN.shape
+    always = torch.arange(shared, device=scores_TN.device).expand(tokens, shared)
+    chosen = top_k - shared
+    if chosen == 0:
+        return always.contiguous()
+    if top_k == sub_dims:
+        return torch.arange(sub_dims, device=scores_TN.device).expand(tokens, sub_dims).contiguous()
+    candidates = scores_TN.detach()[:, shared:]
+    if chosen == 1:
+        best = candidates.argmax(dim=-1, keepdim=True)
+    else:
+        best = candidates.sort(dim=-1, descending=True, stable=True).indices[:, :chosen].sort(dim=-1).values
+    return torch.cat([always, best + shared], dim=-1)
+
+
+class Router(nn.Module):
+    """Centroids ``E in R^{N x D}``, one router per layer and component: logits ``E x``, scores ``s = softmax(E x)``.
+
+    Logits and softmax never run in bfloat16: there 0.4% of the choices flip and 0.6% tie.
+    """
+
+    def __init__(self, plan: SubDimPlan, hidden_size: int) -> None:
+        super().__init__()
+        self.plan = plan
+        self.centroids = nn.Parameter(torch.empty(plan.sub_dims, hidden_size))
+
+    def logits(self, x_TD: Tensor) -> Tensor:
+        """``E x`` [T, N] in float32 or wider, autocast or not."""
+        dtype = torch.promote_types(x_TD.dtype, torch.float32)
+        with torch.autocast(device_type=x_TD.device.type, enabled=False):
+            return x_TD.to(dtype) @ self.centroids.to(dtype).T
+
+    def forward(
+        self, x_TD: Tensor, ranks_TN: Tensor | None = None, logits_TN: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Logits and scores [T, N] in float32 or wider, and the active indices [T, K].
+
+        Args:
+            x_TD: [T, D] tokens.
+            ranks_TN: [T, N] what the choice goes by in place of the logits (random routing); the scores still weigh it.
+            logits_TN: [T, N] ``E x``, where the norm has computed it already.
+        """
+        logits_TN = self.logits(x_TD) if logits_TN is None else logits_TN
+        with torch.autocast(device_type=x_TD.device.type, enabled=False):
+            scores_TN = logits_TN.softmax(dim=-1)
+        ranks_TN = logits_TN if ranks_TN is None else ranks_TN
+        return logits_TN, scores_TN, select(ranks_TN, self.plan.top_k, self.plan.shared)
+
+
+def activation_weights(scores_TN: Tensor, indices_TK: Tensor, scaling: str) -> Tensor:
+    """Activation scaling: the weights ``alpha * g_i`` of the active sub-dimensions, where ``g_i = s_i``.
+
+    The paper asks for "a scaling factor to ensure that the sum of activation weights across all dimensions remains
+    consistent with the input". ``scaling`` names the reading:
+
+    - ``sum_to_active``: ``alpha = K / sum_j g_j``, the K weights sum to K, as K weights of 1 would;
+    - ``sum_to_all``: ``alpha = N / sum_j g_j``, they sum to N, as the N weights of 1 of the input do;
+    - ``subdims``: ``alpha = N``, weight 1 under a uniform router;
+    - ``gate_mass``: ``alpha = N * sum_j g_j``;
+    - ``none``: ``alpha = 1``, Table 4's "w.o. Sub-Dimension Scaling".
+
+    Args:
+        scores_TN: [T, N] softmax scores.
+        indices_TK: int64 [T, K] active sub-dimensions.
+
+    Returns:
+        [T, K], in the scores' dtype. Gradients reach the scores through alpha too.
+    """
+    g_TK = scores_TN.gather(1, indices_TK)
+    if scaling == "none":
+        return g_TK
+    n, k, mass_T1 = scores_TN.shape[1], indices_TK.shape[1], g_TK.sum(dim=-1, keepdim=True)
+    alpha = {"sum_to_active": k / mass_T1, "sum_to_all": n / mass_T1, "subdims": n, "gate_mass": n * mass_T1}[scaling]
+    return g_TK * alpha
+
+
+def balance_loss(
+    logits_TN: Tensor,
+    indices_TK: Tensor,
+    plan: SubDimPlan,
+    weight: float,
+    token_mask_T: Tensor | None = None,
+    *,
+    count: str = "selected",
+    scores: str = "specialized",
+) -> Tensor:
+    """``beta * sum_i f_i * P_i`` over the specialized sub-dimensions of one component (eq. 13); 0 where there is
+    nothing to choose.
+
+    ``f_i = (N-S) / ((K-S) T) * #{t: i selected}``; with ``count="highest"`` ``(N-S) / T * #{t: i scores highest}``, the
+    paper's words, which differ only where more than one is chosen. ``P_i = mean_t p_{i,t}``; ``p`` is the score
+    normalized over the specialized ones, a softmax of their logits; with ``scores="all"`` the softmax over all N.
+    Perfect balance gives ``beta`` (with ``all`` less: beta times the mass on specialized ones).
+
+    Args:
+        logits_TN: [T, N] router logits.
+        indices_TK: int64 [T, K] active sub-dimensions.
+        plan: the component's N, K, S.
+        weight: beta.
+        token_mask_T: bool [T], False for padding, which counts in neither f nor P.
+
+    Returns:
+        Scalar in the logits' dtype.
+    """
+    if not plan.has_choice or weight == 0:
+        return logits_TN.new_zeros(())
+    specialized_TM = logits_TN[:, plan.shared :]
+    p_TM = specialized_TM.softmax(dim=-1) if scores == "specialized" else logits_TN.softmax(dim=-1)[:, plan.shared :]
+    chosen_TP = indices_TK[:, plan.shared :] - plan.shared
+    if count == "highest":
+        chosen_TP = specialized_TM.detach().argmax(dim=-1, keepdim=True)
+    counted_T = torch.ones_like(logits_TN[:, 0]) if token_mask_T is None else token_mask_T.to(logits_TN.dtype)
+    tokens = counted_T.sum().clamp(min=1)
+    selections_M = torch.zeros_like(p_TM).scatter_add(1, chosen_TP, counted_T[:, None].expand_as(chosen_TP)).sum(dim=0)
+    f_M = selections_M * (plan.sub_dims - plan.shared) / (chosen_TP.shape[1] * tokens)
+    mean_p_M = (p_TM * counted_T[:, None]).sum(dim=0) / tokens
+    return weight * (f_M * mean_p_M).sum()
+
+
+class GroupFusion(nn.Module):
+    """Group fusion (eq. 9): a Monarch-structured map that carries the active sub-dimensions back to all D dims.
+
+    ``y'_{i,j} = sum_k B_j[i, k] z_{k,j}``: dims at the same place j of each sub-dimension form group j. That is a
+    block-diagonal matrix of C blocks N x N between two stride permutations. With ``monarch`` a second factor of N
+    blocks C x C comes first, within the sub-dimensions: ``z_k <- C_k z_k``. It is folded into the down-projection's
+    weight (``C (alpha g W h) = alpha g (C W) h``), so it costs no pass over the tokens. Both start as the identity.
+
+    Parameters:
+        mixing: [N (from k), N (to i), C (place j)], ``B_j[i, k] = mixing[k, i, j]``: the layout whose slices by source
+            sub-dimension are contiguous. None for ``fusion: none``.
+        within: [N, C, C], ``within[k] = C_k``; only for ``monarch``.
+    """
+
+    def __init__(self, plan: SubDimPlan, fusion: str) -> None:
+        super().__init__()
+        self.plan = plan
+        n, c = plan.sub_dims, plan.width
+        self.mixing = nn.Parameter(torch.empty(n, n, c)) if fusion in ("grouped", "monarch") else None
+        self.within = nn.Parameter(torch.empty(n, c, c)) if fusion == "monarch" else None
+
+    @property
+    def blocks(self) -> Tensor | None:
+        """``B`` [C, N, N] as a view: ``blocks[j, i, k] = B_j[i, k]``."""
+        return None if self.mixing is None else self.mixing.permute(2, 1, 0)
+
+    def fold(self, down_DF: Tensor) -> Tensor:
+        """The down-projection's weight [D, F] with the ``within`` factor multiplied in."""
+        if self.within is None:
+            return down_DF
+        n, c = self.plan.sub_dims, self.plan.width
+        return torch.bmm(self.within, down_DF.view(n, c, -1)).view_as(down_DF)
+
+
+class SubDimensions(nn.Module):
+    """One component on its sub-dimensions: router, activation scaling and group fusion around the base model's weights.
+
+    Args:
+        plan: the component's N, K, S.
+        model: the whole model's plan.
+        kernels: ``auto``, ``reference``, ``grouped`` or ``triton``.
+        component: the component's number in the model: 2 * layer, and one more for the FFN.
+    """
+
+    def __init__(self, plan: SubDimPlan, model: ModelPlan, kernels: str = "auto", component: int = 0) -> None:
+        super().__init__()
+        self.plan = plan
+        self.readings = model
+        self.kernels = kernels
+        self.component = component
+        self.router = Router(plan, model.hidden_size)
+        self.fusion = GroupFusion(plan, model.fusion)
+
+    def forward(
+        self,
+        x_TD: Tensor,
+        residual_TD: Tensor,
+        up: Sequence[nn.Linear],
+        inner: Callable[..., Tensor],
+        down: nn.Linear,
+        context: ForwardContext,
+        normed: Normed | None = None,
+    ) -> tuple[Tensor, Routing]:
+        """``residual + y'`` [T, D], and the routing.
+
+        Args:
+            x_TD: the normalized tokens; ``normed`` is what :meth:`normalize` computed along with them.
+            up: what reads the hidden dims, [F, D] each: q, k, v or gate, up.
+            inner: from their outputs [T, F] to what ``down`` [D, F] reads; :func:`swiglu` runs fused with the products.
+        """
+        routing, selection = self.route(x_TD, context, normed)  # one selection ...
+        weights, into_DF, backend = [linear.weight for linear in up], self.fusion.fold(down.weight), self.backend(x_TD)
+        gates_TK, source = self.input_weights(routing), None if normed is None else normed.source
+        if inner is swiglu:
+            gate, up_proj = weights
+            z_TKC = ops.swiglu_ffn(
+                x_TD, gate, up_proj, into_DF, selection, routing.weights,
+                input_weights_TK=gates_TK, source=source, backend=backend,
+            )  # fmt: skip
+        else:
+            parts = ops.up_projection(
+                x_TD, weights, selection, input_weights_TK=gates_TK, source=source, backend=backend
+            )  # ... for what is read (eqs. 3-5) ...
+            h_TF = inner(*parts)
+            z_TKC = ops.down_projection(h_TF, into_DF, selection, routing.weights, backend=backend)  # ... and written
+        stream_TD = ops.fuse_residual(z_TKC, self.fusion.blocks, selection, residual_TD, backend=backend)
+        return stream_TD, routing
+
+    def normalize(self, x_TD: Tensor, gain_D: Tensor, eps: float) -> tuple[Tensor, Normed]:
+        """RMSNorm and the router's logits together: the backward pass then needs no normalized x."""
+        if self.readings.router_input == "residual":
+            return F.rms_norm(x_TD, gain_D.shape, gain_D, eps), Normed(self.router.logits(x_TD), None)
+        n_TD, logits_TN, rstd_T = ops.norm_router(x_TD, gain_D, self.router.centroids, eps, backend=self.backend(x_TD))
+        return n_TD, Normed(logits_TN, ops.Source(x_TD, rstd_T, gain_D))
+
+    def route(
+        self, x_TD: Tensor, context: ForwardContext | None = None, normed: Normed | None = None
+    ) -> tuple[Routing, ops.Selection]:
+        """Scores, active sub-dimensions and their weights, and the balance loss of T tokens. The router reads all of x.
+
+        "Synchronized sparsification": the one selection serves the component's input and its output.
+        """
+        readings, ranks = self.readings, None
+        if readings.routing == "random":
+            keys_T = None if context is None else context.token_keys_T
+            assert keys_T is not None, "random routing goes by the tokens' keys"
+            ranks = random_ranks(keys_T, self.plan.sub_dims, self.component)
+        logits, scores, indices = self.router(x_TD, ranks, None if normed is None else normed.logits_TN)
+        weights = activation_weights(scores, indices, readings.scaling)
+        # A random choice isn't the router's: there is nothing for the balance loss to teach it.
+        wanted = context is not None and context.balance and ranks is None
+        loss = balance_loss(
+            logits,
+            indices,
+            self.plan,
+            readings.balance_loss_weight if wanted else 0.0,
+            None if context is None else context.token_mask_T,
+            count=readings.balance_count,
+            scores=readings.balance_scores,
+        )
+        selection = ops.make_selection(
+            indices, sub_dims=self.plan.sub_dims, shared=self.plan.shared, backend=self.backend(x_TD)
+        )
+        return Routing(indices, scores, weights, loss), selection
+
+    def input_weights(self, routing: Routing) -> Tensor | None:
+        """``g`` of the active inputs [T, K] where the input is gated (``gate_input``); by default it is not."""
+        return routing.scores.gather(1, routing.indices) if self.readings.gate_input else None
+
+    def backend(self, x: Tensor) -> str:
+        """The kernels that run for ``x``."""
+        return ops.resolve_backend(self.kernels, x.device, x.dtype, width=self.plan.width)
+
+
+def swiglu(gate_TF: Tensor, up_TF: Tensor) -> Tensor:
+    """``silu(gate) * up``."""
+    return F.silu(gate_TF) * up_TF
