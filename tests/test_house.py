@@ -12,18 +12,20 @@ SOURCE = ROOT / "src" / "mohd_train"
 
 # Imports run one way. errors and storage are open to all; what is not named here is not allowed.
 MAY_IMPORT = {
-    "config": set(),
+    "utils": set(),
+    "config": {"utils"},
     "kernels": set(),
     "model": {"config", "kernels"},
     "hf": {"config", "model"},
     "data": {"config"},
-    "train": {"config", "model", "data", "kernels"},
+    "run_folder": {"config", "utils"},
+    "train": {"config", "model", "data", "kernels", "run_folder", "utils"},
     "evaluate": {"config", "model", "hf", "data", "sweep", "analysis"},
     "analysis": {"config", "model", "hf", "data"},
-    "sweep": {"config", "data", "model"},
+    "sweep": {"config", "data", "model", "utils"},
     "benchmark": {"config", "kernels", "model"},
-    "estimate": {"config", "kernels", "model", "data", "train"},
-    "demo": {"config", "data", "train", "evaluate"},
+    "estimate": {"config", "kernels", "model", "data", "train", "utils"},
+    "demo": {"config", "data", "train", "evaluate", "run_folder"},
 }
 
 

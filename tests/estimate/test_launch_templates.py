@@ -16,8 +16,8 @@ from composer.utils import get_free_tcp_port
 from train.train_support import ROOT, make_config, make_data, write_config
 
 from mohd_train.errors import UserError
+from mohd_train.run_folder.metrics import read_metrics
 from mohd_train.sweep.single import kubernetes_job
-from mohd_train.train.callbacks.metrics_file import read_metrics
 from mohd_train.train.run import train
 
 LAUNCH = ROOT / "scripts" / "launch"

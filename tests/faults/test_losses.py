@@ -13,7 +13,7 @@ from faults.faults_support import At, batches_of, config_of, fails, goes_on, inj
 from support import fault_table
 from train.test_run import assert_same_run
 
-from mohd_train.train.callbacks.metrics_file import read_metrics
+from mohd_train.run_folder.metrics import read_metrics
 from mohd_train.train.composer_model import MoHDComposerModel
 from mohd_train.train.run import train
 

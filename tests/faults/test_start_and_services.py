@@ -14,11 +14,11 @@ from faults.faults_support import At, config_of, goes_on, in_a_process, inject, 
 from support import fault_table
 
 from mohd_train.config.schema import Config
+from mohd_train.run_folder.paths import LATEST
+from mohd_train.run_folder.secrets import HIDDEN, without_secrets
 from mohd_train.train import run as run_module
 from mohd_train.train.callbacks import watchdog
-from mohd_train.train.checkpoint import LATEST
 from mohd_train.train.run import train
-from mohd_train.train.secrets import HIDDEN, without_secrets
 
 
 @pytest.fixture(autouse=True)

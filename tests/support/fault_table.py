@@ -38,7 +38,7 @@ def measured_whole(folder: Path, steps: int) -> None:
     """Records what a run lost that never stopped: steps of which there is no line in ``metrics.jsonl``."""
     import json
 
-    from mohd_train.train.callbacks.metrics_file import read_metrics
+    from mohd_train.run_folder.metrics import read_metrics
 
     assert len(json.loads((folder / "run.json").read_text())["sessions"]) == 1
     record(lost=steps - len({line["batch"] for line in read_metrics(folder / "metrics.jsonl") if line["batch"]}))

@@ -12,12 +12,12 @@ import pytest
 from sweep.sweep_support import SMALL, request
 from train.test_run import assert_same_run
 
+from mohd_train.run_folder.metrics import read_metrics
 from mohd_train.sweep import local
 from mohd_train.sweep.commands import Request, launch, resume
 from mohd_train.sweep.folder import SweepFolder
 from mohd_train.sweep.status import run_status
 from mohd_train.train import lock
-from mohd_train.train.callbacks.metrics_file import read_metrics
 
 X2 = "tiny-355m-x2-s1"
 

@@ -13,8 +13,8 @@ from composer.metrics.nlp import LanguageCrossEntropy
 from train.test_composer_model import PART, batch_of, make
 
 from mohd_train.train.callbacks import DomainMix, Progress, RoutingStatistics, ValidationTotal
-from mohd_train.train.callbacks.progress import duration, short
 from mohd_train.train.callbacks.routing_statistics import selection_entropy
+from mohd_train.utils.text import duration, short
 
 
 class Collector:

@@ -14,7 +14,7 @@ from train.train_support import make_config
 
 from mohd_train.model.checkpoint import read_checkpoint
 from mohd_train.model.llama import Transformer
-from mohd_train.train.callbacks.metrics_file import read_metrics
+from mohd_train.run_folder.metrics import read_metrics
 from mohd_train.train.run import train
 
 

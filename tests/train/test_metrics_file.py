@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from mohd_train.errors import UserError
-from mohd_train.train.callbacks.metrics_file import MetricsFile, read_metrics
+from mohd_train.run_folder.metrics import read_metrics
+from mohd_train.train.callbacks.metrics_file import MetricsFile
 
 
 def at(batch: int) -> SimpleNamespace:

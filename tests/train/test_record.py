@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from mohd_train.config.compare import config_differences
 from mohd_train.config.schema import Config
 from mohd_train.errors import UserError
-from mohd_train.train.record import RunRecord, check_folder, config_differences, read_record, write_json
+from mohd_train.run_folder.record import RunRecord, check_folder, read_record
+from mohd_train.utils.files import write_json
 
 
 def config(folder: Path, **values: object) -> Config:

@@ -21,9 +21,9 @@ from train.distributed_support import ENVIRONMENT, PROGRAM, Job, Place, in_proce
 from train.test_run import assert_same_run, timeless
 from train.train_support import make_data
 
+from mohd_train.run_folder.metrics import read_metrics
 from mohd_train.train import run as run_module
 from mohd_train.train.callbacks import watchdog
-from mohd_train.train.callbacks.metrics_file import read_metrics
 
 BATCHES, EPOCH = 20, 15
 LAST = f"ep1-ba{BATCHES}-rank0.pt"

@@ -16,8 +16,8 @@ from train.train_support import SEQ_LEN, make_config
 
 from mohd_train.config.load import load_config
 from mohd_train.model.checkpoint import read_checkpoint
+from mohd_train.run_folder.metrics import read_metrics
 from mohd_train.train import build
-from mohd_train.train.callbacks.metrics_file import read_metrics
 from mohd_train.train.run import dry_run, train
 
 TIMED = ("time/", "throughput/")

@@ -13,7 +13,7 @@ import pytest
 from train.test_run import assert_same_run
 from train.train_support import ROOT, make_config, make_data, write_config
 
-from mohd_train.train.callbacks.metrics_file import read_metrics
+from mohd_train.run_folder.metrics import read_metrics
 from mohd_train.train.run import train
 
 SCRIPT = str(ROOT / "scripts" / "train.py")

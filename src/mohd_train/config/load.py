@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import difflib
 import io
 import logging
 import types
@@ -24,6 +23,7 @@ from mohd_train.config.check import check
 from mohd_train.config.plan import ModelPlan, current_name, make_plan
 from mohd_train.config.schema import Config, ModelConfig, MoHDSettings
 from mohd_train.errors import UserError
+from mohd_train.utils.text import first_line, nearest
 
 log = logging.getLogger(__name__)
 
@@ -57,12 +57,6 @@ def _all_keys(schema: Any, prefix: str = "") -> dict[str, Any]:
 KNOWN_KEYS = _all_keys(Config)
 
 
-def nearest(word: str, known: list[str]) -> str:
-    """`` (did you mean 'lr'?)``, or an empty string where nothing comes near."""
-    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
-    return f" (did you mean {close[0]!r}?)" if close else ""
-
-
 def _refuse_unknown(value: Any, source: str, prefix: str = "") -> None:
     """Raises for the first key that the schema does not have."""
     for key, child in value.items():
@@ -89,20 +83,14 @@ def _read(path: str) -> dict[str, Any]:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f" at line {mark.line + 1}" if mark else ""
-        raise UserError(
-            f"{path}: broken YAML{where}: {getattr(error, 'problem', None) or _first_line(error)}"
-        ) from None
+        raise UserError(f"{path}: broken YAML{where}: {getattr(error, 'problem', None) or first_line(error)}") from None
     except OSError as error:  # OmegaConf's word for a document that is neither a mapping nor a list
-        raise UserError(f"{path}: holds no mapping of keys to values ({_first_line(error)})") from None
+        raise UserError(f"{path}: holds no mapping of keys to values ({first_line(error)})") from None
     except (OmegaConfBaseException, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: {_first_line(error)}") from None
+        raise UserError(f"{path}: {first_line(error)}") from None
     if not isinstance(value, dict):
         raise UserError(f"{path}: holds no mapping of keys to values")
     return typing.cast("dict[str, Any]", value)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _pop(mapping: dict[str, Any], dotted: str) -> Any:
@@ -122,9 +110,9 @@ def _merge(config: DictConfig, value: dict[str, Any], source: str, *, replace: b
                 OmegaConf.update(config, key, mapping, merge=False)
     except OmegaConfBaseException as error:
         where = getattr(error, "full_key", None)
-        raise UserError(f"{source}: {f'{where}: ' if where else ''}{_first_line(error)}") from None
+        raise UserError(f"{source}: {f'{where}: ' if where else ''}{first_line(error)}") from None
     except (ValueError, TypeError, AttributeError) as error:
-        raise UserError(f"{source}: {_first_line(error)}") from None
+        raise UserError(f"{source}: {first_line(error)}") from None
 
 
 def _override(text: str) -> tuple[dict[str, Any], bool]:
@@ -135,7 +123,7 @@ def _override(text: str) -> tuple[dict[str, Any], bool]:
     try:
         value = OmegaConf.to_container(OmegaConf.from_dotlist([text]), resolve=False)
     except (OmegaConfBaseException, yaml.YAMLError, ValueError) as error:
-        raise UserError(f"override {text!r}: {_first_line(error)}") from None
+        raise UserError(f"override {text!r}: {first_line(error)}") from None
     assert isinstance(value, dict)
     return typing.cast("dict[str, Any]", value), key in REPLACED_WHOLE
 
@@ -219,7 +207,7 @@ def load_config(files: list[str], overrides: list[str] | None = None) -> Config:
             )
         result = OmegaConf.to_object(config)
     except OmegaConfBaseException as error:
-        raise UserError(f"config: {_first_line(error)}") from None
+        raise UserError(f"config: {first_line(error)}") from None
     assert isinstance(result, Config)
     with _naming_the_source(origin):
         check(_resolve(result))
@@ -240,7 +228,7 @@ def load_model_plan(files: list[str], overrides: list[str] | None = None) -> Mod
         model, mohd = OmegaConf.to_object(config.model), OmegaConf.to_object(config.mohd)
         max_seq_len = config.max_seq_len
     except OmegaConfBaseException as error:
-        raise UserError(f"config: {_first_line(error)}") from None
+        raise UserError(f"config: {first_line(error)}") from None
     with _naming_the_source(origin):
         return make_plan(typing.cast("ModelConfig", model), typing.cast("MoHDSettings", mohd), max_seq_len)
 

@@ -65,7 +65,8 @@ def shards(folder: Path, tokenizer_source: str, seq_len: int) -> str | None:
 
 def run(config: Config) -> str | None:
     """The trained model, if the run of this very config is finished and its last checkpoint is there."""
-    from mohd_train.train.record import config_differences, read_record
+    from mohd_train.config.compare import config_differences
+    from mohd_train.run_folder.record import read_record
 
     record = read_record(Path(config.run_folder))
     if record is None or record.data["status"] != "finished":

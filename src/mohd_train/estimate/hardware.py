@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from mohd_train.config.load import nearest
 from mohd_train.config.plan import ModelPlan
 from mohd_train.errors import UserError
+from mohd_train.utils.text import nearest
 
 GIB = 1 << 30
 

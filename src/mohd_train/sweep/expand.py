@@ -13,12 +13,13 @@ from typing import Any
 
 import yaml
 
-from mohd_train.config.load import load_config, load_model_plan, nearest
+from mohd_train.config.load import load_config, load_model_plan
 from mohd_train.config.plan import ModelPlan, SubDimPlan, make_plan
 from mohd_train.config.schema import Config, ModelConfig
 from mohd_train.errors import UserError
 from mohd_train.sweep.file import CONFIGS, Setting, SweepFile
 from mohd_train.sweep.scale import SCALES, TINY_RECIPE, tiny_model
+from mohd_train.utils.text import nearest
 
 # What makes a run this run of this sweep; a user's override of it would put two runs in one folder.
 OURS = ("run_name", "run_folder", "save_folder", "seed", "autoresume", "save_overwrite", "data.local")

@@ -22,8 +22,8 @@ from typing import Any
 
 import yaml
 
-from mohd_train.config.load import nearest
 from mohd_train.errors import UserError
+from mohd_train.utils.text import nearest
 
 CHECKOUT = Path(__file__).resolve().parents[3]
 CONFIGS = CHECKOUT / "configs"

@@ -16,6 +16,9 @@ import mohd_train
 from mohd_train.config.schema import Config
 from mohd_train.model.init import initializer
 from mohd_train.model.llama import Transformer
+from mohd_train.run_folder.paths import CHECKPOINT_FILE, LATEST, METRICS, local_save_folder
+from mohd_train.run_folder.record import RunRecord
+from mohd_train.run_folder.secrets import shown
 from mohd_train.storage import Storage, is_remote
 from mohd_train.train import parallel, registry
 from mohd_train.train.callbacks import (
@@ -30,7 +33,7 @@ from mohd_train.train.callbacks import (
     ValidationTotal,
     WorkerWatch,
 )
-from mohd_train.train.checkpoint import LATEST, RunMetadata, whole_run
+from mohd_train.train.checkpoint import RunMetadata, whole_run
 from mohd_train.train.composer_model import MoHDComposerModel
 from mohd_train.train.data import TrainData, build_data, on_rank_zero
 from mohd_train.train.faults import Notices
@@ -39,12 +42,7 @@ from mohd_train.train.logs import log_to_folder
 from mohd_train.train.optimizer import build_optimizer, build_scheduler
 from mohd_train.train.preemption import Preemption, StopSignal
 from mohd_train.train.prepare import Run, prepare
-from mohd_train.train.record import RunRecord
-from mohd_train.train.remote import local_save_folder
 from mohd_train.train.saver import CheckpointSaver
-from mohd_train.train.secrets import shown
-
-CHECKPOINT_NAME = "ep{epoch}-ba{batch}-rank{rank}.pt"
 
 
 def build_model(run: Run) -> MoHDComposerModel:
@@ -112,7 +110,7 @@ def build_saver(run: Run) -> CheckpointSaver:
     saver = CheckpointSaver(
         keep_every=config.save_keep_every,
         folder=str(local_save_folder(config)),
-        filename=CHECKPOINT_NAME,
+        filename=CHECKPOINT_FILE,
         remote_file_name=None,  # see Uploads
         latest_filename=LATEST.replace("rank0", "rank{rank}"),
         latest_remote_file_name=None,
@@ -147,7 +145,7 @@ def build_trainer(run: Run, data: TrainData, record: RunRecord | None, run_id: s
     # written.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     model = build_model(run)
-    metrics = MetricsFile(run.folder / "metrics.jsonl")
+    metrics = MetricsFile(run.folder / METRICS)
     saver = build_saver(run)
     recorder = RunRecorder(record, saver, metrics)
     preemption = Preemption(stop, saver, recorder)

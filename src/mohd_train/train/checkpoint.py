@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +13,7 @@ from composer.core import Callback
 from mohd_train.config.plan import ModelPlan
 from mohd_train.errors import UserError
 from mohd_train.model.checkpoint import read_checkpoint
-
-LATEST = "latest-rank0.pt"
-NAME = re.compile(r"ep\d+-ba(\d+)(-rank0\.pt)?")  # of a file, or of the folder of a sharded checkpoint
+from mohd_train.run_folder.paths import LATEST, checkpoints_in
 
 
 class RunMetadata(Callback):
@@ -42,15 +39,9 @@ class RunMetadata(Callback):
         """Nothing is taken over: :func:`check_checkpoint` compares the two before the load."""
 
 
-def _by_batch(folder: Path) -> dict[int, Path]:
-    """Checkpoints of a folder, oldest first."""
-    found = {int(match[1]): path for path in folder.glob("ep*-ba*") if (match := NAME.fullmatch(path.name))}
-    return dict(sorted(found.items()))
-
-
 def whole_run(checkpoint: Path) -> list[str]:
     """``checkpoint`` and those before it in its folder, oldest first: what keep-last-K counts."""
-    found = list(_by_batch(checkpoint.parent).values())
+    found = list(checkpoints_in(checkpoint.parent).values())
     return [str(path) for path in found[: found.index(checkpoint) + 1]]
 
 
@@ -64,7 +55,7 @@ def newest_whole(folder: Path) -> tuple[Path | None, list[str]]:
         UserError: there are checkpoints, and none is whole.
     """
     skipped: list[str] = []
-    for path in reversed(_by_batch(folder).values()):
+    for path in reversed(checkpoints_in(folder).values()):
         try:
             read_checkpoint(path, meta=True)
         except UserError as error:
@@ -78,7 +69,7 @@ def newest_whole(folder: Path) -> tuple[Path | None, list[str]]:
 
 def latest_in(folder: Path) -> str | None:
     """The newest checkpoint of a folder by name, for messages."""
-    found = list(_by_batch(folder).values())
+    found = list(checkpoints_in(folder).values())
     return str(found[-1]) if found else None
 
 

@@ -14,7 +14,8 @@ from composer.core import State
 from composer.utils import dist
 
 from mohd_train.errors import UserError, causes
-from mohd_train.train.record import RunRecord, now
+from mohd_train.run_folder.record import RunRecord
+from mohd_train.utils.environment import now
 
 log = logging.getLogger(__name__)
 KEPT = 50  # notices in run.json: the latest

@@ -12,16 +12,26 @@ from typing import TYPE_CHECKING
 from composer.utils import dist
 
 from mohd_train.config.load import to_yaml
-from mohd_train.data.manifest import TOKENIZER_FOLDER, write_atomic
+from mohd_train.data.manifest import TOKENIZER_FOLDER
 from mohd_train.errors import UserError
+from mohd_train.run_folder.paths import (
+    CONFIG,
+    LATEST,
+    LATEST_LINK,
+    METRICS,
+    RECORD,
+    TOKENIZER,
+    local_save_folder,
+)
+from mohd_train.run_folder.record import RunRecord, read_record
+from mohd_train.run_folder.secrets import shown
 from mohd_train.storage import Storage, is_remote
 from mohd_train.train.callbacks.uploads import clear_staged
-from mohd_train.train.checkpoint import LATEST, point_latest
+from mohd_train.train.checkpoint import point_latest
 from mohd_train.train.lock import RunLock
-from mohd_train.train.record import RunRecord, code_version, hardware, now, read_record, versions
-from mohd_train.train.remote import LINK, METRICS, RECORD, local_save_folder
 from mohd_train.train.saver import leftovers, remove
-from mohd_train.train.secrets import shown
+from mohd_train.utils.environment import code_version, hardware, now, versions
+from mohd_train.utils.files import write_atomic
 
 if TYPE_CHECKING:
     from mohd_train.train.prepare import Run
@@ -80,12 +90,12 @@ def open_folder(run: Run) -> RunRecord:
         if run.brought.metrics is not None:
             shutil.copyfile(run.brought.metrics, folder / METRICS)
         tokenizer = Path(config.data.local) / TOKENIZER_FOLDER
-        shutil.copytree(tokenizer, save_folder.parent / TOKENIZER_FOLDER, dirs_exist_ok=True)
+        shutil.copytree(tokenizer, save_folder.parent / TOKENIZER, dirs_exist_ok=True)
     except OSError as error:
         raise UserError(
             f"can't write to {error.filename or folder} ({error.strerror}); choose another run_folder"
         ) from error
-    write_atomic(folder / "config.yaml", to_yaml(shown(config)).encode())
+    write_atomic(folder / CONFIG, to_yaml(shown(config)))
     record = _new_session(run)
     if is_remote(config.save_folder):
         _open_storage(run)
@@ -95,11 +105,11 @@ def open_folder(run: Run) -> RunRecord:
 def _open_storage(run: Run) -> None:
     """Shows, before any training, that the remote ``save_folder`` can be written to. A new run takes it over."""
     storage = Storage(run.config.save_folder)
-    if run.earlier is None and LINK in storage.names():
-        storage.upload_bytes(LINK, b"")  # names none: what lies there is another run's
-    for path in sorted((run.folder / TOKENIZER_FOLDER).iterdir()):
-        storage.upload(f"{TOKENIZER_FOLDER}/{path.name}", path)
-    for name in ("config.yaml", RECORD):
+    if run.earlier is None and LATEST_LINK in storage.names():
+        storage.upload_bytes(LATEST_LINK, b"")  # names none: what lies there is another run's
+    for path in sorted((run.folder / TOKENIZER).iterdir()):
+        storage.upload(f"{TOKENIZER}/{path.name}", path)
+    for name in (CONFIG, RECORD):
         storage.upload(name, run.folder / name)
 
 

@@ -12,12 +12,12 @@ import torch
 from composer.utils.parallelism import FSDPConfig
 from torch.distributed.checkpoint import DefaultLoadPlanner
 
-from mohd_train.config.load import nearest
 from mohd_train.config.plan import ModelPlan
 from mohd_train.config.schema import Config
 from mohd_train.errors import UserError
 from mohd_train.kernels import ops
 from mohd_train.model.llama import Transformer
+from mohd_train.utils.text import nearest
 
 # mixed_precision FULL gathers float32 parameters and leaves bfloat16 to autocast, as under DDP: with DEFAULT the
 # router's centroids and its input would be rounded to bfloat16, where 0.4% of the choices flip. Reentrant recomputation

@@ -14,6 +14,8 @@ from mohd_train.data.manifest import Manifest
 from mohd_train.errors import UserError
 from mohd_train.model.count import Counts, count
 from mohd_train.model.llama import Transformer
+from mohd_train.run_folder.paths import local_save_folder
+from mohd_train.run_folder.record import RunRecord, check_folder, check_writable
 from mohd_train.storage import is_remote, refuse_remote
 from mohd_train.train import parallel, registry
 from mohd_train.train.checkpoint import check_checkpoint, newest_whole
@@ -21,8 +23,7 @@ from mohd_train.train.data import check_on_nodes, on_rank_zero
 from mohd_train.train.folder import check_shared
 from mohd_train.train.lock import RunLock
 from mohd_train.train.optimizer import build_scheduler
-from mohd_train.train.record import RunRecord, check_folder, check_writable
-from mohd_train.train.remote import Brought, bring, local_save_folder
+from mohd_train.train.remote import Brought, bring
 
 
 @dataclass

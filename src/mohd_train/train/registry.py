@@ -17,8 +17,8 @@ from composer import loggers as composer_loggers
 from composer.core import Callback, State
 from composer.loggers import Logger, LoggerDestination
 
-from mohd_train.config.load import nearest
 from mohd_train.errors import UserError
+from mohd_train.utils.text import first_line, nearest
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +40,7 @@ class WandBLogger(composer_loggers.WandBLogger):
             if self._init_kwargs.get("mode") == "offline":
                 raise
             print(
-                f"warning: W&B can't be reached ({str(error).splitlines()[0]}); this session is recorded offline: upload it later "
+                f"warning: W&B can't be reached ({first_line(error)}); this session is recorded offline: upload it later "
                 f"with `wandb sync {self._init_kwargs.get('dir', '.')}/wandb/offline-run-*`",
                 file=sys.stderr,
                 flush=True,
@@ -118,7 +118,7 @@ def _build(section: str, name: str, kind: type, arguments: dict[str, Any]) -> An
     try:
         return kind(**arguments)
     except (TypeError, ValueError, ImportError) as error:
-        raise UserError(f"{section}.{name}: {str(error).splitlines()[0]}") from error
+        raise UserError(f"{section}.{name}: {first_line(error)}") from error
 
 
 def build_callbacks(wanted: Mapping[str, Any]) -> list[Callback]:

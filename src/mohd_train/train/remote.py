@@ -1,8 +1,6 @@
-"""A run whose ``save_folder`` is on object storage: what lies there, and bringing it here to go on from.
+"""A run whose ``save_folder`` is on object storage: what is there, and downloading it to resume from it alone.
 
-The run folder is local, with checkpoints in ``checkpoints/``; copies go to ``save_folder``, with ``run.json``, ``config.yaml``,
-``metrics.jsonl`` and ``tokenizer/`` in it, so that a run goes on from the storage alone. ``latest-rank0.pt.symlink`` names
-the newest checkpoint, as Composer's does; it is written last, so what it names is whole.
+The link that names the newest checkpoint is written last, so what it names is whole.
 """
 
 from __future__ import annotations
@@ -20,17 +18,10 @@ from composer.utils import dist
 from mohd_train.config.schema import Config
 from mohd_train.errors import UserError
 from mohd_train.model.checkpoint import read_checkpoint
+from mohd_train.run_folder.paths import LATEST_LINK, METRICS, RECORD, checkpoint_batch, local_save_folder
 from mohd_train.storage import Storage, bring_checkpoint, is_remote
-from mohd_train.train.checkpoint import LATEST, NAME, newest_whole
+from mohd_train.train.checkpoint import newest_whole
 from mohd_train.train.saver import remove
-
-LINK = f"{LATEST}.symlink"
-RECORD, METRICS = "run.json", "metrics.jsonl"
-
-
-def local_save_folder(config: Config) -> Path:
-    """Where checkpoints are written: ``save_folder``, or ``checkpoints/`` of the run folder where that is remote."""
-    return Path(config.run_folder) / "checkpoints" if is_remote(config.save_folder) else Path(config.save_folder)
 
 
 @dataclass
@@ -102,11 +93,11 @@ def _bring_run(config: Config, found: Brought, scratch: Path) -> None:
     names = storage.names()
     if RECORD in names and not (config.save_overwrite and not config.autoresume):
         found.record = _record(storage)
-    if not config.autoresume or found.record is None or LINK not in names:
+    if not config.autoresume or found.record is None or LATEST_LINK not in names:
         return
-    newest = storage.pointed(LINK)
+    newest = storage.pointed(LATEST_LINK)
     there = {name.partition("/")[0] for name in names}
-    batches = {int(match[1]): name for name in there if (match := NAME.fullmatch(name))}
+    batches = {batch: name for name in there if (batch := checkpoint_batch(name)) is not None}
     last = next((batch for batch, name in batches.items() if name == newest), None)
     if last is None or _newest_here(config) >= last:
         return
@@ -135,8 +126,8 @@ def _newest_here(config: Config) -> int:
         newest, _ = newest_whole(local_save_folder(config))
     except UserError:
         return -1
-    match = NAME.fullmatch(newest.name) if newest is not None else None
-    return int(match[1]) if match else -1
+    batch = checkpoint_batch(newest.name) if newest is not None else None
+    return -1 if batch is None else batch
 
 
 def _record(storage: Storage) -> dict[str, Any]:

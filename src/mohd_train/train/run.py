@@ -8,17 +8,17 @@ from pathlib import Path
 
 from mohd_train.config.schema import Config
 from mohd_train.errors import UserError
+from mohd_train.run_folder.record import RunRecord
 from mohd_train.train import parallel, registry
 from mohd_train.train.build import Built, build_model, build_trainer, share_run_id, start
 from mohd_train.train.callbacks import FirstBatchWatchdog
-from mohd_train.train.callbacks.progress import short
 from mohd_train.train.callbacks.uploads import TakenOver, complete
 from mohd_train.train.data import TrainData, build_data, on_rank_zero
 from mohd_train.train.faults import explain, settle_workers
 from mohd_train.train.optimizer import build_optimizer
 from mohd_train.train.preemption import Preempted, StopSignal, stop_signal
 from mohd_train.train.prepare import Run, prepare
-from mohd_train.train.record import RunRecord
+from mohd_train.utils.text import short
 
 log = logging.getLogger(__name__)
 

@@ -20,7 +20,7 @@ from composer.utils import checkpoint, dist
 from torch.distributed.checkpoint.api import CheckpointException
 
 from mohd_train.errors import UserError, causes
-from mohd_train.train.checkpoint import NAME
+from mohd_train.run_folder.paths import checkpoint_batch
 from mohd_train.train.data import on_rank_zero
 
 log = logging.getLogger(__name__)
@@ -186,8 +186,8 @@ class CheckpointSaver(callbacks.CheckpointSaver):
 
     def is_kept(self, path: str) -> bool:
         """Whether ``keep_every`` covers it."""
-        match = NAME.fullmatch(checkpoint_of(path).name)
-        return self.keep_every is not None and match is not None and int(match[1]) % self.keep_every == 0
+        batch = checkpoint_batch(checkpoint_of(path).name)
+        return self.keep_every is not None and batch is not None and batch % self.keep_every == 0
 
     def _rotate_checkpoints(self, sharding_enabled: bool = False) -> None:
         rotating = [path for path in self.saved_checkpoints if not self.is_kept(path)]

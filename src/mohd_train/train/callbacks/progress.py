@@ -16,28 +16,10 @@ from rich.progress import BarColumn, TaskID, TextColumn
 from rich.progress import Progress as RichProgress
 
 from mohd_train.train.callbacks.validation_total import ValidationTotal
+from mohd_train.utils.text import duration, short
 
 WINDOW = 20  # batches over which speed is averaged
 LINES = 20  # plain lines in a run, where no interval is given
-
-
-def short(number: float) -> str:
-    """``1234567`` -> ``1.23M``; three digits and a unit."""
-    for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
-        if abs(number) >= size:
-            return f"{number / size:.3g}{unit}"
-    return f"{number:.3g}"
-
-
-def duration(seconds: float) -> str:
-    """``93784`` -> ``1d 02h``; the two largest units."""
-    seconds = round(seconds)
-    days, hours, minutes = seconds // 86400, seconds // 3600 % 24, seconds // 60 % 60
-    if days:
-        return f"{days}d {hours:02d}h"
-    if hours:
-        return f"{hours}h {minutes:02d}m"
-    return f"{minutes}m {seconds % 60:02d}s" if minutes else f"{seconds}s"
 
 
 class Progress(Callback):

@@ -5,9 +5,10 @@ from __future__ import annotations
 from composer.core import Callback, State
 from composer.loggers import Logger
 
+from mohd_train.run_folder.record import RunRecord
 from mohd_train.train.callbacks.metrics_file import MetricsFile
-from mohd_train.train.record import RunRecord, now
 from mohd_train.train.saver import CheckpointSaver
+from mohd_train.utils.environment import now
 
 
 class RunRecorder(Callback):

@@ -17,9 +17,10 @@ from composer.loggers import Logger
 
 from mohd_train.config.schema import Config
 from mohd_train.errors import UserError
+from mohd_train.run_folder.paths import LATEST_LINK, METRICS, RECORD, local_save_folder
 from mohd_train.storage import Storage, is_remote
 from mohd_train.train.checkpoint import newest_whole
-from mohd_train.train.remote import LINK, METRICS, RECORD, Brought, local_save_folder
+from mohd_train.train.remote import Brought
 from mohd_train.train.saver import CheckpointSaver, checkpoint_of, remove
 
 log = logging.getLogger(__name__)
@@ -123,7 +124,7 @@ class Uploads(Callback):
             self.storage.upload(name, staged)
             self.storage.upload(METRICS, metrics)
             self.storage.upload_bytes(RECORD, record)
-            self.storage.upload_bytes(LINK, self.storage.key(name).encode())
+            self.storage.upload_bytes(LATEST_LINK, self.storage.key(name).encode())
             log.info("uploaded %s/%s", self.storage.uri, name)
         finally:
             with contextlib.suppress(OSError):
@@ -188,7 +189,7 @@ def complete(config: Config, brought: Brought) -> None:
     newest, _ = newest_whole(local_save_folder(config))
     if newest is not None:
         storage.upload(newest.name, newest)
-        storage.upload_bytes(LINK, storage.key(newest.name).encode())
+        storage.upload_bytes(LATEST_LINK, storage.key(newest.name).encode())
     for name in (METRICS, RECORD):
         storage.upload(name, folder / name)
 

@@ -3,84 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-import datetime
 import hashlib
-import importlib.metadata
 import json
 import os
-import platform
-import subprocess
 from pathlib import Path
 from typing import Any
 
-import torch
-
-import mohd_train
 from mohd_train.config.compare import config_differences
 from mohd_train.config.schema import Config
 from mohd_train.errors import UserError
-from mohd_train.train.remote import local_save_folder
-from mohd_train.train.secrets import shown
-
-PACKAGES = ("torch", "mosaicml", "mosaicml-streaming", "transformers", "numpy", "triton", "omegaconf")
-
-
-def now() -> str:
-    """UTC, ISO 8601, to the second."""
-    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Writes ``value`` so that a reader sees the old file or the new one, never half of it."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with temporary.open("w", encoding="utf-8") as file:
-        json.dump(value, file, indent=1, sort_keys=False, default=str)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
-def code_version() -> dict[str, Any]:
-    """Version of the package; commit and whether the tree has changes, where it runs from a git checkout."""
-    here = Path(__file__).resolve().parent
-
-    def git(*arguments: str) -> str | None:
-        try:
-            done = subprocess.run(["git", "-C", str(here), *arguments], capture_output=True, text=True, timeout=20)
-        except (OSError, subprocess.TimeoutExpired):
-            return None
-        return done.stdout.strip() if done.returncode == 0 else None
-
-    changes = git("status", "--porcelain", "--untracked-files=no")
-    return {
-        "version": mohd_train.__version__,
-        "commit": git("rev-parse", "HEAD"),
-        "dirty": None if changes is None else bool(changes),
-    }
-
-
-def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that decide the numbers."""
-    found = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
-
-
-def hardware(device: str, processes: int) -> dict[str, Any]:
-    """The devices of this session."""
-    gpu = device == "gpu"
-    return {
-        "device": torch.cuda.get_device_name() if gpu else platform.processor() or platform.machine(),
-        "device_memory_bytes": torch.cuda.get_device_properties(0).total_memory if gpu else None,
-        "processes": processes,
-        "cpu_count": os.cpu_count(),
-        "platform": platform.platform(),
-    }
+from mohd_train.run_folder.paths import METRICS, RECORD, checkpoints_in, local_save_folder
+from mohd_train.run_folder.secrets import shown
+from mohd_train.utils.environment import now
+from mohd_train.utils.files import write_json
 
 
 def check_writable(folder: Path) -> None:
@@ -108,7 +43,7 @@ class RunRecord:
     @property
     def path(self) -> Path:
         """``run.json``."""
-        return self.folder / "run.json"
+        return self.folder / RECORD
 
     @property
     def run_id(self) -> str:
@@ -123,7 +58,7 @@ class RunRecord:
 
 def read_record(folder: Path) -> RunRecord | None:
     """The record of ``folder``, or None where it has none. Raises UserError for a broken one."""
-    path = folder / "run.json"
+    path = folder / RECORD
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
@@ -137,7 +72,7 @@ def read_record(folder: Path) -> RunRecord | None:
 
 def _has_trained(record: RunRecord) -> bool:
     """False for a run that failed before its first batch: its folder is free, so that the mistake can be put right."""
-    metrics = record.folder / "metrics.jsonl"
+    metrics = record.folder / METRICS
     return (
         record.data["status"] != "failed"
         or bool(record.data.get("batch"))
@@ -166,10 +101,14 @@ def check_folder(config: Config, data_sha256: str, stored: dict[str, Any] | None
             )
         return None
     if record is None or not _has_trained(record):
-        for place, pattern in ((folder, "metrics.jsonl"), (local_save_folder(config), "ep*-ba*")):
-            if record is None and any(place.glob(pattern)):
+        saved = local_save_folder(config)
+        for place, what, there in (
+            (folder, METRICS, (folder / METRICS).exists()),
+            (saved, "ep*-ba*", bool(checkpoints_in(saved))),
+        ):
+            if record is None and there:
                 raise UserError(
-                    f"{place} holds {pattern} of another run (there is no {folder}/run.json); set another run_name"
+                    f"{place} holds {what} of another run (there is no {folder}/{RECORD}); set another run_name"
                 )
         return None
     differences = config_differences(record.data["config"], dataclasses.asdict(shown(config)))

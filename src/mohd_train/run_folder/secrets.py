@@ -1,4 +1,5 @@
-"""Keeps secrets out of what a run writes and logs. The place for them is the environment, or a file that their library reads."""
+"""Keeps secrets out of what a run writes and logs. The place for them is the environment, or a file that their library
+reads."""
 
 from __future__ import annotations
 
