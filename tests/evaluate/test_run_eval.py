@@ -21,6 +21,8 @@ from support.plans import small_plan
 from support.s3_server import BUCKET, S3Server
 from transformers import AutoModelForCausalLM
 
+from mohd_train.checkpoint import open as open_checkpoint
+from mohd_train.checkpoint.identity import fingerprint
 from mohd_train.errors import UserError
 from mohd_train.evaluate import checkpoint as checkpoints
 from mohd_train.evaluate import results
@@ -206,7 +208,7 @@ def test_a_run_that_is_not_at_its_end_is_marked(suite: Suite, demo_questions: Pa
 
     def unfinished(status: str, checkpoint: Path = path) -> str | None:
         record.write_text(json.dumps({"status": status, "batch": 30}), encoding="utf-8")
-        return checkpoints.load(checkpoints.locate(checkpoint), device="cpu").info.get("unfinished")
+        return checkpoints.load(open_checkpoint(checkpoint), device="cpu").info.get("unfinished")
 
     assert unfinished("finished") is None
     assert unfinished("finished", Path(shutil.copy(path, path.with_name("ep0-ba1-rank0.pt")))) == (
@@ -218,35 +220,35 @@ def test_a_run_that_is_not_at_its_end_is_marked(suite: Suite, demo_questions: Pa
     assert f"not trained to its end: {plan.name} interrupted, batch 30" in table_text(2, [options.output], "md")
     record.write_text("{", encoding="utf-8")
     with pytest.raises(UserError, match=r"run\.json is no record of a run"):
-        checkpoints.load(checkpoints.locate(path), device="cpu")
+        checkpoints.load(open_checkpoint(path), device="cpu")
 
 
 def test_checkpoints_that_cannot_be_read(llama: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no checkpoint at"):
-        checkpoints.locate(tmp_path / "absent.pt")
+    with pytest.raises(UserError, match="no such checkpoint"):
+        open_checkpoint(tmp_path / "absent.pt")
     with pytest.raises(UserError, match=r"without config\.json"):
-        checkpoints.locate(tmp_path)
+        open_checkpoint(tmp_path)
     (tmp_path / "weights.npz").write_bytes(b"x")
     with pytest.raises(UserError, match="of no known kind"):
-        checkpoints.locate(tmp_path / "weights.npz")
+        open_checkpoint(tmp_path / "weights.npz")
     bare = tmp_path / "bare"
     shutil.copytree(llama, bare)
     (bare / "model.safetensors").unlink()
     with pytest.raises(UserError, match="no weights"):
-        checkpoints.locate(bare)
+        open_checkpoint(bare)
     (bare / "model.safetensors").write_bytes(b"broken")
     with pytest.raises(UserError, match="bare"):
-        checkpoints.load(checkpoints.locate(bare))
+        checkpoints.load(open_checkpoint(bare))
 
 
 def test_tokenizer_must_be_there_and_fit(llama: Path, tmp_path: Path) -> None:
-    location = checkpoints.locate(llama)
+    location = open_checkpoint(llama)
     with pytest.raises(UserError, match="no tokenizer at"):
         checkpoints.load(location, tokenizer=tmp_path / "absent")
     plan = small_plan()  # 97 pieces
     path = save_native(tmp_path / "run", plan, Transformer(plan))
     with pytest.raises(UserError, match=r"has 600 pieces, the model 97"):
-        checkpoints.load(checkpoints.locate(path), tokenizer=llama)
+        checkpoints.load(open_checkpoint(path), tokenizer=llama)
 
 
 def test_fingerprint_tells_weights_apart_and_not_places(
@@ -254,19 +256,19 @@ def test_fingerprint_tells_weights_apart_and_not_places(
 ) -> None:
     moved = tmp_path / "moved"
     shutil.copytree(llama, moved)
-    assert checkpoints.locate(moved).fingerprint == checkpoints.locate(llama).fingerprint
-    assert checkpoints.locate(make_llama(seed=1)).fingerprint != checkpoints.locate(llama).fingerprint
+    assert open_checkpoint(moved).fingerprint == open_checkpoint(llama).fingerprint
+    assert open_checkpoint(make_llama(seed=1)).fingerprint != open_checkpoint(llama).fingerprint
     large = tmp_path / "large.pt"
-    large.write_bytes(bytes(6_000_000))  # more than 64 blocks: not every byte is read
-    before = checkpoints.fingerprint([large])
+    large.write_bytes(bytes(6_000_000))
+    before = fingerprint([large])
     with large.open("r+b") as file:
         file.seek(-1, os.SEEK_END)
         file.write(b"x")
-    assert checkpoints.fingerprint([large]) != before
+    assert fingerprint([large]) != before
 
 
 def test_llama_counts_as_the_paper_counts(llama: Path) -> None:
-    info = checkpoints.load(checkpoints.locate(llama), device="cpu").info
+    info = checkpoints.load(open_checkpoint(llama), device="cpu").info
     model = AutoModelForCausalLM.from_pretrained(llama)
     d, f, v = 32, 48, model.config.vocab_size
     assert info["activated"] == 4 * d * d + 3 * d * f

@@ -10,9 +10,10 @@ from support.native import save_native
 from support.plans import small_plan
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
+from mohd_train import checkpoint
 from mohd_train.errors import UserError
 from mohd_train.hf import MoHDForCausalLM
-from mohd_train.hf.convert import export, load_model, read_checkpoint
+from mohd_train.hf.convert import export, load_model
 from mohd_train.model.transformer import Transformer
 
 
@@ -35,9 +36,9 @@ def test_export_equals_the_checkpoint(tmp_path: Path, setting: str) -> None:
         assert torch.equal(load_model(tmp_path / "out")(ids).logits, model(ids).logits)
     assert (again.config.bos_token_id, again.generation_config.eos_token_id) == (1, 2)
     assert AutoTokenizer.from_pretrained(tmp_path / "out")("w5 w6").input_ids == [5, 6]
-    plan, weights, metadata = read_checkpoint(path)
-    assert (plan, metadata["run_name"]) == (model.plan, "test")
-    assert weights.keys() == model.state_dict().keys()
+    found = checkpoint.open(path)
+    assert (found.plan, found.metadata["run_name"]) == (model.plan, "test")
+    assert found.tensors().keys() == model.state_dict().keys()
 
 
 def test_a_dense_model_exports_as_llama(tmp_path: Path) -> None:

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from mohd_train.checkpoint.identity import tokenizer_sha256
 from mohd_train.config.plan import ModelPlan
 from mohd_train.model.transformer import Transformer
 
@@ -27,7 +28,8 @@ def save_native(run_folder: Path, plan: ModelPlan, model: Transformer, name: str
     path = run_folder / "checkpoints" / name
     path.parent.mkdir(parents=True)
     save_tokenizer(run_folder / "tokenizer", plan.vocab_size)
-    metadata = {"plan": plan.to_dict(), "run_name": "test", "tokenizer_sha256": "0" * 64, "seq_len": plan.max_seq_len}
+    sha256 = tokenizer_sha256(AutoTokenizer.from_pretrained(run_folder / "tokenizer"))
+    metadata = {"plan": plan.to_dict(), "run_name": "test", "tokenizer_sha256": sha256, "seq_len": plan.max_seq_len}
     state = {
         "model": {f"model.{key}": value for key, value in model.state_dict().items()},
         "callbacks": {"RunMetadata": metadata},
