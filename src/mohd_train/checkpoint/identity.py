@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -101,7 +102,8 @@ def _store(entry: Path, content: dict[str, Any]) -> None:
         temporary.write_text(json.dumps(content), encoding="utf-8")
         os.replace(temporary, entry)
     except OSError:  # a cache that can't be written costs time, nothing else
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 # Tokenizers
