@@ -16,13 +16,13 @@ from typing import Any
 import datasets
 import pytest
 import torch
-from support.native import save_native
+from support.native import save_native, swap_words
 from support.plans import small_plan
 from support.s3_server import BUCKET, S3Server
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mohd_train.checkpoint import open as open_checkpoint
-from mohd_train.checkpoint.identity import fingerprint
+from mohd_train.checkpoint.identity import fingerprint, tokenizer_sha256
 from mohd_train.errors import UserError
 from mohd_train.evaluate import checkpoint as checkpoints
 from mohd_train.evaluate import results
@@ -30,6 +30,7 @@ from mohd_train.evaluate.options import EvalOptions
 from mohd_train.evaluate.run import run_eval
 from mohd_train.evaluate.suite import Suite
 from mohd_train.evaluate.table_text import table_text
+from mohd_train.hf.convert import export
 from mohd_train.model.count import count
 from mohd_train.model.transformer import Transformer
 
@@ -89,6 +90,48 @@ def test_refuses_to_replace_another_result(
     options.overwrite = True
     assert run_eval(options, suite) == 0
     assert results.read(stored(options)).model["checkpoint"] == str(options.checkpoint.resolve())
+
+
+@pytest.mark.parametrize("how", ["--tokenizer", "edited"])
+def test_another_tokenizer_is_another_measurement(options: EvalOptions, suite: Suite, tmp_path: Path, how: str) -> None:
+    """The same ids for other words: the stored score says nothing of it."""
+    options.checkpoint = Path(shutil.copytree(options.checkpoint, tmp_path / "model"))
+    run_eval(options, suite)
+    if how == "edited":
+        place = options.checkpoint
+    else:
+        place = options.tokenizer = Path(shutil.copytree(options.checkpoint, tmp_path / "other"))
+    file = place / "tokenizer.json"
+    content = json.loads(file.read_text(encoding="utf-8"))
+    vocabulary = content["model"]["vocab"]
+    first, second = sorted(vocabulary, key=vocabulary.get)[-2:]
+    vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
+    file.write_text(json.dumps(content), encoding="utf-8")
+    with pytest.raises(UserError, match=r"other settings \(tokenizer: v2:[0-9a-f]{64} there, v2:[0-9a-f]{64} now\)"):
+        run_eval(options, suite)
+    options.overwrite = True
+    assert run_eval(options, suite) == 0
+    options.overwrite = False
+    assert run_eval(options, suite) == 0
+
+
+def test_results_stored_before_are_read_and_not_reused(
+    options: EvalOptions, suite: Suite, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """They hold no hash of the tokenizer, and a fingerprint that did not look at all weights."""
+    run_eval(options, suite)
+    before = table_text(2, [options.output], "csv")
+    for task in ("sciq", "boolq"):
+        data = json.loads(stored(options, task).read_text(encoding="utf-8"))
+        del data["mohd_train"]["settings"]["tokenizer"]
+        data["mohd_train"]["model"]["fingerprint"] = "0123456789abcdef"
+        stored(options, task).write_text(json.dumps(data), encoding="utf-8")
+    assert results.read(stored(options)).settings.tokenizer == ""
+    assert table_text(2, [options.output], "csv") == before
+    with pytest.raises(UserError, match=r"sciq\.json was stored by an earlier version.*say --overwrite"):
+        run_eval(options, suite)
+    options.overwrite = True
+    assert run_eval(options, suite) == 0
 
 
 def test_changed_rows_are_another_measurement(options: EvalOptions, suite: Suite, tmp_path: Path) -> None:
@@ -249,6 +292,32 @@ def test_tokenizer_must_be_there_and_fit(llama: Path, tmp_path: Path) -> None:
     path = save_native(tmp_path / "run", plan, Transformer(plan))
     with pytest.raises(UserError, match=r"has 600 pieces, the model 97"):
         checkpoints.load(open_checkpoint(path), tokenizer=llama)
+
+
+def test_a_tokenizer_that_is_not_the_checkpoint_s_is_refused(tmp_path: Path) -> None:
+    """Beside a native checkpoint, by --tokenizer, and in an exported folder; the hashes of older checkpoints are known."""
+    plan = small_plan()
+    path = save_native(tmp_path / "run", plan, Transformer(plan))
+    export(path, tmp_path / "exported")
+    places = {path: tmp_path / "run" / "tokenizer", tmp_path / "exported": tmp_path / "exported"}
+    other = Path(shutil.copytree(tmp_path / "run" / "tokenizer", tmp_path / "other"))
+    swap_words(other)
+    for checkpoint, place in places.items():
+        found = open_checkpoint(checkpoint)
+        assert checkpoints.load(found, device="cpu").info["tokenizer_sha256"] == found.tokenizer_sha256
+        with pytest.raises(UserError, match=r"other is another tokenizer than .* was trained with .*--tokenizer"):
+            checkpoints.load(found, tokenizer=other, device="cpu")
+        swap_words(place)
+        with pytest.raises(UserError, match=r"is another tokenizer than .* was trained with"):
+            checkpoints.load(found, device="cpu")
+        swap_words(place)
+    content = torch.load(path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run" / "tokenizer")
+    content["state"]["callbacks"]["RunMetadata"]["tokenizer_sha256"] = tokenizer_sha256(tokenizer, version=1)
+    torch.save(content, path)
+    checkpoints.load(open_checkpoint(path), device="cpu")
+    with pytest.raises(UserError, match="another tokenizer"):
+        checkpoints.load(open_checkpoint(path), tokenizer=other, device="cpu")
 
 
 def test_fingerprint_tells_weights_apart_and_not_places(

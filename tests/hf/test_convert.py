@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.native import save_native
+from support.native import save_native, swap_words
 from support.plans import small_plan
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
@@ -99,6 +99,17 @@ def test_export_replaces_nothing_and_needs_the_tokenizer(tmp_path: Path) -> None
     with pytest.raises(UserError, match="no tokenizer at"):
         export(path, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_export_with_another_tokenizer_is_refused(tmp_path: Path) -> None:
+    path, _ = native(tmp_path / "run")
+    swap_words(tmp_path / "run" / "tokenizer")
+    with pytest.raises(UserError, match=r"run/tokenizer is another tokenizer than .*ep0-ba3-rank0.pt was trained with"):
+        export(path, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    swap_words(tmp_path / "run" / "tokenizer")
+    export(path, tmp_path / "out")
+    assert checkpoint.open(tmp_path / "out").tokenizer_sha256 == checkpoint.open(path).tokenizer_sha256
 
 
 def test_command_line(tmp_path: Path, root: Path) -> None:
