@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.native import save_tokenizer
+from support.native import save_tokenizer, swap_words
 from train.distributed_support import Place, run, run_in
 from train.train_support import SEQ_LEN, VOCAB, make_config, make_data
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -44,11 +44,12 @@ class Runs(Place):
         return self.run(RUN) / "checkpoints" / {"folder": "ep0-ba2", "link": "latest-rank0.pt"}[name]
 
 
-def give_tokenizer(data: Path) -> None:
-    """A tokenizer that loads, in place of the one that training's own tests need none of."""
+def give_tokenizer(data: Path, *, edited: bool = False) -> None:
+    """A tokenizer that loads, in place of the one that training's own tests need none of; or the edited one that is there."""
     folder, manifest = data / "tokenizer", load_manifest(data)
-    shutil.rmtree(folder)
-    save_tokenizer(folder, VOCAB)
+    if not edited:
+        shutil.rmtree(folder)
+        save_tokenizer(folder, VOCAB)
     sha256 = tokenizer_sha256(AutoTokenizer.from_pretrained(folder))
     files = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(folder.iterdir())}
     info = TokenizerInfo(sha256, VOCAB, bos_id=1, eos_id=2, name="words", files=files)
@@ -171,6 +172,31 @@ def test_training_goes_on_from_it_by_the_link(runs: Runs) -> None:
         run_in(2, runs.job(name, "x2", SHARDED, "max_duration=3ba", f"load_path={source}", fsdp=True))
         assert json.loads((runs.run(name) / "run.json").read_text())["sessions"][0]["from"] == str(source)
         assert checkpoint.open(runs.run(name) / "checkpoints" / "latest-rank0.pt").path.name == "ep0-ba3"
+
+
+def test_training_takes_a_checkpoint_of_its_own_tokenizer_alone(runs: Runs, tmp_path: Path) -> None:
+    """Named by the hash of today, or by that of an earlier version; `--dry-run` says the same as the run."""
+    source = runs.run("x2-one") / "checkpoints" / "ep0-ba2-rank0.pt"
+    tokenizer = AutoTokenizer.from_pretrained(runs.path / "data" / "tokenizer")
+    content = torch.load(source, weights_only=False)
+    metadata = content["state"]["callbacks"]["RunMetadata"]
+    assert metadata["tokenizer_sha256"] == tokenizer_sha256(tokenizer)
+
+    def start(data: Path, sha256: str, begin: Any = dry_run) -> None:
+        metadata["tokenizer_sha256"] = sha256
+        torch.save(content, tmp_path / "from.pt")
+        begin(make_config(tmp_path, data, "run_name=a", f"load_path={tmp_path / 'from.pt'}"))
+
+    for version in (1, 2):
+        start(runs.path / "data", tokenizer_sha256(tokenizer, version=version))
+    data = Path(shutil.copytree(runs.path / "data", tmp_path / "data"))
+    swap_words(data / "tokenizer")
+    give_tokenizer(data, edited=True)
+    for version in (1, 2):
+        for begin in (dry_run, train):
+            with pytest.raises(UserError, match=r"from\.pt was trained with another tokenizer than this data's"):
+                start(data, tokenizer_sha256(tokenizer, version=version), begin)
+    assert not (tmp_path / "runs").exists()
 
 
 def test_a_tokenizer_edited_in_the_data_is_refused_before_training(runs: Runs, tmp_path: Path) -> None:
