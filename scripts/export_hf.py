@@ -19,7 +19,7 @@ from mohd_train.storage import path_or_uri
 def main() -> None:
     """Parses, exports, says what was written."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", type=path_or_uri, help="a checkpoint (*.pt) in its run folder, or s3://.../*.pt")
+    parser.add_argument("checkpoint", type=path_or_uri, help="a checkpoint in its run folder, here or s3://...")
     parser.add_argument("out_dir", type=Path, help="the folder to write; it must not hold anything")
     parser.add_argument("--llama", action="store_true", help="write a dense model as LlamaForCausalLM")
     arguments = parser.parse_args()

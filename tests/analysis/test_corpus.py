@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import zstandard
 from support.analysis import hf_folder, llama, native, subject_of, text_folder
 from support.native import save_tokenizer
@@ -99,8 +101,16 @@ def test_prepared_data_gives_its_validation_samples(tmp_path: Path) -> None:
     other = load_subject(str(tmp_path / "model"), tokenizer=tmp_path / "other")
     with pytest.raises(UserError, match="was made with another tokenizer"):
         open_corpus(tmp_path / "data", other)
+    other_words = native(tmp_path / "run")
+    assert open_corpus(tmp_path / "data", subject_of(other_words)).seq_len == 32
+    content = torch.load(other_words)
+    content["state"]["callbacks"]["RunMetadata"]["tokenizer_sha256"] = "0" * 64
+    torch.save(content, other_words)
+    with pytest.raises(UserError, match=r"run/tokenizer is another tokenizer than .* was trained with"):
+        subject_of(other_words)
+    shutil.rmtree(tmp_path / "run" / "tokenizer")
     with pytest.raises(UserError, match="was made with another tokenizer"):  # a checkpoint names its own
-        open_corpus(tmp_path / "data", subject_of(native(tmp_path / "run")))
+        open_corpus(tmp_path / "data", subject_of(other_words))
     (tmp_path / "data" / "code" / "val" / "index.json").unlink()
     with pytest.raises(UserError, match=r"code/val/index.json: missing"):
         open_corpus(tmp_path / "data", subject)

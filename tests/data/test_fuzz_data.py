@@ -13,6 +13,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from mohd_train import checkpoint
 from mohd_train.config.schema import DataConfig
 from mohd_train.data import units
 from mohd_train.data.manifest import load_manifest
@@ -22,7 +23,6 @@ from mohd_train.data.streaming import build_eval_loaders, build_train_loader, ch
 from mohd_train.data.tokenize import load_tokenizer
 from mohd_train.data.verify import verify
 from mohd_train.errors import UserError
-from mohd_train.hf.convert import read_checkpoint
 
 SLOW = settings(
     deadline=None, derandomize=True, max_examples=12, database=None, suppress_health_check=list(HealthCheck)
@@ -203,7 +203,7 @@ def test_any_checkpoint(apply: Callable[[bytes], bytes], tmp_path_factory: pytes
     path = tmp_path_factory.mktemp("checkpoint") / "ep0-ba1-rank0.pt"
     torch.save({"state": {"model": {"model.a": torch.zeros(4)}, "callbacks": {"RunMetadata": {"plan": {}}}}}, path)
     path.write_bytes(apply(path.read_bytes()))
-    harmless(lambda: read_checkpoint(path))
+    harmless(lambda: checkpoint.open(path).tensors())
 
 
 def test_a_preparation_of_garbage(tmp_path: Path, pieces: Path) -> None:

@@ -8,6 +8,7 @@ import gzip
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import time
 from collections.abc import Iterable, Iterator
@@ -20,10 +21,12 @@ import zstandard
 from data.conftest import SEQ_LEN, SIZES
 from data.data_support import make_texts, naive_samples, stored_samples, tree, write_rows
 from filelock import FileLock
+from transformers import AutoTokenizer
 
+from mohd_train.checkpoint.identity import tokenizer_sha256
 from mohd_train.data import pool
 from mohd_train.data import prepare as module
-from mohd_train.data.manifest import Manifest
+from mohd_train.data.manifest import Manifest, save_manifest
 from mohd_train.data.pool import WorkerPool
 from mohd_train.data.prepare import Request, prepare
 from mohd_train.errors import UserError
@@ -255,6 +258,23 @@ def test_done_is_said_and_other_preparations_are_refused(
         prepare(request(raw, tmp_path, pieces))
     with pytest.raises(UserError, match="at least 2 tokens"):
         prepare(request(raw, tmp_path / "x", pieces, seq_len=1))
+
+
+def test_a_tokenizer_recorded_by_an_earlier_version_is_known(
+    raw: Path, pieces: Path, prepared: tuple[Path, Manifest], tmp_path: Path
+) -> None:
+    """Its hash left out the flags of added tokens, and was written without a mark."""
+    out = Path(shutil.copytree(prepared[0], tmp_path / "out"))
+    manifest = prepared[1]
+    assert manifest.tokenizer.sha256.startswith("v2:")
+    old = tokenizer_sha256(AutoTokenizer.from_pretrained(out / "tokenizer"), version=1)
+    tokenizer = dataclasses.replace(manifest.tokenizer, sha256=old)
+    settings = manifest.settings | {"tokenizer": old}
+    save_manifest(dataclasses.replace(manifest, tokenizer=tokenizer, settings=settings), out)
+    assert prepare(request(raw, out, pieces, workers=1)).already_done
+    save_manifest(dataclasses.replace(manifest, settings=manifest.settings | {"tokenizer": "0" * 64}), out)
+    with pytest.raises(UserError, match=r"another preparation \(other tokenizer\)"):
+        prepare(request(raw, out, pieces))
 
 
 def test_two_preparations_of_one_folder_do_not_mix(

@@ -17,7 +17,9 @@ import pytest
 import torch
 from data.conftest import SEQ_LEN
 from data.data_support import stored_samples
+from transformers import AutoTokenizer
 
+from mohd_train.checkpoint.identity import tokenizer_sha256
 from mohd_train.config.schema import DataConfig
 from mohd_train.data import shared_memory
 from mohd_train.data.manifest import Manifest, save_manifest
@@ -241,6 +243,33 @@ def test_data_that_does_not_fit_is_refused(
 def test_data_that_fits_is_accepted(data: DataConfig, prepared: tuple[Path, Manifest]) -> None:
     sha256 = prepared[1].tokenizer.sha256
     assert check_data(data, vocab_size=384, seq_len=SEQ_LEN, tokenizer_sha256=sha256) == prepared[1]
+
+
+@pytest.mark.parametrize("place", ["local", "remote"])
+def test_the_copy_of_the_tokenizer_must_be_the_manifest_s(data: DataConfig, tmp_path: Path, place: str) -> None:
+    """A run takes it over, and its checkpoints are evaluated with it."""
+    if place == "remote":
+        data = dataclasses.replace(data, remote=data.local, local=str(tmp_path / "cache"))
+    check_data(data, vocab_size=360, seq_len=SEQ_LEN)
+    file = Path(data.remote or data.local) / "tokenizer" / "tokenizer.json"
+    content = file.read_text()
+    for edited, message in ((content + " ", "differs from the manifest's hash"), (None, "missing|can't be had")):
+        file.unlink() if edited is None else file.write_text(edited)
+        with pytest.raises(UserError, match=rf"tokenizer/tokenizer\.json.*({message})"):
+            check_data(data, vocab_size=360, seq_len=SEQ_LEN)
+
+
+def test_hashes_of_an_earlier_version_are_compared_by_the_tokenizer(
+    data: DataConfig, prepared: tuple[Path, Manifest]
+) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(Path(data.local) / "tokenizer")
+    old = tokenizer_sha256(tokenizer, version=1)
+    assert old != prepared[1].tokenizer.sha256
+    check_data(data, vocab_size=360, seq_len=SEQ_LEN, tokenizer_sha256=old)
+    tokenizer.add_tokens(["<another>"])
+    other = tokenizer_sha256(tokenizer, version=1)
+    with pytest.raises(UserError, match="made with another tokenizer"):
+        check_data(data, vocab_size=360, seq_len=SEQ_LEN, tokenizer_sha256=other)
 
 
 def test_bad_shards_are_named_before_the_first_step(data: DataConfig) -> None:

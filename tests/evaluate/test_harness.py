@@ -15,6 +15,7 @@ from lm_eval.api.task import Task
 from tokenizers import processors
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
+from mohd_train import checkpoint
 from mohd_train.errors import UserError
 from mohd_train.evaluate import checkpoint as checkpoints
 from mohd_train.evaluate.harness import BOOTSTRAP_ITERS, HarnessLM, score
@@ -28,7 +29,7 @@ COMPARED = ["sciq", "winogrande", "hellaswag", "lambada_openai", "mmlu"]
 
 
 def loaded(path: Path) -> checkpoints.LoadedModel:
-    return checkpoints.load(checkpoints.locate(path), device="cpu")
+    return checkpoints.load(checkpoint.open(path), device="cpu")
 
 
 def built(name: str, suite: Suite, data_dir: Path, cache: Path) -> BuiltTask:

@@ -16,11 +16,13 @@ from typing import Any
 import datasets
 import pytest
 import torch
-from support.native import save_native
+from support.native import save_native, swap_words
 from support.plans import small_plan
 from support.s3_server import BUCKET, S3Server
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from mohd_train.checkpoint import open as open_checkpoint
+from mohd_train.checkpoint.identity import fingerprint, tokenizer_sha256
 from mohd_train.errors import UserError
 from mohd_train.evaluate import checkpoint as checkpoints
 from mohd_train.evaluate import results
@@ -28,6 +30,7 @@ from mohd_train.evaluate.options import EvalOptions
 from mohd_train.evaluate.run import run_eval
 from mohd_train.evaluate.suite import Suite
 from mohd_train.evaluate.table_text import table_text
+from mohd_train.hf.convert import export
 from mohd_train.model.count import count
 from mohd_train.model.llama import Transformer
 
@@ -87,6 +90,48 @@ def test_refuses_to_replace_another_result(
     options.overwrite = True
     assert run_eval(options, suite) == 0
     assert results.read(stored(options)).model["checkpoint"] == str(options.checkpoint.resolve())
+
+
+@pytest.mark.parametrize("how", ["--tokenizer", "edited"])
+def test_another_tokenizer_is_another_measurement(options: EvalOptions, suite: Suite, tmp_path: Path, how: str) -> None:
+    """The same ids for other words: the stored score says nothing of it."""
+    options.checkpoint = Path(shutil.copytree(options.checkpoint, tmp_path / "model"))
+    run_eval(options, suite)
+    if how == "edited":
+        place = options.checkpoint
+    else:
+        place = options.tokenizer = Path(shutil.copytree(options.checkpoint, tmp_path / "other"))
+    file = place / "tokenizer.json"
+    content = json.loads(file.read_text(encoding="utf-8"))
+    vocabulary = content["model"]["vocab"]
+    first, second = sorted(vocabulary, key=vocabulary.get)[-2:]
+    vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
+    file.write_text(json.dumps(content), encoding="utf-8")
+    with pytest.raises(UserError, match=r"other settings \(tokenizer: v2:[0-9a-f]{64} there, v2:[0-9a-f]{64} now\)"):
+        run_eval(options, suite)
+    options.overwrite = True
+    assert run_eval(options, suite) == 0
+    options.overwrite = False
+    assert run_eval(options, suite) == 0
+
+
+def test_results_stored_before_are_read_and_not_reused(
+    options: EvalOptions, suite: Suite, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """They hold no hash of the tokenizer, and a fingerprint that did not look at all weights."""
+    run_eval(options, suite)
+    before = table_text(2, [options.output], "csv")
+    for task in ("sciq", "boolq"):
+        data = json.loads(stored(options, task).read_text(encoding="utf-8"))
+        del data["mohd_train"]["settings"]["tokenizer"]
+        data["mohd_train"]["model"]["fingerprint"] = "0123456789abcdef"
+        stored(options, task).write_text(json.dumps(data), encoding="utf-8")
+    assert results.read(stored(options)).settings.tokenizer == ""
+    assert table_text(2, [options.output], "csv") == before
+    with pytest.raises(UserError, match=r"sciq\.json was stored by an earlier version.*say --overwrite"):
+        run_eval(options, suite)
+    options.overwrite = True
+    assert run_eval(options, suite) == 0
 
 
 def test_changed_rows_are_another_measurement(options: EvalOptions, suite: Suite, tmp_path: Path) -> None:
@@ -206,7 +251,7 @@ def test_a_run_that_is_not_at_its_end_is_marked(suite: Suite, demo_questions: Pa
 
     def unfinished(status: str, checkpoint: Path = path) -> str | None:
         record.write_text(json.dumps({"status": status, "batch": 30}), encoding="utf-8")
-        return checkpoints.load(checkpoints.locate(checkpoint), device="cpu").info.get("unfinished")
+        return checkpoints.load(open_checkpoint(checkpoint), device="cpu").info.get("unfinished")
 
     assert unfinished("finished") is None
     assert unfinished("finished", Path(shutil.copy(path, path.with_name("ep0-ba1-rank0.pt")))) == (
@@ -218,35 +263,61 @@ def test_a_run_that_is_not_at_its_end_is_marked(suite: Suite, demo_questions: Pa
     assert f"not trained to its end: {plan.name} interrupted, batch 30" in table_text(2, [options.output], "md")
     record.write_text("{", encoding="utf-8")
     with pytest.raises(UserError, match=r"run\.json is no record of a run"):
-        checkpoints.load(checkpoints.locate(path), device="cpu")
+        checkpoints.load(open_checkpoint(path), device="cpu")
 
 
 def test_checkpoints_that_cannot_be_read(llama: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no checkpoint at"):
-        checkpoints.locate(tmp_path / "absent.pt")
+    with pytest.raises(UserError, match="no such checkpoint"):
+        open_checkpoint(tmp_path / "absent.pt")
     with pytest.raises(UserError, match=r"without config\.json"):
-        checkpoints.locate(tmp_path)
+        open_checkpoint(tmp_path)
     (tmp_path / "weights.npz").write_bytes(b"x")
     with pytest.raises(UserError, match="of no known kind"):
-        checkpoints.locate(tmp_path / "weights.npz")
+        open_checkpoint(tmp_path / "weights.npz")
     bare = tmp_path / "bare"
     shutil.copytree(llama, bare)
     (bare / "model.safetensors").unlink()
     with pytest.raises(UserError, match="no weights"):
-        checkpoints.locate(bare)
+        open_checkpoint(bare)
     (bare / "model.safetensors").write_bytes(b"broken")
     with pytest.raises(UserError, match="bare"):
-        checkpoints.load(checkpoints.locate(bare))
+        checkpoints.load(open_checkpoint(bare))
 
 
 def test_tokenizer_must_be_there_and_fit(llama: Path, tmp_path: Path) -> None:
-    location = checkpoints.locate(llama)
+    location = open_checkpoint(llama)
     with pytest.raises(UserError, match="no tokenizer at"):
         checkpoints.load(location, tokenizer=tmp_path / "absent")
     plan = small_plan()  # 97 pieces
     path = save_native(tmp_path / "run", plan, Transformer(plan))
     with pytest.raises(UserError, match=r"has 600 pieces, the model 97"):
-        checkpoints.load(checkpoints.locate(path), tokenizer=llama)
+        checkpoints.load(open_checkpoint(path), tokenizer=llama)
+
+
+def test_a_tokenizer_that_is_not_the_checkpoint_s_is_refused(tmp_path: Path) -> None:
+    """Beside a native checkpoint, by --tokenizer, and in an exported folder; the hashes of older checkpoints are known."""
+    plan = small_plan()
+    path = save_native(tmp_path / "run", plan, Transformer(plan))
+    export(path, tmp_path / "exported")
+    places = {path: tmp_path / "run" / "tokenizer", tmp_path / "exported": tmp_path / "exported"}
+    other = Path(shutil.copytree(tmp_path / "run" / "tokenizer", tmp_path / "other"))
+    swap_words(other)
+    for checkpoint, place in places.items():
+        found = open_checkpoint(checkpoint)
+        assert checkpoints.load(found, device="cpu").info["tokenizer_sha256"] == found.tokenizer_sha256
+        with pytest.raises(UserError, match=r"other is another tokenizer than .* was trained with .*--tokenizer"):
+            checkpoints.load(found, tokenizer=other, device="cpu")
+        swap_words(place)
+        with pytest.raises(UserError, match=r"is another tokenizer than .* was trained with"):
+            checkpoints.load(found, device="cpu")
+        swap_words(place)
+    content = torch.load(path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run" / "tokenizer")
+    content["state"]["callbacks"]["RunMetadata"]["tokenizer_sha256"] = tokenizer_sha256(tokenizer, version=1)
+    torch.save(content, path)
+    checkpoints.load(open_checkpoint(path), device="cpu")
+    with pytest.raises(UserError, match="another tokenizer"):
+        checkpoints.load(open_checkpoint(path), tokenizer=other, device="cpu")
 
 
 def test_fingerprint_tells_weights_apart_and_not_places(
@@ -254,19 +325,19 @@ def test_fingerprint_tells_weights_apart_and_not_places(
 ) -> None:
     moved = tmp_path / "moved"
     shutil.copytree(llama, moved)
-    assert checkpoints.locate(moved).fingerprint == checkpoints.locate(llama).fingerprint
-    assert checkpoints.locate(make_llama(seed=1)).fingerprint != checkpoints.locate(llama).fingerprint
+    assert open_checkpoint(moved).fingerprint == open_checkpoint(llama).fingerprint
+    assert open_checkpoint(make_llama(seed=1)).fingerprint != open_checkpoint(llama).fingerprint
     large = tmp_path / "large.pt"
-    large.write_bytes(bytes(6_000_000))  # more than 64 blocks: not every byte is read
-    before = checkpoints.fingerprint([large])
+    large.write_bytes(bytes(6_000_000))
+    before = fingerprint([large])
     with large.open("r+b") as file:
         file.seek(-1, os.SEEK_END)
         file.write(b"x")
-    assert checkpoints.fingerprint([large]) != before
+    assert fingerprint([large]) != before
 
 
 def test_llama_counts_as_the_paper_counts(llama: Path) -> None:
-    info = checkpoints.load(checkpoints.locate(llama), device="cpu").info
+    info = checkpoints.load(open_checkpoint(llama), device="cpu").info
     model = AutoModelForCausalLM.from_pretrained(llama)
     d, f, v = 32, 48, model.config.vocab_size
     assert info["activated"] == 4 * d * d + 3 * d * f

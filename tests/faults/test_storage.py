@@ -32,13 +32,11 @@ from support import fault_table
 from support.s3_server import BUCKET, Environ, S3Server, first
 from train.train_support import make_config
 
-from mohd_train import storage
+from mohd_train import checkpoint, storage
 from mohd_train.config.schema import Config
 from mohd_train.data.prepare import Request, prepare
 from mohd_train.errors import UserError, run_cli
-from mohd_train.evaluate.checkpoint import locate
 from mohd_train.hf.convert import export
-from mohd_train.model.checkpoint import read_checkpoint
 from mohd_train.train.callbacks import Uploads
 from mohd_train.train.run import dry_run, train
 
@@ -374,14 +372,14 @@ def test_a_checkpoint_on_storage_is_read(tmp_path: Path, data: Path, remote: Cal
         dry_run(make_config(tmp_path, data, "run_name=b", *FULL, load.replace("ba2", "ba9")))
     assert not (tmp_path / "runs").exists()
     local = tmp_path / "one" / "runs" / "a" / "checkpoints" / "ep0-ba2-rank0.pt"
-    found = locate(f"{RUN}/latest-rank0.pt")
-    assert (found.source, found.fingerprint) == (f"{RUN}/latest-rank0.pt", locate(local).fingerprint)
+    found = checkpoint.open(f"{RUN}/latest-rank0.pt")
+    assert (found.source, found.fingerprint) == (f"{RUN}/latest-rank0.pt", checkpoint.open(local).fingerprint)
     assert found.run_folder.name == "a"
     assert (found.run_folder / "tokenizer" / "tokenizer.json").is_file()
-    ours, theirs = (read_checkpoint(path)[1] for path in (local, found.path))
+    ours, theirs = (checkpoint.open(path).tensors() for path in (local, found.path))
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
     with pytest.raises(UserError, match=r"no such checkpoint; s3://bucket/runs/a/checkpoints has ep0-ba2-rank0.pt"):
-        locate(f"{RUN}/ep0-ba7-rank0.pt")
+        checkpoint.open(f"{RUN}/ep0-ba7-rank0.pt")
     with pytest.raises(UserError, match="holds no readable tokenizer"):  # the tests' tokenizer is none
         export(f"{RUN}/latest-rank0.pt", tmp_path / "exported")
 

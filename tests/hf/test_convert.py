@@ -6,13 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.native import save_native
+from support.native import save_native, swap_words
 from support.plans import small_plan
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
+from mohd_train import checkpoint
 from mohd_train.errors import UserError
 from mohd_train.hf import MoHDForCausalLM
-from mohd_train.hf.convert import export, load_model, read_checkpoint
+from mohd_train.hf.convert import export, load_model
 from mohd_train.model.llama import Transformer
 
 
@@ -35,9 +36,9 @@ def test_export_equals_the_checkpoint(tmp_path: Path, setting: str) -> None:
         assert torch.equal(load_model(tmp_path / "out")(ids).logits, model(ids).logits)
     assert (again.config.bos_token_id, again.generation_config.eos_token_id) == (1, 2)
     assert AutoTokenizer.from_pretrained(tmp_path / "out")("w5 w6").input_ids == [5, 6]
-    plan, weights, metadata = read_checkpoint(path)
-    assert (plan, metadata["run_name"]) == (model.plan, "test")
-    assert weights.keys() == model.state_dict().keys()
+    found = checkpoint.open(path)
+    assert (found.plan, found.metadata["run_name"]) == (model.plan, "test")
+    assert found.tensors().keys() == model.state_dict().keys()
 
 
 def test_a_dense_model_exports_as_llama(tmp_path: Path) -> None:
@@ -98,6 +99,17 @@ def test_export_replaces_nothing_and_needs_the_tokenizer(tmp_path: Path) -> None
     with pytest.raises(UserError, match="no tokenizer at"):
         export(path, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_export_with_another_tokenizer_is_refused(tmp_path: Path) -> None:
+    path, _ = native(tmp_path / "run")
+    swap_words(tmp_path / "run" / "tokenizer")
+    with pytest.raises(UserError, match=r"run/tokenizer is another tokenizer than .*ep0-ba3-rank0.pt was trained with"):
+        export(path, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    swap_words(tmp_path / "run" / "tokenizer")
+    export(path, tmp_path / "out")
+    assert checkpoint.open(tmp_path / "out").tokenizer_sha256 == checkpoint.open(path).tokenizer_sha256
 
 
 def test_command_line(tmp_path: Path, root: Path) -> None:

@@ -12,7 +12,7 @@ from torch._dynamo.utils import counters
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from train.train_support import make_config
 
-from mohd_train.model.checkpoint import read_checkpoint
+from mohd_train import checkpoint
 from mohd_train.model.llama import Transformer
 from mohd_train.run_folder.metrics import read_metrics
 from mohd_train.train.run import train
@@ -36,7 +36,7 @@ def test_a_compiled_run_equals_a_plain_one(tmp_path: Path, data: Path, monkeypat
         for key in ("loss/train/total", "loss/train/balance", "metrics/eval/LanguageCrossEntropy"):
             assert (key in left) == (key in right)
             assert left.get(key, 0) == pytest.approx(right.get(key, 0), rel=1e-5)
-    one, two = (read_checkpoint(next(run.glob("checkpoints/ep*-ba4-rank0.pt")))[1] for run in (plain, traced))
+    one, two = (checkpoint.open(next(run.glob("checkpoints/ep*-ba4-rank0.pt"))).tensors() for run in (plain, traced))
     assert set(one) == set(two)
     for name, value in one.items():
         torch.testing.assert_close(two[name], value, rtol=1e-4, atol=1e-6)

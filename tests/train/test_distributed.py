@@ -25,12 +25,10 @@ from train.distributed_support import Place, in_processes, run, run_in, seen
 from train.test_run import timeless
 from train.train_support import make_config, make_data
 
+from mohd_train import checkpoint
+from mohd_train.checkpoint.sharded import METADATA_FILE
 from mohd_train.errors import UserError
-from mohd_train.evaluate.checkpoint import locate
 from mohd_train.hf.convert import load_native
-from mohd_train.model.checkpoint import read_checkpoint
-from mohd_train.model.sharded import METADATA_FILE
-from mohd_train.storage import here
 from mohd_train.train import parallel
 from mohd_train.train.checkpoint import newest_whole
 from mohd_train.train.folder import check_shared
@@ -75,8 +73,8 @@ def test_fsdp_equals_one_process(runs: Runs, mohd: str, kind: str) -> None:
             assert ours[key] == pytest.approx(theirs[key], rel=2e-5, abs=1e-7), (ours["batch"], key)
     rates = {key: value for key, value in timeless(two / "metrics.jsonl")[-1].items() if key.startswith("lr-")}
     assert len(set(rates.values())) == (2 if mohd == "x2" else 1)
-    _, whole = read_checkpoint(one / "checkpoints" / f"ep0-ba{BATCHES}-rank0.pt")
-    _, parts = read_checkpoint(runs.checkpoint(two.name))
+    whole = checkpoint.open(one / "checkpoints" / f"ep0-ba{BATCHES}-rank0.pt").tensors()
+    parts = checkpoint.open(runs.checkpoint(two.name)).tensors()
     assert whole.keys() == parts.keys()
     for name in whole:
         torch.testing.assert_close(parts[name], whole[name], rtol=1e-4, atol=1e-5, msg=name)
@@ -114,7 +112,7 @@ def test_kill_and_resume_equals_uninterrupted(runs: Runs) -> None:
     whole, path = runs.run("x2-sharded"), runs.run("x2-killed")
     assert timeless(whole / "metrics.jsonl") == timeless(path / "metrics.jsonl")
     assert seen(whole) == seen(path)
-    weights = [read_checkpoint(runs.checkpoint(name))[1] for name in ("x2-sharded", "x2-killed")]
+    weights = [checkpoint.open(runs.checkpoint(name)).tensors() for name in ("x2-sharded", "x2-killed")]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
     names = sorted(path.name for path in half.parent.iterdir())
     assert names == ["ep0-ba6", "ep0-ba8", "latest-rank0.pt"]
@@ -140,9 +138,8 @@ def test_goes_on_from_object_storage(runs: Runs, s3: S3Server) -> None:
             shutil.rmtree(path)
     assert json.loads((path / "run.json").read_text())["sessions"][-1]["from"] == f"{where}/ep0-ba4"
     assert timeless(path / "metrics.jsonl") == timeless(runs.run("x2-sharded") / "metrics.jsonl")
-    (_, whole), (_, stored) = (
-        read_checkpoint(folder) for folder in (runs.checkpoint("x2-sharded"), here(f"{where}/latest-rank0.pt"))
-    )
+    places = (runs.checkpoint("x2-sharded"), f"{where}/latest-rank0.pt")
+    whole, stored = (checkpoint.open(place).tensors() for place in places)
     assert all(torch.equal(whole[name], stored[name]) for name in whole)
     assert not list((path / "checkpoints").glob(".*"))
 
@@ -160,13 +157,16 @@ def test_goes_on_in_another_number_of_processes(runs: Runs) -> None:
 def test_export_and_evaluation_read_it(runs: Runs) -> None:
     latest = runs.checkpoint("x2-sharded").parent / "latest-rank0.pt"
     model = load_native(latest)
-    _, weights = read_checkpoint(latest)
+    weights = checkpoint.open(latest).tensors()
     ours = model.transformer.state_dict()
     assert ours.keys() == weights.keys()
     assert all(torch.equal(ours[name], weights[name]) for name in ours)
-    assert locate(latest).kind == "native"
+    assert checkpoint.open(latest).is_native
+    assert checkpoint.open(latest).kind == "sharded"
     reference = runs.run("x2-one") / "checkpoints" / "latest-rank0.pt"
-    assert read_checkpoint(latest)[0]["plan"] == json.loads(json.dumps(read_checkpoint(reference)[0]["plan"]))
+    assert checkpoint.open(latest).metadata["plan"] == json.loads(
+        json.dumps(checkpoint.open(reference).metadata["plan"])
+    )
 
 
 @pytest.mark.parametrize(
@@ -192,7 +192,7 @@ def test_half_of_one_is_refused(runs: Runs, tmp_path: Path, damage: str) -> None
             next(iter(content.storage_data.values())).relative_path = "../__0_0.distcp"
         metadata.write_bytes(pickle.dumps(content))
     with pytest.raises(UserError, match=r"is broken or half-written|can't be read"):
-        read_checkpoint(folder, meta=True)
+        checkpoint.open(folder)
     with pytest.raises(UserError, match=r"no checkpoint in .* is whole"):
         newest_whole(tmp_path)
 
@@ -222,7 +222,7 @@ def test_code_is_refused(runs: Runs, tmp_path: Path, place: str) -> None:
             content.planner_data["x"] = Payload(flag)
         (folder / METADATA_FILE).write_bytes(pickle.dumps(content))
     with pytest.raises(UserError, match=r"is refused: it holds more than tensors and plain data .*system"):
-        read_checkpoint(folder)
+        checkpoint.open(folder)
     with pytest.raises(UserError, match="is refused"):
         newest_whole(tmp_path)
     config = make_config(tmp_path, runs.path / "data", "run_name=a", f"load_path={folder}")

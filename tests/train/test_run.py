@@ -14,8 +14,8 @@ from composer.core import Callback, State
 from composer.loggers import Logger
 from train.train_support import SEQ_LEN, make_config
 
+from mohd_train import checkpoint
 from mohd_train.config.load import load_config
-from mohd_train.model.checkpoint import read_checkpoint
 from mohd_train.run_folder.metrics import read_metrics
 from mohd_train.train import build
 from mohd_train.train.run import dry_run, train
@@ -50,7 +50,7 @@ def timeless(path: Path) -> list[dict[str, Any]]:
 def assert_same_run(one: Path, two: Path, last: str = "ep0-ba6-rank0.pt") -> None:
     """Losses, learning rates, mix, routing and validation of every batch, and the final weights, bit for bit."""
     assert timeless(one / "metrics.jsonl") == timeless(two / "metrics.jsonl")
-    weights = [read_checkpoint(folder / "checkpoints" / last)[1] for folder in (one, two)]
+    weights = [checkpoint.open(folder / "checkpoints" / last).tensors() for folder in (one, two)]
     assert weights[0].keys() == weights[1].keys()
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
@@ -65,7 +65,8 @@ def test_what_a_run_writes(finished: Path) -> None:
     assert record["versions"]["mosaicml"]
     assert record["checkpoint"].endswith("ep0-ba6-rank0.pt")
     assert record["metrics"]["metrics/eval/LanguageCrossEntropy"] > 0
-    metadata, weights = read_checkpoint(folder / "checkpoints" / "latest-rank0.pt")
+    found = checkpoint.open(folder / "checkpoints" / "latest-rank0.pt")
+    metadata, weights = found.metadata, found.tensors()
     assert metadata["plan"] == record["plan"]
     assert metadata["tokenizer_sha256"] == "ab" * 32
     assert "embedding.weight" in weights
@@ -191,7 +192,7 @@ def test_weights_of_another_run_are_loaded(finished: Path, data: Path) -> None:
         finished, data, "run_name=from-a", f"load_path={source}", "load_weights_only=true", "optimizer.lr=1.0e-30"
     )
     train(config)
-    theirs, ours = (read_checkpoint(path)[1] for path in (source, Path(config.save_folder) / "latest-rank0.pt"))
+    theirs, ours = (checkpoint.open(path).tensors() for path in (source, Path(config.save_folder) / "latest-rank0.pt"))
     assert all(torch.equal(theirs[name], ours[name]) for name in theirs)
 
 

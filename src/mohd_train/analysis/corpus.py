@@ -21,9 +21,10 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from mohd_train.analysis.subject import Subject
+from mohd_train.checkpoint.identity import check_tokenizer
 from mohd_train.config.schema import DataConfig
 from mohd_train.data.domains import SUFFIXES, Source, domain_of_file
-from mohd_train.data.manifest import MANIFEST, load_manifest
+from mohd_train.data.manifest import MANIFEST, TOKENIZER_FOLDER, load_manifest
 from mohd_train.data.rows import parse_row, range_lines, unpacked_units
 from mohd_train.data.streaming import build_eval_loaders
 from mohd_train.data.verify import verify
@@ -100,11 +101,15 @@ def _prepared(path: Path, subject: Subject, seq_len: int | None) -> Corpus:
     made_with = manifest.tokenizer
     if subject.tokenizer_sha256 is None:
         raise UserError(f"{subject.info['source']} does not say which tokenizer it uses; give it with --tokenizer")
-    if subject.tokenizer_sha256 != made_with.sha256 or made_with.vocab_size > subject.vocab_size:
-        raise UserError(
-            f"{path} was made with another tokenizer ({made_with.name}, sha256 {made_with.sha256[:12]}) than the model's "
-            f"({subject.tokenizer_sha256[:12]}); give data prepared with the model's, or raw text"
-        )
+    what, remedy = (
+        f"{path} was made with another tokenizer ({made_with.name}) than the model's",
+        "give data prepared with it",
+    )
+    check_tokenizer(
+        subject.tokenizer_sha256, made_with.sha256, what=what, remedy=remedy, folder=path / TOKENIZER_FOLDER
+    )
+    if made_with.vocab_size > subject.vocab_size:
+        raise UserError(f"{what} ({made_with.vocab_size} tokens, not {subject.vocab_size}); {remedy}")
     length = seq_len or min(manifest.seq_len, subject.max_positions or manifest.seq_len)
     if length > manifest.seq_len:
         raise UserError(f"--seq-len {length}: {path} has samples of {manifest.seq_len} tokens; give that or less")

@@ -15,9 +15,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 import mohd_train
-from mohd_train.data.tokenize import tokenizer_sha256
+from mohd_train import checkpoint
+from mohd_train.checkpoint.identity import check_tokenizer, tokenizer_sha256
 from mohd_train.errors import UserError
-from mohd_train.hf.convert import load_model, read_checkpoint
+from mohd_train.hf.convert import load_model
 from mohd_train.hf.modeling import MoHDForCausalLM
 from mohd_train.model.llama import Transformer
 
@@ -89,36 +90,40 @@ def load_subject(
     """Reads a model.
 
     Args:
-        source: checkpoint file, Hugging Face folder, or a name on the hub.
+        source: a checkpoint of any kind, here or on object storage, or a name on the hub.
         tokenizer: a folder; default: the run's beside a checkpoint, else the model's own.
         dtype: of the weights: ``auto`` (as stored), or one of :data:`DTYPES`. Statistics are in float32 or wider anyway.
     Raises:
         UserError: the model can't be had, or the tokenizer that was asked for.
     """
-    path = Path(source)
-    native = path.is_file() or path.suffix == ".pt"
-    model = load_model(path) if native or path.exists() else _from_hub(source)
+    opened = checkpoint.open(source) if checkpoint.exists(source) or source.endswith(".pt") else None
+    model = load_model(opened) if opened is not None else _from_hub(source)
     if dtype != "auto":
         model = model.to(DTYPES[dtype])  # type: ignore[arg-type]
     model = model.to(device or torch.device("cpu")).eval()  # type: ignore[arg-type]
     plan = model.config.to_plan() if isinstance(model, MoHDForCausalLM) else None
     info: dict[str, Any] = {
-        "name": plan.name if plan is not None else path.name,
+        "name": plan.name if plan is not None else Path(source).name,
         "source": source,
-        "kind": "native" if native else "hf",
+        "kind": "native" if opened is not None and opened.is_native else "hf",
         "architecture": type(model).__name__,
         "fingerprint": fingerprint(model),
         "dtype": str(model.dtype).removeprefix("torch."),
         "plan": plan.to_dict() if plan is not None else None,
     }
-    sha256 = None
-    if native:
-        _, _, metadata = read_checkpoint(path)
-        info["run"] = metadata.get("run_name")
-        sha256 = metadata.get("tokenizer_sha256")
-    found = _tokenizer(tokenizer, path.resolve().parent.parent / "tokenizer" if native else source)
-    if found is not None and sha256 is None:
-        sha256 = tokenizer_sha256(found)
+    if opened is not None and opened.is_native:
+        info["run"] = opened.metadata.get("run_name")
+    sha256 = opened.tokenizer_sha256 if opened is not None else None
+    place = tokenizer or (opened.tokenizer_folder if opened is not None else source)
+    found = _tokenizer(tokenizer, place)
+    if found is not None:
+        check_tokenizer(
+            sha256,
+            found,
+            what=f"{place} is another tokenizer than {source} was trained with",
+            remedy="give the model's own with --tokenizer",
+        )
+        sha256 = sha256 or tokenizer_sha256(found)
     info["tokenizer_sha256"] = sha256
     return Subject(model, found, sha256, info)
 

@@ -63,7 +63,7 @@ class Split:
 
 @dataclass(frozen=True)
 class TokenizerInfo:
-    """`sha256` identifies the mapping from text to ids (:func:`mohd_train.data.tokenize.tokenizer_sha256`)."""
+    """`sha256` identifies the mapping from text to ids (:func:`mohd_train.checkpoint.identity.tokenizer_sha256`)."""
 
     sha256: str
     vocab_size: int

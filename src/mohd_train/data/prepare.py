@@ -20,6 +20,7 @@ import numpy as np
 from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 
+from mohd_train.checkpoint.identity import is_tokenizer
 from mohd_train.data import split
 from mohd_train.data.domains import RawData, find_sources, shares
 from mohd_train.data.manifest import (
@@ -89,7 +90,7 @@ def prepare(request: Request) -> Prepared:
     out, work = preparation.out, preparation.work
     if (out / MANIFEST).exists():
         manifest = load_manifest(out)
-        _refuse_other(out, manifest.settings, preparation.settings)
+        _refuse_other(out, manifest.settings, preparation.settings, tokenizer)
         shutil.rmtree(work, ignore_errors=True)  # of a run cut off just after its manifest
         return Prepared(manifest, True)
     preparation.open_work()
@@ -133,7 +134,7 @@ class Preparation:
         plan = self.work / "plan.json"
         settings = self.settings | {"unit_bytes": self.request.unit_bytes}
         if plan.exists():
-            _refuse_other(self.out, json.loads(plan.read_bytes()), settings)
+            _refuse_other(self.out, json.loads(plan.read_bytes()), settings, self.tokenizer)
             return
         if self.out.exists() and not self.out.is_dir():
             raise UserError(f"--out {self.out} is a file; name a folder")
@@ -245,8 +246,12 @@ class Preparation:
         )
 
 
-def _refuse_other(out: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
+def _refuse_other(out: Path, found: dict[str, Any], wanted: dict[str, Any], tokenizer: Tokenizer) -> None:
     names = {"seq_len": "--seq-len", "val_tokens": "--val-tokens", "sources": "raw files or --domains"}
     other = [names.get(key, key) for key in wanted if found.get(key) != wanted[key]]
+    if "tokenizer" in other and is_tokenizer(
+        str(found.get("tokenizer")), tokenizer.hf
+    ):  # recorded by an earlier version
+        other.remove("tokenizer")
     if other:
         raise UserError(f"--out {out} holds another preparation (other {', '.join(other)}); choose another folder")

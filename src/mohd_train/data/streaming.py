@@ -16,14 +16,15 @@ import torch
 from composer.utils import dist
 from torch.utils.data import DataLoader
 
+from mohd_train.checkpoint.identity import check_tokenizer
 from mohd_train.config.schema import DataConfig
-from mohd_train.data.manifest import HASH, MANIFEST, Manifest, load_manifest
+from mohd_train.data.manifest import HASH, MANIFEST, TOKENIZER_FOLDER, Manifest, load_manifest
 from mohd_train.data.mix import MixPlan, epoch_samples, mixture, plan_mix
 from mohd_train.data.remote import fetch_indexes, fetch_manifest
 from mohd_train.data.shared_memory import claim_shared_memory
 from mohd_train.data.signals import outlive_sigterm
 from mohd_train.data.streams import ShardStream, TokenStreams, ValidationSet
-from mohd_train.data.verify import verify
+from mohd_train.data.verify import tokenizer_problems, verify
 from mohd_train.errors import UserError
 from mohd_train.storage import refuse_remote
 
@@ -44,7 +45,8 @@ def check_data(data: DataConfig, *, vocab_size: int, seq_len: int, tokenizer_sha
         tokenizer_sha256: of the tokenizer the model was trained with so far, where there is one.
     Raises:
         UserError: no such folder, a domain of the config that the data lacks, another tokenizer, vocabulary or sequence
-            length, a domain without samples, a bad shard, a folder in which shards can't be unpacked.
+            length, a copy of the tokenizer that is not the manifest's, a domain without samples, a bad shard, a folder in
+            which shards can't be unpacked.
     """
     refuse_remote(data.local, "data.local", "set data.remote to that address, and data.local to a folder for the cache")
     if data.remote:
@@ -57,11 +59,15 @@ def check_data(data: DataConfig, *, vocab_size: int, seq_len: int, tokenizer_sha
             f"set max_seq_len={manifest.seq_len}, or prepare the data with --seq-len {seq_len}"
         )
     tokenizer = manifest.tokenizer
-    if tokenizer_sha256 is not None and tokenizer.sha256 != tokenizer_sha256:
-        raise UserError(
-            f"{folder} was made with another tokenizer ({tokenizer.name}, sha256 {tokenizer.sha256[:12]}) than the model's "
-            f"({tokenizer_sha256[:12]}); prepare the data with the model's tokenizer"
-        )
+    if problems := tokenizer_problems(folder, manifest):
+        raise UserError(f"{problems[0]}; copy the folder {TOKENIZER_FOLDER} again, or prepare the data again")
+    check_tokenizer(
+        tokenizer_sha256,
+        tokenizer.sha256,
+        what=f"{folder} was made with another tokenizer ({tokenizer.name}) than the model",
+        remedy="prepare the data with the model's tokenizer",
+        folder=folder / TOKENIZER_FOLDER,
+    )
     if not 0 <= vocab_size - tokenizer.vocab_size <= VOCAB_PADDING:
         raise UserError(
             f"{folder} was made with a tokenizer of {tokenizer.vocab_size} tokens ({tokenizer.name}), the model has "

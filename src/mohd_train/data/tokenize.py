@@ -7,17 +7,16 @@ Text is only text here: a document that spells out `</s>` never yields the end-o
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import sentencepiece
 from numpy.typing import NDArray
 from transformers import AutoTokenizer, LlamaTokenizerFast, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from mohd_train.checkpoint.identity import tokenizer_sha256
 from mohd_train.errors import UserError
 
 # (BOS, EOS) spellings tried in this order for a bare tokenizer.json, which doesn't say which tokens they are.
@@ -109,25 +108,6 @@ def load_tokenizer(source: str) -> Tokenizer:
         hf.backend_tokenizer.encode_special_tokens = True
     size = max(hf.get_vocab().values()) + 1
     return Tokenizer(hf, pieces, path.name, size, hf.bos_token_id, hf.eos_token_id, tokenizer_sha256(hf))
-
-
-def tokenizer_sha256(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Identity of the mapping from text to ids, the same for a source and its saved copy.
-
-    Over: every token with its id, BOS and EOS ids and, for a fast tokenizer, the model (merges, scores, fallback),
-    normalizer and pre-tokenizer of its `tokenizer.json`. Not over: chat templates, padding, truncation, names of files.
-    """
-    mapping: dict[str, Any] = {
-        "tokens": sorted(tokenizer.get_vocab().items(), key=lambda item: item[1]),
-        "bos": tokenizer.bos_token_id,
-        "eos": tokenizer.eos_token_id,
-    }
-    if isinstance(tokenizer, PreTrainedTokenizerFast):
-        backend = json.loads(tokenizer.backend_tokenizer.to_str())
-        mapping |= {part: backend[part] for part in ("model", "normalizer", "pre_tokenizer")}
-    elif hasattr(tokenizer, "sp_model"):
-        mapping["model"] = hashlib.sha256(tokenizer.sp_model.serialized_model_proto()).hexdigest()
-    return hashlib.sha256(json.dumps(mapping, sort_keys=True).encode()).hexdigest()
 
 
 def _from_pieces(path: Path, pieces: sentencepiece.SentencePieceProcessor) -> PreTrainedTokenizerBase:

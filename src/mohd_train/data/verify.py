@@ -11,7 +11,7 @@ from pathlib import Path
 
 import xxhash
 
-from mohd_train.data.manifest import HASH, TOKENIZER_FOLDER, Shard, Split, load_manifest
+from mohd_train.data.manifest import HASH, TOKENIZER_FOLDER, Manifest, Shard, Split, load_manifest
 
 _CHUNK = 1 << 22
 
@@ -23,7 +23,7 @@ def verify(
 
     Args:
         folder: prepared data.
-        domains: only these; default: all, and the tokenizer's copy too.
+        domains: only these; default: all. The tokenizer's copy is always checked.
         hashes: read every byte. Without, only existence and sizes are checked (seconds, whatever the size).
         threads: that hash at once (default: one a core, at most 16).
     Raises:
@@ -44,9 +44,7 @@ def verify(
                     work.append((raw, shard.raw_bytes, shard.raw_hash))
     with ThreadPoolExecutor(threads or min(16, os.cpu_count() or 1)) as pool:  # xxhash releases the GIL
         problems += [problem for problem in pool.map(lambda item: _file_problem(*item, hashes=hashes), work) if problem]
-    if domains is None:
-        problems += _tokenizer_problems(folder / TOKENIZER_FOLDER, manifest.tokenizer.files)
-    return problems
+    return problems + tokenizer_problems(folder, manifest)
 
 
 def _file_problem(path: Path, size: int, expected: str, *, hashes: bool) -> str | None:
@@ -107,9 +105,10 @@ def shard_from_index(entry: dict) -> Shard:
     )
 
 
-def _tokenizer_problems(place: Path, files: dict[str, str]) -> list[str]:
-    problems = []
-    for name, sha256 in files.items():
+def tokenizer_problems(folder: Path, manifest: Manifest) -> list[str]:
+    """What is wrong with the copy of the tokenizer in prepared data: a run takes it over, and is evaluated with it."""
+    place, problems = folder / TOKENIZER_FOLDER, []
+    for name, sha256 in manifest.tokenizer.files.items():
         path = place / name
         if not path.is_file():
             problems.append(f"{path}: missing")

@@ -51,9 +51,10 @@ def shards(folder: Path, tokenizer_source: str, seq_len: int) -> str | None:
     found = manifest(folder)
     if found is None:
         return None
-    from mohd_train.data.tokenize import load_tokenizer  # seconds, for transformers
+    from mohd_train.checkpoint.identity import is_tokenizer  # seconds, for transformers
+    from mohd_train.data.tokenize import load_tokenizer
 
-    if found.seq_len != seq_len or found.tokenizer.sha256 != load_tokenizer(tokenizer_source).sha256:
+    if found.seq_len != seq_len or not is_tokenizer(found.tokenizer.sha256, load_tokenizer(tokenizer_source).hf):
         raise UserError(
             f"{folder} was prepared with another tokenizer or length than {tokenizer_source}, {seq_len}; remove it"
         )
@@ -94,12 +95,12 @@ def checkpoint_of(folder: str) -> Path:
 
 def _stored(folder: Path, checkpoint: Path) -> dict[str, Result]:
     """Task -> result of the checkpoint. Those of a checkpoint that is gone are removed: nothing can be compared with them."""
-    from mohd_train.evaluate import checkpoint as checkpoints
+    from mohd_train import checkpoint as checkpoints
     from mohd_train.evaluate import results
 
     if not checkpoint.exists():
         return {}
-    fingerprint = checkpoints.locate(checkpoint).fingerprint
+    fingerprint = checkpoints.open(checkpoint).fingerprint
     found = {path: results.read(path) for path in sorted(folder.glob("*.json")) if results.is_result(path)}
     for path, result in list(found.items()):
         if result.model["fingerprint"] != fingerprint:

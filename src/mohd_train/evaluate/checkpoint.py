@@ -2,39 +2,22 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from mohd_train.checkpoint import Checkpoint, exists, resolve
+from mohd_train.checkpoint.identity import check_tokenizer, read_tokenizer, tokenizer_sha256
 from mohd_train.config.plan import ModelPlan
 from mohd_train.errors import UserError
 from mohd_train.hf.convert import load_model
 from mohd_train.model.count import count
-from mohd_train.model.sharded import is_sharded
-from mohd_train.storage import here, is_remote
 
-_BLOCKS, _BLOCK = 64, 1 << 16  # of a fingerprint: blocks a file, bytes a block
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-@dataclass(frozen=True)
-class Location:
-    """A checkpoint that was found on disk and not yet read."""
-
-    path: Path
-    kind: str  # "native" (Composer's) or "hf" (a Hugging Face folder)
-    fingerprint: str
-    source: str = ""  # its address, where it is a copy from object storage
-
-    @property
-    def run_folder(self) -> Path:
-        """The run a native checkpoint belongs to: `RUN/checkpoints/CHECKPOINT`."""
-        return self.path.parent.parent
 
 
 @dataclass
@@ -46,55 +29,6 @@ class LoadedModel:
     info: dict[str, Any]  # goes into every result: name, checkpoint, kind, fingerprint, activated, total, ...
     vocab_size: int
     ours: bool  # trained by this framework: a document begins with BOS
-
-
-def locate(path: Path | str) -> Location:
-    """Finds out what ``path`` is, and its fingerprint. A checkpoint on object storage (``s3://...``) is brought here.
-
-    Raises:
-        UserError: nothing is there, or it is neither a Composer checkpoint nor a Hugging Face folder.
-    """
-    source, path = str(path) if is_remote(path) else "", here(path)
-    if not path.exists():
-        raise UserError(f"no checkpoint at {path}; give a Composer checkpoint (.pt) or a Hugging Face folder")
-    path = path.resolve()  # `latest-rank0.pt` is a link: the result names what it stood for
-    if is_sharded(path):
-        kind, files = "native", sorted(path.glob("*.distcp"))
-    elif path.is_dir():
-        if not (path / "config.json").is_file():
-            raise UserError(
-                f"{path} is a folder without config.json; give a Hugging Face folder or a checkpoint file (.pt)"
-            )
-        kind, files = "hf", _hf_files(path)
-    elif path.suffix == ".pt":
-        kind, files = "native", [path]
-    else:
-        raise UserError(f"{path} is of no known kind; give a Composer checkpoint (.pt) or a Hugging Face folder")
-    return Location(path, kind, fingerprint(files), source)
-
-
-def _hf_files(path: Path) -> list[Path]:
-    weights = sorted(file for suffix in ("safetensors", "bin") for file in path.glob(f"*.{suffix}"))
-    if not weights:
-        raise UserError(f"{path} has a config.json and no weights (*.safetensors or *.bin); the export is not complete")
-    return [path / "config.json", *weights]
-
-
-def fingerprint(files: list[Path]) -> str:
-    """16 hex digits that tell checkpoints apart, wherever they lie and whatever their size.
-
-    Of each file: its name, its size and 64 evenly spaced blocks of 64 KiB. Training changes weights everywhere, and the end
-    of a `.pt` file holds the checksums of all its tensors.
-    """
-    digest = hashlib.sha256()
-    for file in files:
-        size = file.stat().st_size
-        digest.update(f"{len(files) > 1 and file.name}:{size}".encode())  # a single file may be renamed
-        with file.open("rb") as handle:
-            for start in sorted({max(0, (size - _BLOCK) * i // (_BLOCKS - 1)) for i in range(_BLOCKS)}):
-                handle.seek(start)
-                digest.update(handle.read(_BLOCK))
-    return digest.hexdigest()[:16]
 
 
 def pick_device(device: str) -> torch.device:
@@ -113,7 +47,7 @@ def pick_device(device: str) -> torch.device:
 
 
 def load(
-    location: Location,
+    found: Checkpoint,
     *,
     tokenizer: Path | None = None,
     name: str | None = None,
@@ -128,43 +62,57 @@ def load(
         dtype: of the weights: auto (as stored), float32, bfloat16 or float16.
 
     Raises:
-        UserError: the weights or the tokenizer cannot be read, or do not belong together.
+        UserError: the weights or the tokenizer cannot be read, or the tokenizer is not the one the model was trained with.
     """
     where = pick_device(device)
-    model = load_model(location.path)
+    folder = tokenizer or found.tokenizer_folder
+    loaded_tokenizer = read_tokenizer(folder, "give the folder with --tokenizer")
+    if found.plan is not None:  # what can be refused before gigabytes are read
+        _check_tokenizer(found, loaded_tokenizer, folder, found.plan.vocab_size)
+    model = load_model(found)
     plan = model.config.to_plan() if hasattr(model.config, "to_plan") else None  # a MoHDConfig carries its plan
     if dtype != "auto":
         model = model.to(_DTYPES[dtype])  # type: ignore[arg-type]
     model = model.to(where).eval()  # type: ignore[arg-type]
-    default = location.run_folder / "tokenizer" if location.kind == "native" else location.path
-    loaded_tokenizer = _load_tokenizer(tokenizer or default)
     vocabulary = int(model.get_input_embeddings().weight.shape[0])
-    if len(loaded_tokenizer) > vocabulary:
-        raise UserError(
-            f"the tokenizer at {tokenizer or default} has {len(loaded_tokenizer)} pieces, the model {vocabulary}; "
-            "it is not the one that the model was trained with (--tokenizer)"
-        )
+    if found.plan is None:
+        _check_tokenizer(found, loaded_tokenizer, folder, vocabulary)
     activated, total = _count(model, plan)
     info = {
-        "name": name or (plan.name if plan is not None else location.path.name),
-        "checkpoint": location.source or str(location.path),
-        "kind": location.kind,
-        "fingerprint": location.fingerprint,
+        "name": name or (plan.name if plan is not None else found.path.name),
+        "checkpoint": found.source,
+        "kind": "native" if found.is_native else "hf",
+        "fingerprint": found.fingerprint,
         "activated": activated,
         "total": total,
         "plan": plan.to_dict() if plan is not None else None,
-        "run": location.run_folder.name if location.kind == "native" else None,
-        **({"unfinished": unfinished} if (unfinished := _unfinished(location)) else {}),
+        "run": found.run_folder.name if found.is_native else None,
+        **({"unfinished": unfinished} if (unfinished := _unfinished(found)) else {}),
         "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
-        "tokenizer": str(tokenizer or default),
+        "tokenizer": str(folder),
+        "tokenizer_sha256": tokenizer_sha256(loaded_tokenizer),
     }
     return LoadedModel(model, loaded_tokenizer, info, vocabulary, ours=plan is not None)
 
 
-def _unfinished(location: Location) -> str | None:
+def _check_tokenizer(found: Checkpoint, tokenizer: PreTrainedTokenizerBase, folder: Path, vocabulary: int) -> None:
+    if len(tokenizer) > vocabulary:
+        raise UserError(
+            f"the tokenizer at {folder} has {len(tokenizer)} pieces, the model {vocabulary}; "
+            "it is not the one that the model was trained with (--tokenizer)"
+        )
+    check_tokenizer(
+        found.tokenizer_sha256,
+        tokenizer,
+        what=f"{folder} is another tokenizer than {found.source} was trained with",
+        remedy="give the model's own with --tokenizer",
+    )
+
+
+def _unfinished(found: Checkpoint) -> str | None:
     """How far the run of a native checkpoint had come, if not to its end; None too where no record of a run is beside it."""
-    record = location.run_folder / "run.json"
-    if location.kind != "native" or not record.is_file():
+    record = found.run_folder / "run.json"
+    if not found.is_native or not record.is_file():
         return None
     try:
         run = json.loads(record.read_text(encoding="utf-8"))
@@ -173,17 +121,8 @@ def _unfinished(location: Location) -> str | None:
         raise UserError(f"{record} is no record of a run ({error}); restore it, or move the checkpoint away") from None
     if status != "finished":
         return f"{status}, batch {batch}"
-    latest = location.path.parent / "latest-rank0.pt"
-    return f"{location.path.name}, not the last" if latest.exists() and latest.resolve() != location.path else None
-
-
-def _load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
-    if not path.is_dir():
-        raise UserError(f"no tokenizer at {path}; give the folder with --tokenizer")
-    try:
-        return AutoTokenizer.from_pretrained(path, local_files_only=True)
-    except Exception as error:  # tokenizers and transformers each have exceptions of their own
-        raise UserError(f"no tokenizer can be read from {path}: {' '.join(str(error).split())[:200]}") from error
+    latest = found.path.parent / "latest-rank0.pt"
+    return f"{found.path.name}, not the last" if exists(latest) and resolve(latest) != found.path else None
 
 
 def _count(model: PreTrainedModel, plan: ModelPlan | None) -> tuple[int, int]:

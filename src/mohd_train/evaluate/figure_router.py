@@ -6,6 +6,7 @@ from pathlib import Path
 
 from mohd_train.analysis.routing import COMPONENTS, router_selection
 from mohd_train.analysis.routing_figures import draw_router_selection
+from mohd_train.checkpoint import exists
 from mohd_train.config.plan import ModelPlan
 from mohd_train.errors import UserError
 from mohd_train.evaluate.sweep_eval import LATEST
@@ -29,7 +30,7 @@ def draw_router(sweep: Path, run: str, output: Path, layer: int | None, componen
     if run not in folder.runs:
         raise UserError(f"{sweep} has no run {run!r}; it has {', '.join(folder.runs)}")
     checkpoint = sweep / run / LATEST
-    if not checkpoint.exists():
+    if not exists(checkpoint):
         raise UserError(f"{run} has no checkpoint yet; see scripts/sweep.py status {sweep}")
     plan = ModelPlan.from_dict(folder.runs[run]["plan"])
     layer = min(PAPER_LAYER, plan.num_hidden_layers - 1) if layer is None else layer

@@ -21,15 +21,23 @@ from rich.table import Table
 from torch import nn
 from torch.utils.data import DataLoader
 
+from mohd_train import checkpoint
 from mohd_train.config.schema import DataConfig
 from mohd_train.data.manifest import Manifest, load_manifest
 from mohd_train.data.streaming import build_eval_loaders, check_data
-from mohd_train.data.tokenize import tokenizer_sha256
 from mohd_train.errors import UserError
 from mohd_train.evaluate import checkpoint as checkpoints
 from mohd_train.evaluate.options import PerplexityOptions
 from mohd_train.evaluate.output import Output
-from mohd_train.evaluate.results import KEY, check_writable, hardware, rename_broken, versions, write_json
+from mohd_train.evaluate.results import (
+    KEY,
+    check_same_checkpoint,
+    check_writable,
+    hardware,
+    rename_broken,
+    versions,
+    write_json,
+)
 
 FORMAT = "mohd_train.perplexity/1"
 TOTAL = "total"
@@ -82,10 +90,10 @@ def run_perplexity(options: PerplexityOptions, console: Console | None = None) -
     console = console or Console()
     if options.limit is not None and options.limit < 1:
         raise UserError(f"--limit is {options.limit}; it must be 1 batch or more")
-    location = checkpoints.locate(options.checkpoint)
+    found = checkpoint.open(options.checkpoint)
     manifest = load_manifest(options.data)
     loaded = checkpoints.load(
-        location, tokenizer=options.tokenizer, name=options.name, device=options.device, dtype=options.dtype
+        found, tokenizer=options.tokenizer, name=options.name, device=options.device, dtype=options.dtype
     )
     data = _data_config(options, manifest, loaded)
     output = Output(options.output)
@@ -98,7 +106,7 @@ def run_perplexity(options: PerplexityOptions, console: Console | None = None) -
         "limit": options.limit,
         "dtype": loaded.info["dtype"],
     }
-    parts = None if options.overwrite else _stored(path, settings, location.fingerprint, console)
+    parts = None if options.overwrite else _stored(path, settings, found.fingerprint, console)
     if parts is None:
         check_writable(path.parent)
         loaders = build_eval_loaders(data, manifest, device_batch_size=options.batch_size)
@@ -129,7 +137,7 @@ def _data_config(options: PerplexityOptions, manifest: Manifest, loaded: checkpo
         data,
         vocab_size=loaded.vocab_size,
         seq_len=manifest.seq_len,
-        tokenizer_sha256=tokenizer_sha256(loaded.tokenizer),
+        tokenizer_sha256=loaded.info["tokenizer_sha256"],
     )
     return data
 
@@ -154,11 +162,7 @@ def _stored(path: Path, settings: dict[str, Any], fingerprint: str, console: Con
         said = rename_broken(path, f"{path} is no perplexity result ({error})")
         console.print(said, markup=False, highlight=False, soft_wrap=True)
         return None
-    if before_model["fingerprint"] != fingerprint:
-        raise UserError(
-            f"{path} holds the result of another checkpoint ({before_model['checkpoint']}); "
-            "choose another --output or --name, or say --overwrite"
-        )
+    check_same_checkpoint(path, before_model, fingerprint)
     differing = [key for key in settings if before.get(key) != settings[key]]
     if differing:
         raise UserError(

@@ -21,6 +21,7 @@ import torch
 from lm_eval.utils import handle_non_serializable
 
 import mohd_train
+from mohd_train.checkpoint.identity import is_sampled
 from mohd_train.errors import UserError
 from mohd_train.evaluate.suite import Suite, TaskSpec
 from mohd_train.evaluate.text_file import write_text
@@ -45,6 +46,7 @@ class Settings:
     dtype: str
     rows: str  # "hub", or a hash over the local files
     demo: bool = False  # rows written for the demo, not the task's own
+    tokenizer: str = ""  # its hash (checkpoint.identity); empty in results stored before it was kept
 
 
 @dataclass(frozen=True)
@@ -276,11 +278,7 @@ def reusable(path: Path, settings: Settings, fingerprint: str, overwrite: bool) 
     if not path.exists() or overwrite:
         return None
     stored = read(path)
-    if stored.model["fingerprint"] != fingerprint:
-        raise UserError(
-            f"{path} holds the result of another checkpoint ({stored.model['checkpoint']}); "
-            "choose another --output or --name, or say --overwrite"
-        )
+    check_same_checkpoint(path, stored.model, fingerprint)
     before, now = asdict(stored.settings), asdict(settings)
     differing = [f"{key}: {before[key]} there, {now[key]} now" for key in now if before[key] != now[key]]
     if differing:
@@ -288,3 +286,17 @@ def reusable(path: Path, settings: Settings, fingerprint: str, overwrite: bool) 
             f"{path} was made with other settings ({'; '.join(differing)}); choose another --output or say --overwrite"
         )
     return stored
+
+
+def check_same_checkpoint(path: Path, model: dict[str, Any], fingerprint: str) -> None:
+    """Raises UserError where the stored result at ``path`` is another checkpoint's, or can't be known to be this one's."""
+    if is_sampled(model["fingerprint"]):
+        raise UserError(
+            f"{path} was stored by an earlier version, which did not look at all weights and the tokenizer, so it may be "
+            "another checkpoint's; say --overwrite to measure again"
+        )
+    if model["fingerprint"] != fingerprint:
+        raise UserError(
+            f"{path} holds the result of another checkpoint ({model['checkpoint']}); "
+            "choose another --output or --name, or say --overwrite"
+        )

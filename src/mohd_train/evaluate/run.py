@@ -13,6 +13,7 @@ from pathlib import Path
 import datasets
 from rich.console import Console
 
+from mohd_train import checkpoint
 from mohd_train.errors import UserError
 from mohd_train.evaluate import checkpoint as checkpoints
 from mohd_train.evaluate import report, results
@@ -37,25 +38,25 @@ def run_eval(options: EvalOptions, suite: Suite | None = None, console: Console 
     specs = suite.select(options.tasks)
     _check(options, suite)
     output = Output(options.output)
-    location = checkpoints.locate(options.checkpoint)
+    found = checkpoint.open(options.checkpoint)
     datasets.disable_progress_bars()
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # a line for each truncated request; they are counted instead
     with tempfile.TemporaryDirectory(prefix="mohd_eval_") as cache:
         built, failed = _build(specs, options, Path(cache), console)
         loaded = checkpoints.load(
-            location, tokenizer=options.tokenizer, name=options.name, device=options.device, dtype=options.dtype
+            found, tokenizer=options.tokenizer, name=options.name, device=options.device, dtype=options.dtype
         )
         lm = HarnessLM(loaded, options.batch_size, {"auto": None, "yes": True, "no": False}[options.bos])
         info = {**loaded.info, "max_length": lm.max_length, "bos": lm.bos}
         folder = output.folder / str(info["name"])
         output.fetch(folder.name)
-        jobs = [(task, _settings(task, options, suite, str(info["dtype"]))) for task in built]
+        jobs = [(task, _settings(task, options, suite, info)) for task in built]
         for task in built:
             if said := results.set_aside(folder / f"{task.spec.name}.json"):
                 console.print(said, markup=False, highlight=False, soft_wrap=True)
         kept = {
             task.spec.name: results.reusable(
-                folder / f"{task.spec.name}.json", settings, location.fingerprint, options.overwrite
+                folder / f"{task.spec.name}.json", settings, found.fingerprint, options.overwrite
             )
             for task, settings in jobs
         }
@@ -109,7 +110,7 @@ def _build(
     return built, failed
 
 
-def _settings(task: BuiltTask, options: EvalOptions, suite: Suite, dtype: str) -> results.Settings:
+def _settings(task: BuiltTask, options: EvalOptions, suite: Suite, info: dict[str, object]) -> results.Settings:
     return results.Settings(
         task=task.spec.name,
         shots=task.spec.shots,
@@ -118,9 +119,10 @@ def _settings(task: BuiltTask, options: EvalOptions, suite: Suite, dtype: str) -
         limit=options.limit,
         lm_eval=version("lm_eval"),
         bos=options.bos,
-        dtype=dtype,
+        dtype=str(info["dtype"]),
         rows=_rows_hash(task.files) if task.files else "hub",
         demo=options.data_dir is not None and (options.data_dir / DEMO_MARK).exists(),
+        tokenizer=str(info["tokenizer_sha256"]),
     )
 
 

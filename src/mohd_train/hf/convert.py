@@ -12,15 +12,16 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
+from mohd_train import checkpoint
+from mohd_train.checkpoint import Checkpoint
+from mohd_train.checkpoint.identity import check_tokenizer, read_tokenizer, tokenizer_sha256
 from mohd_train.config.plan import ModelPlan
 from mohd_train.errors import UserError
 from mohd_train.hf.configuration import MoHDConfig
 from mohd_train.hf.modeling import MoHDForCausalLM
-from mohd_train.model import checkpoint
 from mohd_train.model.llama import Transformer
-from mohd_train.storage import here
 
 # Our name -> Hugging Face's LLaMA name; `{}` is the layer.
 LLAMA_NAMES = {
@@ -119,79 +120,70 @@ def to_hf_llama(model: Transformer | MoHDForCausalLM, **config: object) -> Llama
     return hf_model.train(model.training)
 
 
-def read_checkpoint(path: str | Path) -> tuple[ModelPlan, dict[str, Tensor], dict[str, Any]]:
-    """Plan, parameters (under :class:`Transformer`'s names) and metadata of a native checkpoint.
-
-    Raises:
-        UserError: no such file, broken, or no checkpoint of this project.
-    """
-    metadata, weights = checkpoint.read_checkpoint(Path(path))
-    return ModelPlan.from_dict(metadata["plan"]), weights, metadata
-
-
-def load_native(path: str | Path, kernels: str = "auto") -> MoHDForCausalLM:
+def load_native(found: Checkpoint | str | Path, kernels: str = "auto") -> MoHDForCausalLM:
     """The model of a native checkpoint, in float32 and evaluation mode. Every parameter must be there, and no other.
 
     Raises:
-        UserError: as :func:`read_checkpoint`, or parameters that are missing, unexpected or of another shape.
+        UserError: as :func:`mohd_train.checkpoint.open_native`, or parameters that are missing, unexpected or of another shape.
     """
-    plan, weights, _ = read_checkpoint(path)
+    found = found if isinstance(found, Checkpoint) else checkpoint.open_native(found)
+    assert found.plan is not None, "a native checkpoint"
     with torch.device("meta"):
-        model = MoHDForCausalLM(MoHDConfig.from_plan(plan, kernels=kernels))
+        model = MoHDForCausalLM(MoHDConfig.from_plan(found.plan, kernels=kernels))
+    weights = {name: weight.float() for name, weight in found.tensors().items()}
     try:
-        model.transformer.load_state_dict({name: weight.float() for name, weight in weights.items()}, assign=True)
+        model.transformer.load_state_dict(weights, assign=True)
     except RuntimeError as error:
-        raise UserError(f"{path} does not hold the parameters of {plan.name}: {' '.join(str(error).split())}") from None
+        reason = " ".join(str(error).split())
+        raise UserError(f"{found.path} does not hold the parameters of {found.plan.name}: {reason}") from None
     return model.eval()
 
 
-def load_model(path: str | Path) -> PreTrainedModel:
-    """A causal LM from a native checkpoint file or a Hugging Face folder of any architecture, in evaluation mode.
+def load_model(found: Checkpoint | str | Path) -> PreTrainedModel:
+    """A causal LM, in evaluation mode, from a checkpoint of any kind; a Hugging Face folder may be of any architecture.
 
     Raises:
-        UserError: neither of the two, or one that lacks weights.
+        UserError: as :func:`mohd_train.checkpoint.open`, or one that lacks weights.
     """
-    path = Path(path)
-    if not path.is_dir():
-        return load_native(path)
-    if not (path / "config.json").is_file():
-        raise UserError(
-            f"{path} is a folder without config.json; give a Hugging Face folder or a checkpoint file (*.pt)"
-        )
+    found = found if isinstance(found, Checkpoint) else checkpoint.open(found)
+    if found.is_native:
+        return load_native(found)
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(path, torch_dtype="auto", output_loading_info=True)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(found.path, torch_dtype="auto", output_loading_info=True)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"{path} can't be loaded as a causal LM: {str(error).splitlines()[0]}") from None
+        raise UserError(f"{found.path} can't be loaded as a causal LM: {str(error).splitlines()[0]}") from None
     model, info = loaded
     if info["missing_keys"]:
-        raise UserError(f"{path} lacks {len(info['missing_keys'])} weights, {info['missing_keys'][0]} among them")
+        raise UserError(f"{found.path} lacks {len(info['missing_keys'])} weights, {info['missing_keys'][0]} among them")
     return model.eval()
 
 
 def export(path: str | Path, folder: str | Path, *, llama: bool = False) -> PreTrainedModel:
     """Writes a native checkpoint as a Hugging Face folder: config, safetensors, generation config and the run's tokenizer.
 
+    The config names the tokenizer (``tokenizer_sha256``), so that the folder is never used with another one.
+
     Args:
-        path: the checkpoint, on object storage too (``s3://...``). Its tokenizer is read
+        path: a checkpoint file or sharded folder, a link to one, on object storage too (``s3://...``). Its tokenizer is read
             from ``tokenizer/`` beside the folder the checkpoint lies in.
         folder: where to write; it must not exist, or be empty. It appears whole or not at all.
         llama: as ``LlamaForCausalLM`` (a dense model only), which needs nothing of this project to load.
 
     Raises:
-        UserError: an unreadable checkpoint, no tokenizer, or a folder that holds something.
+        UserError: an unreadable checkpoint, no tokenizer or another than the model's, or a folder that holds something.
     """
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} exists and is not empty; choose another folder")
-    path = here(path)
-    tokenizer_folder = path.resolve().parent.parent / "tokenizer"
-    native = load_native(path)
-    if not tokenizer_folder.is_dir():
-        raise UserError(f"no tokenizer at {tokenizer_folder}; keep a checkpoint in its run folder, which holds it")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder, local_files_only=True)
-    except Exception as error:  # tokenizers and transformers each have exceptions of their own
-        raise UserError(f"{tokenizer_folder} holds no readable tokenizer ({type(error).__name__}: {error})") from error
+    found = checkpoint.open_native(path)
+    native = load_native(found)
+    tokenizer = read_tokenizer(found.tokenizer_folder, "keep a checkpoint in its run folder, which holds it")
+    check_tokenizer(
+        found.tokenizer_sha256,
+        tokenizer,
+        what=f"{found.tokenizer_folder} is another tokenizer than {found.source} was trained with",
+        remedy="put the run's own tokenizer there",
+    )
     model: PreTrainedModel = to_hf_llama(native) if llama else native
     ids = {
         "bos_token_id": tokenizer.bos_token_id,
@@ -201,6 +193,7 @@ def export(path: str | Path, folder: str | Path, *, llama: bool = False) -> PreT
     for target in (model.config, model.generation_config):
         for key, value in ids.items():
             setattr(target, key, value)
+    model.config.tokenizer_sha256 = tokenizer_sha256(tokenizer)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as staging:
         whole = Path(staging) / "whole"

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from composer.core import Callback
 
+from mohd_train.checkpoint import open_native
+from mohd_train.checkpoint.identity import check_tokenizer
 from mohd_train.config.plan import ModelPlan
 from mohd_train.errors import UserError
-from mohd_train.model.checkpoint import read_checkpoint
 from mohd_train.run_folder.paths import LATEST, checkpoints_in
 
 
@@ -57,7 +58,7 @@ def newest_whole(folder: Path) -> tuple[Path | None, list[str]]:
     skipped: list[str] = []
     for path in reversed(checkpoints_in(folder).values()):
         try:
-            read_checkpoint(path, meta=True)
+            open_native(path)
         except UserError as error:
             skipped.append(str(error))
             continue
@@ -80,28 +81,35 @@ def point_latest(checkpoint: Path) -> None:
     os.replace(temporary, checkpoint.with_name(LATEST))
 
 
-def check_checkpoint(path: str, plan: ModelPlan, shapes: dict[str, torch.Size], tokenizer_sha256: str) -> None:
+def check_checkpoint(
+    path: str, plan: ModelPlan, shapes: dict[str, torch.Size], tokenizer_sha256: str, tokenizer_folder: Path
+) -> None:
     """Refuses a checkpoint that is not one of this model, naming what differs.
 
     Args:
         path: a local file, or the folder of a sharded checkpoint.
         plan: this run's model.
         shapes: its parameters, name -> shape.
-        tokenizer_sha256: the tokenizer of this run's data.
+        tokenizer_sha256: the tokenizer of this run's data, as its manifest names it.
+        tokenizer_folder: where that lies.
 
     Raises:
         UserError: another architecture or tokenizer, parameters missing, unexpected or of another shape.
     """
-    metadata, weights = read_checkpoint(Path(path), meta=True)
-    differences = plan.differences(ModelPlan.from_dict(metadata["plan"]))
+    found = open_native(path)
+    assert found.plan is not None, "a native checkpoint"
+    weights, differences = found.tensors(meta=True), plan.differences(found.plan)
     if differences:
         raise UserError(
             f"{path} is of another architecture ({'; '.join(differences)}); give its own model and mohd config"
         )
-    if metadata["tokenizer_sha256"] != tokenizer_sha256:
-        raise UserError(
-            f"{path} was trained with another tokenizer than this data's; prepare the data with the checkpoint's"
-        )
+    check_tokenizer(
+        found.tokenizer_sha256,
+        tokenizer_sha256,
+        what=f"{path} was trained with another tokenizer than this data's",
+        remedy="prepare the data with the checkpoint's",
+        folder=tokenizer_folder,
+    )
     missing, unexpected = sorted(shapes.keys() - weights.keys()), sorted(weights.keys() - shapes.keys())
     if missing or unexpected:
         names = ", ".join(

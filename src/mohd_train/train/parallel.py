@@ -12,6 +12,7 @@ import torch
 from composer.utils.parallelism import FSDPConfig
 from torch.distributed.checkpoint import DefaultLoadPlanner
 
+from mohd_train.checkpoint import kind_of
 from mohd_train.config.plan import ModelPlan
 from mohd_train.config.schema import Config
 from mohd_train.errors import UserError
@@ -134,9 +135,10 @@ def is_sharded(config: Config) -> bool:
 
 def check_layout(config: Config, checkpoint: Path) -> None:
     """Raises UserError where Composer would not read ``checkpoint`` as it is, a file or a folder."""
-    if checkpoint.is_dir() == is_sharded(config):
+    sharded = kind_of(checkpoint) == "sharded"
+    if sharded == is_sharded(config):
         return
-    if checkpoint.is_dir():
+    if sharded:
         raise UserError(
             f"{checkpoint} is a sharded checkpoint; set fsdp_config.state_dict_type=sharded, as FSDP alone reads it"
         )

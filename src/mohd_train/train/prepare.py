@@ -8,9 +8,10 @@ from pathlib import Path
 import torch
 from composer.utils import dist, get_device
 
+from mohd_train.checkpoint import resolve
 from mohd_train.config.plan import ModelPlan, make_plan
 from mohd_train.config.schema import Config
-from mohd_train.data.manifest import Manifest
+from mohd_train.data.manifest import TOKENIZER_FOLDER, Manifest
 from mohd_train.errors import UserError
 from mohd_train.model.count import Counts, count
 from mohd_train.model.llama import Transformer
@@ -126,10 +127,11 @@ def _check_folder_and_checkpoint(run: Run) -> None:
         run.resumes, run.skipped = newest_whole(local_save_folder(config))
         run.goes_on = run.resumes is not None
     if run.resumes is None and config.load_path:
-        run.resumes, run.source = brought.checkpoint or Path(config.load_path), config.load_path
+        run.resumes, run.source = brought.checkpoint or resolve(Path(config.load_path)), config.load_path
     if run.resumes is not None:
         run.source = run.source or str(run.resumes)
-        check_checkpoint(str(run.resumes), run.plan, parameter_shapes(run.plan), sha256)
+        tokenizer = Path(config.data.local) / TOKENIZER_FOLDER
+        check_checkpoint(str(run.resumes), run.plan, parameter_shapes(run.plan), sha256, tokenizer)
         parallel.check_layout(config, run.resumes)
 
 

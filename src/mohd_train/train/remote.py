@@ -15,9 +15,9 @@ from typing import Any
 
 from composer.utils import dist
 
+from mohd_train.checkpoint import open_native
 from mohd_train.config.schema import Config
 from mohd_train.errors import UserError
-from mohd_train.model.checkpoint import read_checkpoint
 from mohd_train.run_folder.paths import LATEST_LINK, METRICS, RECORD, checkpoint_batch, local_save_folder
 from mohd_train.storage import Storage, bring_checkpoint, is_remote
 from mohd_train.train.checkpoint import newest_whole
@@ -105,7 +105,7 @@ def _bring_run(config: Config, found: Brought, scratch: Path) -> None:
         target = scratch / batches[batch]
         storage.download_all(batches[batch], target, names)
         try:
-            read_checkpoint(target)
+            open_native(target).tensors()
         except UserError as error:
             found.skipped.append(str(error).replace(str(target), f"{storage.uri}/{batches[batch]}"))
             remove(target)
