@@ -27,7 +27,7 @@ def main() -> None:
     if options.print_config:
         print(to_yaml(config), end="")
         return
-    from mohd_train.train.run import dry_run, train  # after the config: importing Composer takes seconds
+    from mohd_train.train.train import dry_run, train  # after the config: importing Composer takes seconds
 
     (dry_run if options.dry_run else train)(config)
 

@@ -27,7 +27,7 @@ from mohd_train.checkpoint.identity import tokenizer_sha256
 from mohd_train.data.manifest import TokenizerInfo, load_manifest, save_manifest
 from mohd_train.errors import UserError
 from mohd_train.hf.convert import load_native
-from mohd_train.train.run import dry_run, train
+from mohd_train.train.train import dry_run, train
 
 SHARDED = "fsdp_config={state_dict_type: sharded}"
 RUN = "x2-sharded"

@@ -12,7 +12,7 @@ LONG = ("save_interval=2ba", "eval_interval=40ba", "max_duration=40ba")  # more 
 
 
 def _whole(folder: Path, data: Path, options: tuple[str, ...]) -> Path:
-    from mohd_train.train.run import train
+    from mohd_train.train.train import train
 
     train(make_config(folder, data, "run_name=a", "autoresume=true", *options))
     return folder / "runs" / "a"

@@ -20,8 +20,8 @@ from train.train_support import make_config
 from mohd_train.config.schema import Config
 from mohd_train.errors import UserError
 from mohd_train.run_folder.metrics import read_metrics
-from mohd_train.train import build
-from mohd_train.train.run import train
+from mohd_train.train import train as build
+from mohd_train.train.train import train
 
 
 class At(Callback):

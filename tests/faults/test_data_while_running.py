@@ -100,7 +100,7 @@ def test_workers_outlive_sigterm(tmp_path: Path, data: Path, whole: Path, monkey
 
     with monkeypatch.context() as patch:
         inject(patch, At("after_forward", 4, terminate))
-        from mohd_train.train.run import train
+        from mohd_train.train.train import train
 
         train(config_of(tmp_path, data, "data.num_workers=1"))
     assert record_of(tmp_path)["status"] == "preempted"

@@ -15,7 +15,7 @@ from train.test_run import assert_same_run
 
 from mohd_train.run_folder.metrics import read_metrics
 from mohd_train.train.composer_model import MoHDComposerModel
-from mohd_train.train.run import train
+from mohd_train.train.train import train
 
 
 def spoil_loss(monkeypatch: pytest.MonkeyPatch, factor: float, calls: range) -> None:

@@ -16,8 +16,8 @@ import pytest
 import torch
 from faults.faults_support import At, batches_of, config_of, fails, goes_on, in_a_process, inject, record_of, recovers
 
-from mohd_train.train import saver
-from mohd_train.train.run import train
+from mohd_train.checkpoint import save as saver
+from mohd_train.train.train import train
 
 
 @contextmanager

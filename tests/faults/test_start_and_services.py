@@ -16,9 +16,9 @@ from support import fault_table
 from mohd_train.config.schema import Config
 from mohd_train.run_folder.paths import LATEST
 from mohd_train.run_folder.secrets import HIDDEN, without_secrets
-from mohd_train.train import run as run_module
+from mohd_train.train import train as run_module
 from mohd_train.train.callbacks import watchdog
-from mohd_train.train.run import train
+from mohd_train.train.train import train
 
 
 @pytest.fixture(autouse=True)

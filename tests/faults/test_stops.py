@@ -14,9 +14,9 @@ from support import fault_table
 from train.train_support import ROOT
 
 from mohd_train.errors import UserError
-from mohd_train.train import run as run_module
-from mohd_train.train.lock import RunLock
-from mohd_train.train.run import train
+from mohd_train.train import train as run_module
+from mohd_train.train.folder import RunLock
+from mohd_train.train.train import train
 
 
 def terminate(_: object) -> None:
@@ -77,7 +77,7 @@ def test_a_live_run_keeps_its_folder(tmp_path: Path, data: Path, whole: Path, mo
 
     def second(_: object) -> None:
         with pytest.raises(UserError, match=f"in use by a run that is alive .process {os.getpid()} on") as caught:
-            RunLock(Path(config.run_folder))
+            RunLock(Path(config.run_folder)).take()
         refusals.append(caught.value)
 
     with monkeypatch.context() as patch:
@@ -87,6 +87,7 @@ def test_a_live_run_keeps_its_folder(tmp_path: Path, data: Path, whole: Path, mo
     fault_table.measured_whole(tmp_path / "runs" / "a", 8)
     assert record_of(tmp_path)["status"] == "finished"
     lock = RunLock(Path(config.run_folder))
+    lock.take()
     before = {path: path.stat().st_mtime_ns for path in Path(config.run_folder).rglob("*")}
     fails(config_of(tmp_path, data, "max_duration=9ba"), "in use by a run that is alive")
     assert {path: path.stat().st_mtime_ns for path in Path(config.run_folder).rglob("*")} == before
@@ -96,8 +97,9 @@ def test_a_live_run_keeps_its_folder(tmp_path: Path, data: Path, whole: Path, mo
 HOLDER = """
 import os, sys, time
 from pathlib import Path
-from mohd_train.train.lock import RunLock
+from mohd_train.train.folder import RunLock
 lock = RunLock(Path(sys.argv[1]))
+lock.take()
 child = os.fork()
 if child == 0:
     time.sleep(60)
@@ -115,11 +117,13 @@ def test_a_killed_run_leaves_no_lock(tmp_path: Path) -> None:
     assert holder.stdout is not None
     child = int(holder.stdout.readline())
     with pytest.raises(UserError, match=f"process {holder.pid}"):
-        RunLock(tmp_path)
+        RunLock(tmp_path).take()
     holder.kill()
     holder.wait()
     os.kill(child, 0)  # alive
-    RunLock(tmp_path).release()
+    lock = RunLock(tmp_path)
+    lock.take()
+    lock.release()
     os.kill(child, signal.SIGKILL)
     fault_table.record(lost=None)
     holder.stdout.close()

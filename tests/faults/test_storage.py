@@ -38,7 +38,7 @@ from mohd_train.data.prepare import Request, prepare
 from mohd_train.errors import UserError, run_cli
 from mohd_train.hf.convert import export
 from mohd_train.train.callbacks import Uploads
-from mohd_train.train.run import dry_run, train
+from mohd_train.train.train import dry_run, train
 
 RUN = f"s3://{BUCKET}/runs/a/checkpoints"
 PREFIX = "runs/a/checkpoints/"

@@ -17,7 +17,6 @@ from mohd_train.sweep import local
 from mohd_train.sweep.commands import Request, launch, resume
 from mohd_train.sweep.folder import SweepFolder
 from mohd_train.sweep.status import run_status
-from mohd_train.train import lock
 
 X2 = "tiny-355m-x2-s1"
 
@@ -27,7 +26,7 @@ def kill_after(batches: int, folder: Path) -> None:
     limit = time.monotonic() + 120
     while len(read_metrics(folder / "metrics.jsonl")) < batches and time.monotonic() < limit:
         time.sleep(0.01)
-    holder = (folder / lock.NAME).read_text()  # "process N on HOST"
+    holder = (folder / ".lock").read_text()  # "process N on HOST"
     os.kill(int(holder.split()[1]), signal.SIGKILL)
 
 

@@ -12,7 +12,7 @@ from train.train_support import make_config
 def finished(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Path:
     """A folder in which the run ``a`` has been trained to its end."""
     folder = tmp_path_factory.mktemp("finished")
-    from mohd_train.train.run import train
+    from mohd_train.train.train import train
 
     train(make_config(folder, data, "run_name=a"))
     return folder

@@ -29,8 +29,9 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from train.train_support import ROOT, make_config
 
 from mohd_train.model.llama import Block
-from mohd_train.train import build, parallel
-from mohd_train.train.run import train
+from mohd_train.train import parallel
+from mohd_train.train import train as build
+from mohd_train.train.train import train
 
 PROGRAM = str(ROOT / "tests" / "train" / "distributed_program.py")
 ENVIRONMENT = os.environ | {"PYTHONPATH": f"{ROOT / 'src'}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}

@@ -15,7 +15,7 @@ from train.train_support import make_config
 from mohd_train import checkpoint
 from mohd_train.model.llama import Transformer
 from mohd_train.run_folder.metrics import read_metrics
-from mohd_train.train.run import train
+from mohd_train.train.train import train
 
 
 def test_a_compiled_run_equals_a_plain_one(tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:

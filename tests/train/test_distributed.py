@@ -26,13 +26,13 @@ from train.test_run import timeless
 from train.train_support import make_config, make_data
 
 from mohd_train import checkpoint
+from mohd_train.checkpoint.resume import latest_valid
 from mohd_train.checkpoint.sharded import METADATA_FILE
 from mohd_train.errors import UserError
 from mohd_train.hf.convert import load_native
 from mohd_train.train import parallel
-from mohd_train.train.checkpoint import newest_whole
 from mohd_train.train.folder import check_shared
-from mohd_train.train.run import train
+from mohd_train.train.train import train
 
 BATCHES = 8
 FSDP = "fsdp_config={state_dict_type: sharded}"
@@ -105,7 +105,7 @@ def test_kill_and_resume_equals_uninterrupted(runs: Runs) -> None:
     half = runs.checkpoint("x2-killed", 4)
     (half / METADATA_FILE).unlink()
     (half.parent / ".ep0-ba6.tmp").mkdir()
-    found, skipped = newest_whole(half.parent)
+    found, skipped = latest_valid(half.parent)
     assert found == runs.checkpoint("x2-killed", 2)
     assert f"{half} is broken or half-written" in skipped[0]
     run_in(2, runs.job("x2-killed", "x2", FSDP, "save_num_checkpoints_to_keep=2", fsdp=True, session=2))
@@ -194,7 +194,7 @@ def test_half_of_one_is_refused(runs: Runs, tmp_path: Path, damage: str) -> None
     with pytest.raises(UserError, match=r"is broken or half-written|can't be read"):
         checkpoint.open(folder)
     with pytest.raises(UserError, match=r"no checkpoint in .* is whole"):
-        newest_whole(tmp_path)
+        latest_valid(tmp_path)
 
 
 class Payload:
@@ -224,7 +224,7 @@ def test_code_is_refused(runs: Runs, tmp_path: Path, place: str) -> None:
     with pytest.raises(UserError, match=r"is refused: it holds more than tensors and plain data .*system"):
         checkpoint.open(folder)
     with pytest.raises(UserError, match="is refused"):
-        newest_whole(tmp_path)
+        latest_valid(tmp_path)
     config = make_config(tmp_path, runs.path / "data", "run_name=a", f"load_path={folder}")
     with pytest.raises(UserError):
         train(config)

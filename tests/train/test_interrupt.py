@@ -10,7 +10,7 @@ import pytest
 from composer.core.engine import sigterm_handler
 from faults.faults_support import At, config_of, inject, record_of
 
-from mohd_train.train.run import train
+from mohd_train.train.train import train
 
 
 def test_an_interrupted_run_says_so(tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:

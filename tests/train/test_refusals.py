@@ -12,7 +12,7 @@ from train.train_support import make_config, make_data, write_config
 
 from mohd_train.config.load import load_config
 from mohd_train.errors import UserError
-from mohd_train.train.run import train
+from mohd_train.train.train import train
 
 
 def refused(match: str, *args: Any, **kwargs: Any) -> None:

@@ -22,7 +22,7 @@ from train.test_run import assert_same_run, timeless
 from train.train_support import make_data
 
 from mohd_train.run_folder.metrics import read_metrics
-from mohd_train.train import run as run_module
+from mohd_train.train import train as run_module
 from mohd_train.train.callbacks import watchdog
 
 BATCHES, EPOCH = 20, 15

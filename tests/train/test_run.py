@@ -17,8 +17,8 @@ from train.train_support import SEQ_LEN, make_config
 from mohd_train import checkpoint
 from mohd_train.config.load import load_config
 from mohd_train.run_folder.metrics import read_metrics
-from mohd_train.train import build
-from mohd_train.train.run import dry_run, train
+from mohd_train.train import train as build
+from mohd_train.train.train import dry_run, train
 
 TIMED = ("time/", "throughput/")
 
@@ -144,7 +144,7 @@ def test_half_written_checkpoint_is_skipped_by_name(
     train(config)
     out = capsys.readouterr().out
     assert f"skipped a broken checkpoint: {newest} is broken or half-written" in out
-    assert "goes on from" in out
+    assert "resuming from" in out
     assert "ep0-ba2-rank0.pt, batch 2" in out
     assert_same_run(finished / "runs" / "a", tmp_path / "runs" / "a")
     assert sorted(path.name for path in folder.glob("ep*")) == ["ep0-ba4-rank0.pt", "ep0-ba6-rank0.pt"]

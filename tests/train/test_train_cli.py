@@ -14,7 +14,7 @@ from train.test_run import assert_same_run
 from train.train_support import ROOT, make_config, make_data, write_config
 
 from mohd_train.run_folder.metrics import read_metrics
-from mohd_train.train.run import train
+from mohd_train.train.train import train
 
 SCRIPT = str(ROOT / "scripts" / "train.py")
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}

@@ -27,13 +27,15 @@ ADDED_TOKEN = ("content", "single_word", "lstrip", "rstrip", "normalized", "spec
 
 
 def fingerprint(files: Iterable[Path], *, cached: bool = True) -> str:
-    """32 hex digits over every byte of the files, their sizes and (of several) their names: not over the folder they lie in.
+    """32 hex digits over every byte of the files, their sizes and (of several) their names: not over the folder they
+    lie in.
 
-    Every byte is hashed by xxh3 with 128 bits, which keeps up with a disk: it guards against mix-ups, not against forgery.
-    (Results stored earlier hold 16 digits, over 64 samples of each file: edits between these went unnoticed.)
+    Every byte is hashed by xxh3 with 128 bits, which keeps up with a disk: it guards against mix-ups, not against
+    forgery. (Results stored earlier hold 16 digits, over 64 samples of each file: edits between these went unnoticed.)
 
     Args:
-        cached: keep each large file's hash in the user's cache, so that the next command need not read it again. It holds for
+        cached: keep each large file's hash in the user's cache, so that the next command need not read it again. It
+            holds for
             that file alone: it is hashed again once its size, inode, time of modification or of change (ns) differ.
     """
     files, whole = list(files), xxhash.xxh3_128()
@@ -140,7 +142,8 @@ def tokenizer_sha256(tokenizer: PreTrainedTokenizerBase, *, version: int = 2) ->
 
 
 def read_tokenizer(folder: Path, remedy: str) -> PreTrainedTokenizerBase:
-    """The tokenizer of a folder. Raises UserError, which ends with ``remedy``, where there is none or it can't be read."""
+    """The tokenizer of a folder. Raises UserError, which ends with ``remedy``, where there is none or it can't be
+    read."""
     if not folder.is_dir():
         raise UserError(f"no tokenizer at {folder}; {remedy}")
     try:
@@ -161,11 +164,11 @@ def check_tokenizer(
     """Refuses a tokenizer that is not the one that is expected: every comparison of tokenizers goes through here.
 
     Args:
-        expected: a recorded hash, such as the checkpoint's; None where nothing was recorded, which is no reason to refuse.
-        found: the tokenizer at hand, or the hash that is recorded for it, such as a manifest's.
-        what: the message's beginning, to which the hashes are added: ``"X was made with another tokenizer than Y"``.
-        remedy: what to do.
-        folder: where the tokenizer lies that a recorded ``found`` is of: it is read where the two hashes are of different versions.
+        expected: a recorded hash, such as the checkpoint's; None where nothing was recorded, which is no reason to
+        refuse. found: the tokenizer at hand, or the hash that is recorded for it, such as a manifest's. what: the
+        message's beginning, to which the hashes are added: ``"X was made with another tokenizer than Y"``. remedy: what
+        to do. folder: where the tokenizer lies that a recorded ``found`` is of: it is read where the two hashes are of
+        different versions.
 
     Raises:
         UserError: another tokenizer.

@@ -1,12 +1,13 @@
 """What a path is, and what a native checkpoint holds: metadata and parameters, read without running anything in it.
 
-=========  ==============================================================================================================
-kind       what it is
-=========  ==============================================================================================================
-file       one file that Composer wrote: ``ep0-ba100-rank0.pt``
-sharded    a folder that torch.distributed.checkpoint wrote, one part for each rank: ``ep0-ba100/``
-hf         a Hugging Face folder: ``config.json`` beside weights (``*.safetensors`` or ``*.bin``)
-=========  ==============================================================================================================
+=========
+============================================================================================================== kind
+what it is =========
+============================================================================================================== file
+one file that Composer wrote: ``ep0-ba100-rank0.pt`` sharded    a folder that torch.distributed.checkpoint wrote, one
+part for each rank: ``ep0-ba100/`` hf         a Hugging Face folder: ``config.json`` beside weights (``*.safetensors``
+or ``*.bin``) =========
+==============================================================================================================
 
 Each may be named by a link: Composer's ``latest-rank0.pt`` is a symbolic link to a file or, for a sharded run, to a
 folder; on object storage, and in a folder copied from there, it is a text file, ``latest-rank0.pt.symlink``, that holds
@@ -38,8 +39,9 @@ from mohd_train.config.plan import ModelPlan
 from mohd_train.errors import UserError
 from mohd_train.storage import here, is_remote
 
-# All that a Composer checkpoint holds beside tensors and plain containers: RNG state, versions, times. torch refuses any other
-# class, so a file that would run code on loading ends here, before Composer's own (trusting) load ever sees it.
+# All that a Composer checkpoint holds beside tensors and plain containers: RNG state, versions, times. torch refuses
+# any other class, so a file that would run code on loading ends here, before Composer's own (trusting) load ever sees
+# it.
 SAFE: list[Any] = [
     TorchVersion,
     datetime.timedelta,
@@ -63,11 +65,11 @@ Tensors = dict[str, Tensor]
 class Checkpoint:
     """A checkpoint that is whole, as far as can be known without reading its tensors.
 
-    Attributes:
-        path: the file or folder itself, never a link; a local copy where the checkpoint lies on object storage.
-        source: what to call it in results and messages: its address on object storage, else ``path``.
-        plan: the architecture of a native checkpoint. None for a Hugging Face folder, whose ``config.json`` describes it.
-        metadata: of a native checkpoint what the trainer put there (plan, run_name, tokenizer_sha256, seq_len, config, version);
+    Attributes: path: the file or folder itself, never a link; a local copy where the checkpoint lies on object storage.
+        source: what to call it in results and messages: its address on object storage, else ``path``. plan: the
+        architecture of a native checkpoint. None for a Hugging Face folder, whose ``config.json`` describes it.
+        metadata: of a native checkpoint what the trainer put there (plan, run_name, tokenizer_sha256, seq_len, config,
+        version);
             of a Hugging Face folder its ``config.json``.
         files: the files that decide the model's function, in a fixed order.
     """
@@ -110,7 +112,8 @@ class Checkpoint:
 
     @property
     def tokenizer_sha256(self) -> str | None:
-        """The tokenizer that the model was trained with, where the checkpoint says so: all but Hugging Face folders of others."""
+        """The tokenizer that the model was trained with, where the checkpoint says so: all but Hugging Face folders of
+        others."""
         recorded = self.metadata.get("tokenizer_sha256")
         return recorded if isinstance(recorded, str) else None
 
@@ -138,7 +141,8 @@ def open(path: Path | str) -> Checkpoint:
 
 
 def open_native(path: Path | str) -> Checkpoint:
-    """As :func:`open`, for those who need a checkpoint that the trainer wrote. Raises UserError for a Hugging Face folder."""
+    """As :func:`open`, for those who need a checkpoint that the trainer wrote. Raises UserError for a Hugging Face
+    folder."""
     found = open(path)
     if not found.is_native:
         raise UserError(f"{path} is a folder of Hugging Face; give {EXAMPLE}")
@@ -189,8 +193,8 @@ def _text_link(path: Path) -> Path:
 def _pointed_name(link: Path) -> str | None:
     """The name in a text link's folder that it stands for; None where ``link`` is no text link.
 
-    A symbolic link becomes a text file of its content where an archive or a file system knows no links: then the name of a file
-    says nothing, and only one that names a neighbor counts.
+    A symbolic link becomes a text file of its content where an archive or a file system knows no links: then the name
+    of a file says nothing, and only one that names a neighbor counts.
     """
     if not link.is_file() or link.stat().st_size > LONGEST_LINK:
         return None

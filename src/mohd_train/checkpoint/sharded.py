@@ -1,8 +1,8 @@
 """Reading a sharded checkpoint (a folder of torch.distributed.checkpoint, DCP) without running anything it holds.
 
-DCP's ``.metadata`` is a pickle, and what isn't a tensor is a pickle within the shards; torch loads both with all trust. Here the
-first is read by an unpickler that knows DCP's own classes alone, the others by torch's restricted one. A folder that passes
-:func:`check_sharded` holds nothing that would run code in torch's own load.
+DCP's ``.metadata`` is a pickle, and what isn't a tensor is a pickle within the shards; torch loads both with all trust.
+Here the first is read by an unpickler that knows DCP's own classes alone, the others by torch's restricted one. A
+folder that passes :func:`check_sharded` holds nothing that would run code in torch's own load.
 """
 
 from __future__ import annotations

@@ -9,11 +9,11 @@ import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from composer.utils import dist
-from streaming.base.shared import prefix
 from streaming.base.util import clean_stale_shared_memory
+
+from mohd_train.compat import streaming_finds_one_name_a_node
 
 log = logging.getLogger(__name__)
 _held: int | None = None
@@ -37,37 +37,12 @@ def one_at_a_time() -> Iterator[None]:
         if one_node and dist.get_local_rank() == 0:  # the others wait for rank 0 inside
             lock = stack.enter_context(open(lock_path().with_suffix(".start"), "ab", opener=_mine))
             fcntl.flock(lock, fcntl.LOCK_EX)
-        stack.enter_context(_one_name_a_node())
+        stack.enter_context(streaming_finds_one_name_a_node())
         yield
 
 
 def _mine(path: str, flags: int) -> int:
     return os.open(path, flags, 0o600)
-
-
-@contextlib.contextmanager
-def _one_name_a_node() -> Iterator[None]:
-    """Every process of a node takes the name that its first one found. In streaming each looks for itself, at its own moment: where
-    another run came or went in between, they would find different ones, and the start would fail."""
-    theirs = prefix._check_and_find_retrying
-
-    def find(*args: Any, **keywords: Any) -> int:
-        found: int | str | None = None
-        if dist.get_local_rank() == 0:
-            try:
-                found = theirs(*args, **keywords)
-            except ValueError as error:
-                found = str(error)
-        found = dist.all_gather_object(found)[dist.get_global_rank() - dist.get_local_rank()]
-        if not isinstance(found, int):
-            raise ValueError(found)
-        return found
-
-    prefix._check_and_find_retrying = find
-    try:
-        yield
-    finally:
-        prefix._check_and_find_retrying = theirs
 
 
 def claim_shared_memory() -> None:

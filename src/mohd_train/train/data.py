@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeVar
 
 from composer.core import DataSpec, Evaluator, Time, TimeUnit
-from composer.utils import dist
 
 from mohd_train.config.schema import Config
 from mohd_train.data.manifest import Manifest, load_manifest
 from mohd_train.data.streaming import MixPlan, build_eval_loaders, build_train_loader, check_data, plan_mix
 from mohd_train.errors import UserError
 from mohd_train.train.parallel import device_batch_size
+from mohd_train.utils.distributed import from_first_of_node
 
-T = TypeVar("T")
 RESERVED = ("train", "eval")  # Composer's label for training, ours for the total over domains
 
 
@@ -31,33 +28,8 @@ def check_on_nodes(config: Config) -> Manifest:
         raise UserError(
             f"data.domains: {reserved[0]!r} is a reserved name of the logs; prepare the domain under another name"
         )
-    error: str | None = None
-    if dist.get_local_rank() == 0:
-        try:
-            check_data(config.data, vocab_size=config.model.vocab_size, seq_len=config.max_seq_len)
-        except UserError as found:
-            error = str(found)
-    raise_first(error)
+    from_first_of_node(lambda: check_data(config.data, vocab_size=config.model.vocab_size, seq_len=config.max_seq_len))
     return load_manifest(config.data.local)
-
-
-def raise_first(error: str | None) -> None:
-    """Raises UserError in every process where one of them has an ``error``: none is left waiting for the others."""
-    found = next((text for text in dist.all_gather_object(error) if text is not None), None)
-    if found is not None:
-        raise UserError(found)
-
-
-def on_rank_zero(work: Callable[[], T]) -> T | None:
-    """The result of ``work`` on rank 0 and None elsewhere; a UserError of it is raised everywhere."""
-    result, error = None, None
-    if dist.get_global_rank() == 0:
-        try:
-            result = work()
-        except UserError as found:
-            error = str(found)
-    raise_first(error)
-    return result
 
 
 @dataclass

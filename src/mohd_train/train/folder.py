@@ -11,30 +11,49 @@ from typing import TYPE_CHECKING
 
 from composer.utils import dist
 
+from mohd_train.checkpoint.resume import point_latest
+from mohd_train.checkpoint.save import leftovers, remove
 from mohd_train.config.load import to_yaml
 from mohd_train.data.manifest import TOKENIZER_FOLDER
 from mohd_train.errors import UserError
-from mohd_train.run_folder.paths import (
-    CONFIG,
-    LATEST,
-    LATEST_LINK,
-    METRICS,
-    RECORD,
-    TOKENIZER,
-    local_save_folder,
-)
+from mohd_train.run_folder.paths import CONFIG, LATEST, LATEST_LINK, METRICS, RECORD, TOKENIZER, local_save_folder
 from mohd_train.run_folder.record import RunRecord, read_record
 from mohd_train.run_folder.secrets import shown
 from mohd_train.storage import Storage, is_remote
 from mohd_train.train.callbacks.uploads import clear_staged
-from mohd_train.train.checkpoint import point_latest
-from mohd_train.train.lock import RunLock
-from mohd_train.train.saver import leftovers, remove
 from mohd_train.utils.environment import code_version, hardware, now, versions
-from mohd_train.utils.files import write_atomic
+from mohd_train.utils.files import Lock, write_atomic
 
 if TYPE_CHECKING:
-    from mohd_train.train.prepare import Run
+    from mohd_train.train.train import Run
+
+
+class RunLock:
+    """One live run in a folder.
+
+    Args:
+        folder: the run folder.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._lock: Lock | None = None
+
+    def take_if_there(self) -> None:
+        """:meth:`take`, unless the folder is yet to be made."""
+        if self.folder.is_dir():
+            self.take()
+
+    def take(self) -> None:
+        """Raises UserError if another live process holds it."""
+        busy = f"{self.folder} is in use by a run that is alive ({{holder}}); stop it first, or set another run_name"
+        self._lock = self._lock or Lock(self.folder / ".lock", busy)
+
+    def release(self) -> None:
+        """Gives the folder back, if it is held."""
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
 
 
 def check_shared(folder: Path) -> None:
@@ -67,7 +86,7 @@ def check_shared(folder: Path) -> None:
         )
 
 
-def open_folder(run: Run) -> RunRecord:
+def open_folder(run: Run, lock: RunLock) -> RunRecord:
     """Takes the run folder: the record of this session, a copy of the tokenizer, the config. Rank 0 alone.
 
     Raises:
@@ -81,14 +100,14 @@ def open_folder(run: Run) -> RunRecord:
             probe = path / f".writable-{os.getpid()}"
             probe.touch()
             probe.unlink()
-        run.lock = run.lock or RunLock(folder)
-        if run.earlier is None and not config.save_overwrite and _taken_meanwhile(folder):
-            raise UserError(f"{folder} was taken by another run in this moment; set another run_name")
-        _clear(save_folder, checkpoints=config.save_overwrite and run.earlier is None)
-        if run.resumes is not None and run.resumes.parent == save_folder:
-            point_latest(run.resumes)
-        if run.brought.metrics is not None:
-            shutil.copyfile(run.brought.metrics, folder / METRICS)
+        lock.take()
+        if run.previous_record is None and not config.save_overwrite and _taken_meanwhile(folder):
+            raise UserError(f"{folder} was taken by another run just now; set another run_name")
+        _clear(save_folder, checkpoints=config.save_overwrite and run.previous_record is None)
+        if run.start.checkpoint is not None and run.start.checkpoint.parent == save_folder:
+            point_latest(run.start.checkpoint)
+        if run.start.metrics is not None:
+            shutil.copyfile(run.start.metrics, folder / METRICS)
         tokenizer = Path(config.data.local) / TOKENIZER_FOLDER
         shutil.copytree(tokenizer, save_folder.parent / TOKENIZER, dirs_exist_ok=True)
     except OSError as error:
@@ -105,7 +124,7 @@ def open_folder(run: Run) -> RunRecord:
 def _open_storage(run: Run) -> None:
     """Shows, before any training, that the remote ``save_folder`` can be written to. A new run takes it over."""
     storage = Storage(run.config.save_folder)
-    if run.earlier is None and LATEST_LINK in storage.names():
+    if run.previous_record is None and LATEST_LINK in storage.names():
         storage.upload_bytes(LATEST_LINK, b"")  # names none: what lies there is another run's
     for path in sorted((run.folder / TOKENIZER).iterdir()):
         storage.upload(f"{TOKENIZER}/{path.name}", path)
@@ -130,13 +149,15 @@ def _clear(folder: Path, *, checkpoints: bool) -> None:
 def _new_session(run: Run) -> RunRecord:
     """``run.json`` with this session at its end."""
     config = run.config
-    record = run.earlier or RunRecord(run.folder, {"run_name": config.run_name, "started": now(), "sessions": []})
+    record = run.previous_record or RunRecord(
+        run.folder, {"run_name": config.run_name, "started": now(), "sessions": []}
+    )
     session = {
         "id": uuid.uuid4().hex,
         "started": now(),
         "hardware": hardware(run.device, dist.get_world_size()),
-        "from": run.source or None,
-        "skipped": run.skipped,
+        "from": run.start.source or None,
+        "skipped": list(run.start.skipped),
     }
     record.update(
         status="running",

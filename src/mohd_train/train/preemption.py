@@ -18,9 +18,9 @@ from composer.core import Callback, State
 from composer.loggers import Logger
 from composer.utils import dist
 
+from mohd_train.checkpoint.save import CheckpointSaver
 from mohd_train.errors import raise_on_interrupt
 from mohd_train.train.callbacks.run_recorder import RunRecorder
-from mohd_train.train.saver import CheckpointSaver
 
 log = logging.getLogger(__name__)
 PR_SET_PDEATHSIG = 1

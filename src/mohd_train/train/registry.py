@@ -17,6 +17,7 @@ from composer import loggers as composer_loggers
 from composer.core import Callback, State
 from composer.loggers import Logger, LoggerDestination
 
+from mohd_train import compat
 from mohd_train.errors import UserError
 from mohd_train.utils.text import first_line, nearest
 
@@ -24,16 +25,13 @@ log = logging.getLogger(__name__)
 
 
 class WandBLogger(composer_loggers.WandBLogger):
-    """Composer's, for W&B of today: from 0.20 on a run has ``url`` in place of the ``get_url()`` that Composer 0.32 calls."""
+    """Composer's, which W&B's absence or failure doesn't stop."""
 
     def init(self, state: State, logger: Logger) -> None:
-        """Gives W&B's run class the older name before Composer asks for it; records offline where W&B can't be reached."""
+        """Records offline if W&B can't be reached."""
         import wandb
-        from wandb.sdk.wandb_run import Run
 
-        run_class: Any = Run
-        if not hasattr(run_class, "get_url"):
-            run_class.get_url = lambda run: run.url
+        compat.wandb_has_get_url()
         try:
             super().init(state, logger)
         except (wandb.errors.Error, OSError) as error:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from composer.core import Callback, State
 from composer.loggers import Logger
 
+from mohd_train.checkpoint.save import CheckpointSaver
 from mohd_train.run_folder.record import RunRecord
 from mohd_train.train.callbacks.metrics_file import MetricsFile
-from mohd_train.train.saver import CheckpointSaver
 from mohd_train.utils.environment import now
 
 

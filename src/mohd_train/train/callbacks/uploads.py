@@ -15,13 +15,12 @@ from typing import Any
 from composer.core import Callback, State
 from composer.loggers import Logger
 
+from mohd_train.checkpoint.resume import latest_valid
+from mohd_train.checkpoint.save import CheckpointSaver, checkpoint_of, remove
 from mohd_train.config.schema import Config
 from mohd_train.errors import UserError
 from mohd_train.run_folder.paths import LATEST_LINK, METRICS, RECORD, local_save_folder
 from mohd_train.storage import Storage, is_remote
-from mohd_train.train.checkpoint import newest_whole
-from mohd_train.train.remote import Brought
-from mohd_train.train.saver import CheckpointSaver, checkpoint_of, remove
 
 log = logging.getLogger(__name__)
 STAGED = ".upload-"
@@ -99,7 +98,7 @@ class Uploads(Callback):
             )
 
     def _submit_newest(self) -> None:
-        """Queues the newest checkpoint of this session. A second name for it (or a copy) outlives its removal by keep-last-K."""
+        """Queues the newest checkpoint of this session. A hard link to it (or a copy) outlives its removal by keep-last-K."""
         saved = self.saver.saved_checkpoints
         if not saved or saved[-1] == self._queued or not Path(saved[-1]).exists():
             return
@@ -107,9 +106,9 @@ class Uploads(Callback):
         staged, metrics = (path.with_name(STAGED + name) for name in (path.name, f"{METRICS}.{path.stem}"))
         remove(staged)
         if path.is_dir():
-            shutil.copytree(path, staged, copy_function=_second_name)
+            shutil.copytree(path, staged, copy_function=_hard_link)
         else:
-            _second_name(path, staged)
+            _hard_link(path, staged)
         shutil.copyfile(self.folder / METRICS, metrics)
         record = (self.folder / RECORD).read_bytes()
         self._queued = saved[-1]
@@ -174,19 +173,19 @@ def session_of(record: str) -> dict[str, Any]:
         return {}
 
 
-def _second_name(path: str | Path, other: str | Path) -> None:
+def _hard_link(path: str | Path, other: str | Path) -> None:
     try:
         os.link(path, other)
     except OSError:  # a file system without hard links
         shutil.copyfile(path, other)
 
 
-def complete(config: Config, brought: Brought) -> None:
+def complete(config: Config, stored_record: dict[str, Any] | None) -> None:
     """Uploads the end of a finished run that is on this disk alone, since the storage failed when the run ended."""
-    if not is_remote(config.save_folder) or (brought.record or {}).get("status") == "finished":
+    if not is_remote(config.save_folder) or (stored_record or {}).get("status") == "finished":
         return
     folder, storage = Path(config.run_folder), Storage(config.save_folder)
-    newest, _ = newest_whole(local_save_folder(config))
+    newest, _ = latest_valid(local_save_folder(config))
     if newest is not None:
         storage.upload(newest.name, newest)
         storage.upload_bytes(LATEST_LINK, storage.key(newest.name).encode())

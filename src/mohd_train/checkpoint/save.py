@@ -1,27 +1,30 @@
-"""Composer's checkpoint saver, with checkpoints that are whole or not there, and some that are kept for good."""
+"""Saving: Composer's checkpoint saver, with checkpoints that are whole or not there, some of which are kept for
+good."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import json
 import logging
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from composer import callbacks
-from composer.core import State, Time
+from composer.core import Callback, State, Time
 from composer.loggers import Logger
-from composer.utils import checkpoint, dist
+from composer.utils import dist
 from torch.distributed.checkpoint.api import CheckpointException
 
+from mohd_train import compat
 from mohd_train.errors import UserError, causes
 from mohd_train.run_folder.paths import checkpoint_batch
-from mohd_train.train.data import on_rank_zero
+from mohd_train.utils.distributed import on_rank_zero
 
 log = logging.getLogger(__name__)
 ATTEMPTS = 3
@@ -53,7 +56,8 @@ def write_whole(state_dict: dict[str, Any], filename: str) -> None:
     """Writes a checkpoint under a temporary name, flushed to disk, and then renames it. Tries again where it may help.
 
     Raises:
-        UserError: the disk is full, or it can't be written after :data:`ATTEMPTS` attempts. Nothing is left of the attempt.
+        UserError: the disk is full, or it can't be written after :data:`ATTEMPTS` attempts. Nothing is left of the
+            attempt.
     """
     path = Path(filename)
     temporary = path.with_name(f".{path.name}.tmp")
@@ -114,7 +118,7 @@ def save_sharded(save: Callable[[str], str | None], filename: str) -> str | None
             temporary.replace(folder)
 
     try:
-        on_rank_zero(lambda: _told(folder, clear))
+        on_rank_zero(lambda: _named(folder, clear))
         try:
             saved = save(str(temporary / Path(filename).name))
         except CheckpointException as error:  # the same one on every rank
@@ -124,35 +128,45 @@ def save_sharded(save: Callable[[str], str | None], filename: str) -> str | None
                 raise
             raise UserError(_failure(folder, cause)) from error
         dist.barrier()  # Composer looks for each rank's file once more
-        on_rank_zero(lambda: _told(folder, rename))
+        on_rank_zero(lambda: _named(folder, rename))
     finally:
         if dist.get_global_rank() == 0:
             shutil.rmtree(temporary, ignore_errors=True)
     return filename if saved else None
 
 
-def _told(folder: Path, work: Callable[[], None]) -> None:
+def _named(folder: Path, work: Callable[[], None]) -> None:
+    """``work``, whose OSError becomes one line that names the checkpoint."""
     try:
         work()
     except OSError as error:
         raise UserError(_failure(folder, error)) from error
 
 
-@contextlib.contextmanager
-def _whole_files() -> Iterator[None]:
-    """Composer writes straight to the final name and has no hook for it."""
-    theirs = checkpoint._write_checkpoint_file, checkpoint._save_checkpoint
+class RunMetadata(Callback):
+    """Puts what export and evaluation need into every checkpoint, at ``state/callbacks/RunMetadata``.
 
-    def save(state: State, save_filename: str, **arguments: Any) -> str | None:
-        if state.fsdp_sharded_state_dict_enabled:
-            return save_sharded(lambda filename: theirs[1](state, filename, **arguments), save_filename)
-        return theirs[1](state, save_filename, **arguments)
+    A callback's state is Composer's place for it: ``state/metadata`` and ``state/integrations`` take no entries of
+    ours.
 
-    checkpoint._write_checkpoint_file, checkpoint._save_checkpoint = write_whole, save
-    try:
-        yield
-    finally:
-        checkpoint._write_checkpoint_file, checkpoint._save_checkpoint = theirs
+    Args:
+        values: ``plan`` (``ModelPlan.to_dict``), ``run_name``, ``tokenizer_sha256``, ``seq_len``, ``version``: plain
+        data. text: for sharded checkpoints, as JSON under ``json``: there each value would be an entry of its own, and
+        a key that the next
+            session's config adds could not be loaded.
+    """
+
+    def __init__(self, values: dict[str, Any], *, text: bool = False) -> None:
+        self.values = values
+        self.text = text
+
+    def state_dict(self) -> dict[str, Any]:
+        """The values, as they are."""
+        return {"json": json.dumps(self.values)} if self.text else dict(self.values)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes nothing over: :func:`mohd_train.checkpoint.resume.check_checkpoint` compares the two before the
+        load."""
 
 
 def checkpoint_of(saved: str) -> Path:
@@ -164,8 +178,8 @@ class CheckpointSaver(callbacks.CheckpointSaver):
     """See :func:`write_whole`; the class keeps Composer's name, under which its state stands in checkpoints.
 
     Args:
-        keep_every: such as ``"10000ba"``: checkpoints of these batches are never removed, and don't count to the last K.
-        arguments: Composer's.
+        keep_every: such as ``"10000ba"``: checkpoints of these batches are never removed, and don't count to the last
+        K. arguments: Composer's.
     """
 
     def __init__(self, *, keep_every: str | None, **arguments: Any) -> None:
@@ -174,7 +188,7 @@ class CheckpointSaver(callbacks.CheckpointSaver):
         self.newest: str | None = None
 
     def _save_checkpoint(self, state: State, logger: Logger) -> None:
-        with _whole_files():
+        with compat.composer_saves_whole_files(write_whole, save_sharded):
             super()._save_checkpoint(state, logger)
         if self.saved_checkpoints:
             self.newest = str(checkpoint_of(self.saved_checkpoints[-1]))
