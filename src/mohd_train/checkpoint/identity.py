@@ -15,6 +15,7 @@ import xxhash
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from mohd_train.errors import UserError
+from mohd_train.utils.files import write_json
 
 CHUNK = 1 << 22  # bytes read at once
 CACHED_FROM = 1 << 26  # bytes: a smaller file is hashed in a moment
@@ -98,14 +99,8 @@ def _stored_hash(entry: Path, state: dict[str, Any]) -> str | None:
 
 
 def _store(entry: Path, content: dict[str, Any]) -> None:
-    temporary = entry.with_name(f".{entry.name}.{os.getpid()}.tmp")
-    try:
-        entry.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps(content), encoding="utf-8")
-        os.replace(temporary, entry)
-    except OSError:  # a cache that can't be written costs time, nothing else
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # a cache that can't be written costs time, nothing else
+        write_json(entry, content)
 
 
 # Tokenizers

@@ -37,7 +37,9 @@ from mohd_train.checkpoint.identity import fingerprint
 from mohd_train.checkpoint.sharded import METADATA_FILE, ShardedError, is_sharded, read_sharded
 from mohd_train.config.plan import ModelPlan
 from mohd_train.errors import UserError
+from mohd_train.run_folder.paths import CHECKPOINTS, LATEST, TOKENIZER
 from mohd_train.storage import here, is_remote
+from mohd_train.utils.text import first_line
 
 # All that a Composer checkpoint holds beside tensors and plain containers: RNG state, versions, times. torch refuses
 # any other class, so a file that would run code on loading ends here, before Composer's own (trusting) load ever sees
@@ -54,8 +56,7 @@ METADATA = "RunMetadata"  # the callback whose state carries it
 PREFIX = "model."  # of the transformer's parameters in the trainer's state
 LINK_SUFFIX = ".symlink"  # of Composer's links on object storage
 LONGEST_LINK = 4096  # bytes
-TOKENIZER_FOLDER = "tokenizer"
-EXAMPLE = "a checkpoint, such as checkpoints/latest-rank0.pt"
+EXAMPLE = f"a checkpoint, such as {CHECKPOINTS}/{LATEST}"
 
 Kind = Literal["file", "sharded", "hf"]
 Tensors = dict[str, Tensor]
@@ -108,7 +109,7 @@ class Checkpoint:
     @property
     def tokenizer_folder(self) -> Path:
         """Where its tokenizer lies: ``RUN/tokenizer``, or the Hugging Face folder itself."""
-        return self.run_folder / TOKENIZER_FOLDER if self.is_native else self.path
+        return self.run_folder / TOKENIZER if self.is_native else self.path
 
     @property
     def tokenizer_sha256(self) -> str | None:
@@ -304,5 +305,4 @@ def _refused(path: Path, error: pickle.UnpicklingError) -> UserError:
 
 
 def _unreadable(path: Path, error: Exception) -> UserError:
-    reason = (str(error).splitlines() or [type(error).__name__])[0]
-    return UserError(f"{path} can't be read ({reason}); take an earlier checkpoint")
+    return UserError(f"{path} can't be read ({first_line(error)}); take an earlier checkpoint")
