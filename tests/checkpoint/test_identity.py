@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -191,3 +193,11 @@ def test_old_hashes_are_recognized(tmp_path: Path) -> None:
         check_tokenizer(new, old, what="X", remedy="Y", folder=tmp_path / "b")
     with pytest.raises(UserError, match="no tokenizer at"):
         check_tokenizer(new, old, what="X", remedy="Y", folder=tmp_path / "nowhere")
+
+
+def test_identities_load_neither_torch_nor_transformers() -> None:
+    """Tables compare fingerprints, and open in a second."""
+    heavy = "{'torch', 'transformers', 'composer'} & sys.modules.keys()"
+    program = f"import sys, mohd_train.checkpoint.identity; sys.exit(str({heavy}) if {heavy} else 0)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

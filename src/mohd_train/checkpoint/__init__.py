@@ -4,6 +4,18 @@
 ``identity`` holds what tells one checkpoint, or one tokenizer, from another.
 """
 
-from mohd_train.checkpoint.read import Checkpoint, exists, kind_of, open, open_native, resolve
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mohd_train.checkpoint.read import Checkpoint, exists, kind_of, open, open_native, resolve
 
 __all__ = ["Checkpoint", "exists", "kind_of", "open", "open_native", "resolve"]
+
+
+def __getattr__(name: str) -> Any:
+    """What is in ``read``, which takes seconds to import, once it is used: ``identity`` alone needs no torch."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from mohd_train.checkpoint import read
+
+    return getattr(read, name)

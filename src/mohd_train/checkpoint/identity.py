@@ -9,13 +9,15 @@ import os
 import time
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import xxhash
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from mohd_train.errors import UserError
 from mohd_train.utils.files import write_json
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 CHUNK = 1 << 22  # bytes read at once
 CACHED_FROM = 1 << 26  # bytes: a smaller file is hashed in a moment
@@ -119,6 +121,8 @@ def tokenizer_sha256(tokenizer: PreTrainedTokenizerBase, *, version: int = 2) ->
             64 hex digits without a mark: it leaves out the added tokens' flags. To compare with a recorded hash, use
             :func:`is_tokenizer` or :func:`check_tokenizer`, which compute the version that was recorded.
     """
+    from transformers import PreTrainedTokenizerFast
+
     mapping: dict[str, Any] = {
         "tokens": sorted(tokenizer.get_vocab().items(), key=lambda item: item[1]),
         "bos": tokenizer.bos_token_id,
@@ -141,6 +145,8 @@ def read_tokenizer(folder: Path, remedy: str) -> PreTrainedTokenizerBase:
     read."""
     if not folder.is_dir():
         raise UserError(f"no tokenizer at {folder}; {remedy}")
+    from transformers import AutoTokenizer
+
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # tokenizers and transformers each have exceptions of their own
