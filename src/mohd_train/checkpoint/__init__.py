@@ -1,7 +1,7 @@
-"""Checkpoints of every kind, read: ``checkpoint.open(path)`` is the one place that knows what a path is.
+"""Checkpoints: ``checkpoint.open(path)`` is the one place that knows what a path is.
 
 ``read`` tells the kinds apart and reads the native ones, ``sharded`` reads a folder of torch.distributed.checkpoint,
-``identity`` holds what tells one checkpoint, or one tokenizer, from another.
+``identity`` holds what tells one checkpoint, or one tokenizer, from another; ``save`` and ``resume`` are the trainer's.
 """
 
 from typing import TYPE_CHECKING, Any
