@@ -20,7 +20,7 @@ _ends_to_host.register_fake(lambda ends: torch.empty(ends.shape, dtype=ends.dtyp
 
 
 def ends_to_host(*ends: Tensor) -> tuple[Tensor, ...]:
-    """Each int64 tensor in host memory: on CUDA by one copy for all, which waits for the device. `tolist` of the results doesn't."""
+    """Each int64 tensor in host memory: on CUDA by one copy for all, which waits for the device. Lists of them cost no wait."""
     if ends[0].is_cpu and not (torch.compiler.is_compiling() or torch.is_grad_enabled()):
         return ends  # spares decoding the cost of a registered op
     together = ends[0] if len(ends) == 1 else torch.cat(ends)
