@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from mohd_train.model.transformer import Transformer
 from support.dispatch import HostSyncs, host_syncs
 from support.plans import small_plan
 from support.routing import choose, component, operands
 
 from mohd_train.kernels import loss, ops, token_order
-from mohd_train.model.transformer import Transformer
 
 SIZES = [(8, 4, 3), (16, 12, 9), (13, 6, 1), (4, 4, 4)]
 
