@@ -211,7 +211,7 @@ def test_autocast_multiplies_in_bfloat16_and_keeps_the_residual_in_float32(backe
 
 def test_runs_are_sorted_by_sub_dimension_then_token() -> None:
     indices = choose(50, 16, 12, 9)
-    selection = select(indices, 16, 9)
+    selection = select(indices, 16, 9, "gathered_runs")
     ids = indices.reshape(-1)[selection.pairs]
     tokens = selection.pairs // 12
     assert (ids[1:] >= ids[:-1]).all()
@@ -224,7 +224,7 @@ def test_runs_are_sorted_by_sub_dimension_then_token() -> None:
 @pytest.mark.parametrize("tokens", [1, TILE, 100])
 def test_a_tile_holds_one_sub_dimension_and_all_tiles_hold_every_pair_once(tokens: int) -> None:
     indices = choose(tokens, 12, 4, 2)
-    selection = select(indices, 12, 2)
+    selection = select(indices, 12, 2, "gathered_runs")
     tile_pairs, place = tiles(selection.pairs, selection.ends)
     kept = tile_pairs >= 0
     assert torch.equal(tile_pairs[kept], selection.pairs)

@@ -1,10 +1,16 @@
-"""The chunked cross-entropy against the plain one: loss and both gradients."""
+"""The chunked cross-entropy against the plain one: loss and both gradients. And when Liger's is called, with a stand-in for it."""
+
+import sys
+import types
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from mohd_train.kernels.loss import linear_cross_entropy
+from mohd_train.errors import UserError
+from mohd_train.kernels import loss as loss_module
+from mohd_train.kernels.loss import linear_cross_entropy, loss_name
 
 
 def inputs(tokens: int, dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -71,3 +77,56 @@ def test_compiles_without_a_graph_break() -> None:
     loss = compiled(hidden, head, labels, chunk_tokens=8)
     got = torch.autograd.grad(loss, (hidden, head))
     torch.testing.assert_close(got, torch.autograd.grad(plain(hidden, head, labels), (hidden, head)))
+
+
+def test_no_label_counts_gives_nan_and_no_gradient() -> None:
+    hidden, head, labels = inputs(9)
+    labels[:] = -100
+    for run in (plain, linear_cross_entropy):
+        loss = run(hidden, head, labels)
+        assert loss.isnan()
+        assert all((grad == 0).all() for grad in torch.autograd.grad(loss, (hidden, head)))
+
+
+def test_which_loss_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loss_module, "_liger_version", lambda: "0.8.5")
+    assert loss_name("cuda", torch.bfloat16) == "liger 0.8.5"
+    assert loss_name("cuda", torch.float64) == loss_name("cpu", torch.bfloat16) == "chunked"
+    monkeypatch.setattr(loss_module, "_liger_version", lambda: None)
+    assert loss_name("cuda", torch.bfloat16) == "chunked"
+
+
+def test_a_liger_that_sums_in_bfloat16_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loss_module, "_liger_version", lambda: "0.6.1")
+    with pytest.raises(UserError, match=r"liger-kernel 0\.6\.1 .*install 'liger-kernel>=0\.6\.2'"):
+        loss_name("cuda", torch.bfloat16)
+    assert loss_name("cpu", torch.bfloat16) == "chunked"
+
+
+def test_the_extra_requires_the_liger_that_the_loss_does(root: Any) -> None:
+    assert f'"liger-kernel>={loss_module.LEAST_LIGER}"' in (root / "pyproject.toml").read_text()
+
+
+def test_liger_sums_the_heads_gradient_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stand-in with Liger's signature is called as Liger documents: weight, input, target."""
+    asked: list[dict[str, Any]] = []
+
+    class Fused:
+        def __init__(self, *, ignore_index: int, accum_dtype: torch.dtype) -> None:
+            asked.append({"ignore_index": ignore_index, "accum_dtype": accum_dtype})
+
+        def __call__(self, weight: torch.Tensor, hidden: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+            assert not torch.is_autocast_enabled("cpu")
+            asked[-1]["dtypes"] = (weight.dtype, hidden.dtype)
+            return plain(hidden, weight, target)
+
+    monkeypatch.setitem(sys.modules, "liger_kernel", types.ModuleType("liger_kernel"))
+    stand_in = types.ModuleType("liger_kernel.transformers")
+    stand_in.LigerFusedLinearCrossEntropyLoss = Fused  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "liger_kernel.transformers", stand_in)
+    monkeypatch.setattr(loss_module, "loss_name", lambda kind, dtype: "liger 0.8.5")
+    hidden, head, labels = inputs(23, torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss, expected = linear_cross_entropy(hidden, head, labels), plain(hidden, head, labels)
+    assert asked == [{"ignore_index": -100, "accum_dtype": torch.float32, "dtypes": (torch.bfloat16, torch.bfloat16)}]
+    torch.testing.assert_close(loss, expected)

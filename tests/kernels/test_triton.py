@@ -133,6 +133,21 @@ def test_tiles_are_large_where_little_is_wasted(tokens: int, active: int, n: int
         assert used <= tokens * 17 / 16 + tile
 
 
+@pytest.mark.parametrize(("n", "active", "shared"), [(8, 4, 3), (16, 12, 9), (32, 16, 0), (256, 20, 4)])
+def test_a_tile_holds_tokens_of_one_choice(n: int, active: int, shared: int) -> None:
+    """Also where a choice as one number is past 2^63: the second choice differs from the first in its first place alone."""
+    base = torch.arange(n - active, n)
+    choices = torch.stack([base, base, torch.cat([base[:-2] - 1, base[-2:]])])
+    choices[1, shared] -= 1
+    choices[:, :shared] = torch.arange(shared)
+    indices = choices[torch.arange(40) * 7 % 3]
+    tiles = same_choice(indices, n, shared, 4)
+    for tile in tiles:
+        held = indices[tile[tile >= 0]]
+        assert (held == held[:1]).all()
+    assert torch.equal(tiles[tiles >= 0].sort().values, torch.arange(40))
+
+
 def test_refused_where_it_cannot_run() -> None:
     from mohd_train.kernels import triton_ops
 

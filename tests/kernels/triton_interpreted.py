@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from support.dispatch import host_syncs
 from support.routing import choose, component, operands
 
 from mohd_train.kernels import ops
@@ -28,6 +29,11 @@ for name, (tokens, n, k, s, c) in CASES.items():
     )
     got, want = run("triton", indices, n, s, inputs), component("reference", indices, n, s, exact)
     slope = torch.randn_like(got)
+    if run is component:
+        with host_syncs() as seen:
+            torch.autograd.grad(run("triton", indices, n, s, inputs), list(inputs.values()), slope)
+        assert seen.waits == {}, name
+        assert seen.lists == seen.counts["ends_to_host"] == 0, name
     gots = [got, *torch.autograd.grad(got, list(inputs.values()), slope)]
     wants = [want, *torch.autograd.grad(want, list(exact.values()), slope.double())]
     for key, a, b in zip(("out", *inputs), gots, wants, strict=True):

@@ -129,6 +129,8 @@ def test_crash_and_resume_twice_equals_uninterrupted(
     assert_same_run(tmp_path / "runs" / "whole", tmp_path / "runs" / "crashed", "ep1-ba22-rank0.pt")
     record = json.loads((tmp_path / "runs" / "crashed" / "run.json").read_text())
     assert [bool(session["from"]) for session in record["sessions"]] == [False, True, True]
+    kernels = "grouped" if mohd == "x2" else "dense"
+    assert {(session["kernels"], session["loss"]) for session in record["sessions"]} == {(kernels, "chunked")}
     assert record["status"] == "finished"
 
 

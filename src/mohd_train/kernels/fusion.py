@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mohd_train.kernels.grouped import runs
-from mohd_train.kernels.selection import TILE, tiles
+from mohd_train.kernels.selection import TILE, Selection, tiles
 
 BLOCK_ELEMENTS = 1 << 17  # floats of a block of the full width: half a megabyte, within a core's second-level cache
 ELSEWHERE_ELEMENTS = 1 << 25  # of a block on a GPU: few launches, and 128 MiB of float32 beside a step's activations
@@ -22,13 +22,14 @@ ELSEWHERE_ELEMENTS = 1 << 25  # of a block on a GPU: few launches, and 128 MiB o
 SUMMED = 16
 
 
-def fuse_residual(
-    z_TKC: Tensor, mixing_NNC: Tensor, indices_TK: Tensor, pairs: Tensor, ends: Tensor, shared: int, residual: Tensor
-) -> Tensor:
+def fuse_residual(z_TKC: Tensor, mixing_NNC: Tensor, selection: Selection, residual: Tensor) -> Tensor:
     """``residual + y'``, y'_{i,j} = sum_k mixing[idx_k, i, j] z_{k,j}. Returns [T, D] in the residual's dtype."""
+    s = selection
     if not torch.is_grad_enabled():  # spares decoding the cost of autograd's bookkeeping
-        return _forward(z_TKC, mixing_NNC, indices_TK, shared, residual)
-    return _Fuse.apply(z_TKC, mixing_NNC, residual, indices_TK, pairs, ends, shared)
+        return _forward(z_TKC, mixing_NNC, s.indices_TK, s.shared, residual)
+    # Traced code sums in tiles and takes the ends where they are; blocks take them from the host
+    ends = s.ends if torch.compiler.is_compiling() else s.host_ends
+    return _Fuse.apply(z_TKC, mixing_NNC, residual, s.indices_TK, s.pairs, ends, s.shared)
 
 
 def _forward(z: Tensor, mixing: Tensor, indices: Tensor, shared: int, residual: Tensor) -> Tensor:
@@ -128,21 +129,21 @@ def _backward_blocks(
     (tokens, active), (sub_dims, _, width) = indices.shape, mixing.shape
     dtype = torch.promote_types(z.dtype, mixing.dtype)
     grad, wide, z_rows = grad.reshape(tokens, sub_dims, width), mixing.to(dtype), z.reshape(-1, width)
-    grad_z, grad_mixing = z_rows.new_empty(z_rows.shape), torch.zeros_like(wide)
-    z_TK, grad_z_TK = z_rows.view(tokens, active, 1, width), grad_z.view(tokens, active, width)
-    for start, stop in blocks(tokens if shared else 0, sub_dims * width, grad.device):
+    grad_z, grad_mixing = z.new_empty(tokens, active, width), torch.zeros_like(wide)
+    z_TK = z_rows.view(tokens, active, 1, width)
+    for start, stop in blocks(tokens, sub_dims * width, grad.device):
         block, part = grad[start:stop].to(dtype), z_TK[start:stop].to(dtype)
         buffer = torch.empty_like(block)
         for k in range(shared):
-            grad_z_TK[start:stop, k] = torch.mul(block, wide[k], out=buffer).sum(1)
+            grad_z[start:stop, k] = torch.mul(block, wide[k], out=buffer).sum(1)
             grad_mixing[k] += torch.mul(block, part[:, k], out=buffer).sum(0)
-    for i, pair in runs(pairs, ends, shared):
-        for start, stop in blocks(pair.shape[0], sub_dims * width, grad.device):
-            chosen = pair[start:stop]
+        for k in range(shared, active):
+            grad_z[start:stop, k] = wide.index_select(0, indices[start:stop, k]).mul_(block).sum(1)
+    for i, run in runs(ends, shared):
+        for start, stop in blocks(run.stop - run.start, sub_dims * width, grad.device):
+            chosen = pairs[run][start:stop]
             block = grad.index_select(0, chosen // active).to(dtype)
-            part = z_rows.index_select(0, chosen).to(dtype)
-            grad_z.index_copy_(0, chosen, (block * wide[i]).sum(1).to(grad_z.dtype))
-            grad_mixing[i] += block.mul_(part.unsqueeze(1)).sum(0)
+            grad_mixing[i] += block.mul_(z_rows.index_select(0, chosen).unsqueeze(1)).sum(0)
     return grad_z.view_as(z), grad_mixing.to(mixing.dtype)
 
 

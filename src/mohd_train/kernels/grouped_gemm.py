@@ -1,7 +1,6 @@
 """The grouped GEMMs as `torch.library` ops: opaque to torch.compile, with shapes under fake tensors, and with autograd.
 
-Tokens are sorted where there are few choices (`token_order`), else their runs are gathered (`grouped`); a few tokens that are
-being decoded need neither (`few_tokens`).
+`selection.choose_path` says which: `few_tokens`, `spans` on sorted tokens, or `grouped` on gathered runs.
 Without autograd and outside torch.compile (decoding) they are plain calls: a registered op costs tens of microseconds.
 """
 
@@ -75,9 +74,10 @@ _up_sorted.register_autograd(_up_sorted_gradient, setup_context=_save_up_sorted)
 
 @torch.library.custom_op("mohd::down_sorted", mutates_args=())
 def _down_sorted(
-    h_TF: Tensor, weight_DF: Tensor, ends: Tensor, sub_dims: int, shared: int, active: int, tokens_T: Tensor | None
+    h_TF: Tensor, weight_DF: Tensor, ends: Tensor, sub_dims: int, shared: int, active: int, orders: list[Tensor]
 ) -> Tensor:
-    y_TKC = spans.down(h_TF, weight_DF, ends, sub_dims, shared, active, tokens_T)
+    """`orders`: nothing where h is sorted, else the tokens' order and its inverse."""
+    y_TKC = spans.down(h_TF, weight_DF, ends, sub_dims, shared, active, *orders[:1])
     return y_TKC.view(y_TKC.shape[0], active, -1)
 
 
@@ -89,9 +89,9 @@ def _down_sorted_backward(
     ends: Tensor,
     sub_dims: int,
     shared: int,
-    tokens_T: Tensor | None = None,
+    orders: list[Tensor],
 ) -> tuple[Tensor, Tensor]:
-    return spans.down_backward(grad_TKC.flatten(1), h_TF, weight_DF, ends, sub_dims, shared, tokens_T)
+    return spans.down_backward(grad_TKC.flatten(1), h_TF, weight_DF, ends, sub_dims, shared, *orders)
 
 
 def _up_shape(x_TKC: Tensor, weight_OD: Tensor, *rest: Any) -> Tensor:
@@ -112,19 +112,20 @@ def _gradient_shapes(grad: Tensor, inputs: Tensor, weight: Tensor, *rest: Any) -
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[:4])
-    ctx.sizes, ctx.rest = inputs[4:6], (None,) * (len(inputs) - 2)  # N and S
+    ctx.save_for_backward(*inputs[:5])
+    ctx.sizes, ctx.rest = inputs[5:7], (None,) * (len(inputs) - 2)  # N and S
 
 
 def _save_down_sorted(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    h_TF, weight_DF, ends, sub_dims, shared, _, tokens_T = inputs
-    ctx.save_for_backward(h_TF, weight_DF, ends, *([] if tokens_T is None else [tokens_T]))
-    ctx.sizes = (sub_dims, shared)
+    h_TF, weight_DF, ends, sub_dims, shared, _, orders = inputs
+    ctx.save_for_backward(h_TF, weight_DF, ends, *orders)
+    ctx.sizes, ctx.no_grads = (sub_dims, shared), [None] * len(orders)
 
 
 def _down_sorted_gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    h_TF, weight_DF, ends, *tokens = ctx.saved_tensors
-    return *_down_sorted_backward(grad, h_TF, weight_DF, ends, *ctx.sizes, *tokens), None, None, None, None, None
+    h_TF, weight_DF, ends, *orders = ctx.saved_tensors
+    grads = _down_sorted_backward(grad, h_TF, weight_DF, ends, *ctx.sizes, orders)
+    return *grads, None, None, None, None, ctx.no_grads
 
 
 def _gradient_by(backward: Any) -> Any:
@@ -166,26 +167,32 @@ def _up_all(x_TKC: Tensor, weights_OD: Sequence[Tensor], s: Selection, source: S
     x_TKC, sizes = cast_for_autocast(x_TKC, weights_OD[0])[0], (s.sub_dims, s.shared)
     if s.choices is not None:
         return [few_tokens.up(x_TKC, weight, s.choices, *sizes) for weight in weights]
-    if s.order is None:
-        run = grouped.up if _plain() else _up
-        return [run(x_TKC, weight, s.pairs, s.ends, *sizes) for weight in weights]
-    if _plain():
+    if s.order is not None and _plain():
         return [spans.up(x_TKC.flatten(1), weight, s.order.ends, *sizes) for weight in weights]
-    kept = [] if source is None else [*source, s.rows.index_select(0, s.order.pairs)]
-    return _up_sorted(x_TKC, weights, s.order.ends, kept, *sizes, torch.compiler.is_compiling())
+    if s.order is not None:
+        kept = [] if source is None else [*source, s.rows.index_select(0, s.order.pairs)]
+        return _up_sorted(x_TKC, weights, s.order.ends, kept, *sizes, torch.compiler.is_compiling())
+    assert s.pair_places_TP is not None
+    assert s.host_ends is not None
+    run = grouped.up if _plain() else _up
+    return [run(x_TKC, weight, s.pairs, s.pair_places_TP, s.host_ends, *sizes) for weight in weights]
 
 
-def _down_one(h_TF: Tensor, weight_DF: Tensor, s: Selection, tokens_T: Tensor | None = None) -> Tensor:
-    """Compact [T, K*C], but sorted and [T, K, C] where the selection has an order; `tokens_T` sorts h, if it is not yet."""
+def _down_one(h_TF: Tensor, weight_DF: Tensor, s: Selection, orders: Sequence[Tensor] = ()) -> Tensor:
+    """Compact [T, K*C], but sorted and [T, K, C] where the selection has an order. `orders`: the order to bring h into, and its
+    inverse; none where h is sorted."""
     h_TF, weight_DF = cast_for_autocast(h_TF, weight_DF)
     sizes = (s.sub_dims, s.shared, s.indices_TK.shape[1])
     if s.choices is not None:
         return few_tokens.down(h_TF, weight_DF, s.choices, *sizes)
-    if s.order is None:
-        return (grouped.down if _plain() else _down)(h_TF, weight_DF, s.pairs, s.ends, *sizes)
-    if _plain():
-        return spans.down(h_TF, weight_DF, s.order.ends, *sizes, tokens_T).unflatten(1, (sizes[2], -1))
-    return _down_sorted(h_TF, weight_DF, s.order.ends, *sizes, tokens_T)
+    if s.order is not None and _plain():
+        return spans.down(h_TF, weight_DF, s.order.ends, *sizes, *orders[:1]).unflatten(1, (sizes[2], -1))
+    if s.order is not None:
+        return _down_sorted(h_TF, weight_DF, s.order.ends, *sizes, list(orders))
+    assert s.pair_places_TP is not None
+    assert s.host_ends is not None
+    run = grouped.down if _plain() else _down
+    return run(h_TF, weight_DF, s.pairs, s.pair_places_TP, s.host_ends, *sizes)
 
 
 def _sorted_inputs(x_TKC: Tensor, s: Selection) -> Tensor:
@@ -206,7 +213,7 @@ def down(h_TF: Tensor, weight_DF: Tensor, selection: Selection) -> Tensor:
     order = selection.order
     if order is None:
         return _down_one(h_TF, weight_DF, selection)
-    y_TKC = _down_one(h_TF, weight_DF, selection, order.tokens)
+    y_TKC = _down_one(h_TF, weight_DF, selection, (order.tokens, order.places))
     return token_order.unsort_compact(y_TKC, order)
 
 

@@ -1,7 +1,7 @@
 """Between the full width [T, D] and the compact layout [T, K*C], without autograd's scatter.
 
 Gathering and scattering are each other's transpose. Under torch.compile both are written as pointwise reads, which fuse
-into the norm or the residual beside them (an index_put would not); in eager mode as copies of whole rows of C.
+into the norm or the residual beside them (an index_put would not); in eager mode as reads of whole rows of C.
 """
 
 from __future__ import annotations
@@ -33,8 +33,11 @@ def _place(compact_TKC: Tensor, rows: Tensor, slots_TN: Tensor) -> Tensor:
         pair = slots_TN.clamp(min=0) + torch.arange(tokens, device=rows.device).unsqueeze(1) * active
         full = compact.index_select(0, pair.view(-1)).view(tokens, sub_dims, -1)
         return torch.where(slots_TN.unsqueeze(-1) >= 0, full, 0).flatten(1)
-    full = compact.new_zeros(tokens * sub_dims, compact.shape[1])
-    return full.index_copy_(0, rows, compact).view(tokens, -1)
+    # A read, from a row of zeros for what is inactive: CUDA's deterministic mode would sort the rows of a write
+    pair = slots_TN + torch.arange(tokens, device=rows.device).unsqueeze(1) * active
+    pair = torch.where(slots_TN >= 0, pair, tokens * active)
+    padded = torch.cat([compact, compact.new_zeros(1, compact.shape[1])])
+    return padded.index_select(0, pair.view(-1)).view(tokens, -1)
 
 
 class _Gather(torch.autograd.Function):

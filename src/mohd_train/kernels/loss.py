@@ -5,14 +5,36 @@ Shapes: T tokens, D hidden, V vocabulary.
 
 from __future__ import annotations
 
-from functools import cache
+import functools
+import importlib.metadata
 from typing import Any
 
 import torch
-import torch.nn.functional as F
+from packaging.version import Version
 from torch import Tensor
 
+from mohd_train.errors import UserError
+
 CHUNK_LOGITS = 1 << 25  # logits of a chunk: 128 MiB in float32, 1024 tokens at V = 32768
+SUM = 2  # aten's number for reduction="sum"
+LEAST_LIGER = "0.6.2"  # the first that sums the head's gradient in a dtype of the caller's choice
+
+
+@torch.compiler.assume_constant_result  # asked at every call; traced code keeps the answer
+def loss_name(kind: str, dtype: torch.dtype) -> str:
+    """What computes the loss on a device of this kind ("cuda", "cpu") for hidden states of this dtype: "liger 0.8.5" or "chunked".
+
+    Raises:
+        UserError: a `liger-kernel` is installed whose sum of the head's gradient is rounded to bfloat16 at every chunk.
+    """
+    version = _liger_version() if kind == "cuda" and dtype != torch.float64 else None
+    if version is None:
+        return "chunked"
+    if Version(version) < Version(LEAST_LIGER):
+        raise UserError(
+            f"liger-kernel {version} sums the head's gradient in bfloat16; install 'liger-kernel>={LEAST_LIGER}', or uninstall it"
+        )
+    return f"liger {version}"
 
 
 def linear_cross_entropy(
@@ -25,9 +47,10 @@ def linear_cross_entropy(
 ) -> Tensor:
     """Mean of ``cross_entropy(hidden @ head.T, labels)`` over the labels that are not `ignore_index`; NaN if there are none.
 
-    Liger's fused kernel on CUDA where `liger-kernel` is installed (not for float64), chunks of `chunk_tokens` elsewhere.
+    Liger's fused kernel on CUDA where `liger-kernel` is installed (`loss_name`), chunks of `chunk_tokens` elsewhere.
     Under autocast the product runs in its dtype and the softmax in float32, as `F.linear` and `F.cross_entropy` would.
-    Both compute the gradients in the forward pass: a chunk's logits are made once and dropped.
+    Both compute the gradients in the forward pass: a chunk's logits are made once and dropped, and the head's gradient is summed
+    over the chunks in float32.
 
     Returns:
         A scalar, float32 (float64 for float64 input).
@@ -36,21 +59,23 @@ def linear_cross_entropy(
     if torch.is_autocast_enabled(kind):
         dtype = torch.get_autocast_dtype(kind)
         hidden_TD, head_VD = hidden_TD.to(dtype), head_VD.to(dtype)
-    if kind == "cuda" and hidden_TD.dtype != torch.float64 and chunk_tokens is None and (liger := _liger()) is not None:
+    if chunk_tokens is None and loss_name(kind, hidden_TD.dtype) != "chunked":
+        from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+
         with torch.autocast(kind, enabled=False):
-            return liger(ignore_index=ignore_index)(head_VD, hidden_TD, labels_T).float()
+            fused = LigerFusedLinearCrossEntropyLoss(ignore_index=ignore_index, accum_dtype=torch.float32)
+            return fused(head_VD, hidden_TD, labels_T).float()
     step = chunk_tokens or max(1, CHUNK_LOGITS // head_VD.shape[0])
     return _ChunkedCrossEntropy.apply(hidden_TD, head_VD, labels_T, ignore_index, step)
 
 
-@cache
-def _liger() -> Any:
-    """Liger's module class, or None where the package is not installed (it is an extra: `pip install mohd_train[gpu]`)."""
+@functools.cache
+def _liger_version() -> str | None:
+    """None where the package is not installed (it is an extra: `pip install mohd_train[gpu]`)."""
     try:
-        from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
-    except ImportError:
+        return importlib.metadata.version("liger-kernel")
+    except importlib.metadata.PackageNotFoundError:
         return None
-    return LigerFusedLinearCrossEntropyLoss
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -62,19 +87,19 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         need_hidden, need_head = ctx.needs_input_grad[:2]
         grad_hidden = torch.empty_like(hidden) if need_hidden else None
         grad_head = torch.zeros(head.shape, dtype=wide, device=head.device) if need_head else None
-        count = (labels != ignore_index).sum()
+        count = (labels != ignore_index).sum().to(wide)
         total = torch.zeros((), dtype=wide, device=hidden.device)
         with torch.autocast(hidden.device.type, enabled=False):
             for start in range(0, hidden.shape[0], step):
                 rows, label = hidden[start : start + step], labels[start : start + step]
-                logits = (rows @ head.t()).to(wide)
-                total += F.cross_entropy(logits, label, ignore_index=ignore_index, reduction="sum")
+                logs = torch.log_softmax((rows @ head.t()).to(wide), 1)
+                loss, counted = torch.ops.aten.nll_loss_forward(logs, label, None, SUM, ignore_index)
+                total += loss
                 if grad_hidden is None and grad_head is None:
                     continue
-                kept = (label != ignore_index).unsqueeze(1)
-                slope = torch.softmax(logits, 1)
-                slope.scatter_add_(1, label.where(kept[:, 0], 0).unsqueeze(1), -torch.ones_like(slope[:, :1]))
-                slope = slope.mul_(kept.to(wide) / count).to(hidden.dtype)
+                # As autograd would: no scatter, which deterministic mode sorts on CUDA
+                slope = torch.ops.aten.nll_loss_backward(1 / count, logs, label, None, SUM, ignore_index, counted)
+                slope = torch.ops.aten._log_softmax_backward_data(slope, logs, 1, wide).to(hidden.dtype)
                 if grad_hidden is not None:
                     torch.mm(slope, head, out=grad_hidden[start : start + step])
                 if grad_head is not None:

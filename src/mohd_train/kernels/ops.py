@@ -17,7 +17,9 @@ from torch import Tensor
 from mohd_train.errors import UserError
 from mohd_train.kernels import fusion, grouped_gemm, layout, reference
 from mohd_train.kernels import norm_router as norm
-from mohd_train.kernels.selection import Selection, select
+from mohd_train.kernels.selection import Selection, choose_path, select
+from mohd_train.kernels.slots import count_selected as count_selected
+from mohd_train.kernels.slots import take_slots as take_slots
 from mohd_train.kernels.source import Source
 
 BACKENDS = ("reference", "grouped", "triton")
@@ -51,8 +53,8 @@ def _triton_refusal(device: torch.device, dtype: torch.dtype, width: int | None)
 def make_selection(indices_TK: Tensor, *, sub_dims: int, shared: int, backend: str) -> Selection:
     """Wraps a router's choice [T, K] for `backend`: once per component, used by all of its ops."""
     tokens, active = indices_TK.shape
-    tile = triton_tile(tokens, active, sub_dims, shared) if backend == "triton" else None
-    return select(indices_TK, sub_dims, shared, tile, sort=backend == "grouped")
+    path = choose_path(backend, tokens, sub_dims, active, shared)
+    return select(indices_TK, sub_dims, shared, path, triton_tile(tokens, active, sub_dims, shared))
 
 
 def triton_tile(tokens: int, active: int, sub_dims: int, shared: int) -> int:
@@ -160,8 +162,7 @@ def fuse_residual(
         from mohd_train.kernels import triton_ops
 
         return triton_ops.fuse_residual(z_TKC, mixing_CNN.permute(2, 1, 0), selection, residual_TD)
-    chosen = (selection.indices_TK, selection.pairs, selection.ends, selection.shared)
-    return fusion.fuse_residual(z_TKC, mixing_CNN.permute(2, 1, 0), *chosen, residual_TD)
+    return fusion.fuse_residual(z_TKC, mixing_CNN.permute(2, 1, 0), selection, residual_TD)
 
 
 def _active_inputs(x_TD: Tensor, selection: Selection, input_weights_TK: Tensor | None) -> Tensor:

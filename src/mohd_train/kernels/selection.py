@@ -7,13 +7,15 @@ A (token, slot) pair is the row ``token * K + slot`` of a compact tensor [T*K, C
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from mohd_train.kernels import few_tokens
-from mohd_train.kernels.token_order import TokenOrder, serves, token_order
+from mohd_train.kernels import few_tokens, token_order
+from mohd_train.kernels.host import ends_to_host
+from mohd_train.kernels.slots import slots_of
+from mohd_train.kernels.token_order import TokenOrder
 
 # Pairs in a tile: a tile holds pairs of one sub-dimension, so that reductions over a run need no data-dependent shape.
 TILE = 8
@@ -25,42 +27,65 @@ class Selection(NamedTuple):
     indices_TK: Tensor  # int64; columns 0..S-1 hold 0..S-1, the rest the specialized ids, ascending
     sub_dims: int  # N
     shared: int  # S
+    path: str  # see `choose_path`
     rows: Tensor  # int64 [T*K]: token * N + sub-dimension, rows of a full-width tensor seen as [T*N, C]
     slots_TN: Tensor  # int64: the slot that holds a sub-dimension, -1 when it is inactive
     pairs: Tensor  # int64 [T*P]: specialized pairs (token * K + slot), by sub-dimension, then by token
     ends: Tensor  # int64 [N-S]: where each specialized sub-dimension's run of `pairs` ends
+    host_ends: Tensor | None = None  # for grouped: the same in host memory
+    pair_places_TP: Tensor | None = None  # int64, for gathered_runs: where in `pairs` each of a token's pairs stands
     tile_tokens: Tensor | None = None  # int64 [M, B], for triton: tiles of tokens with the same choice, -1 fills up
-    order: TokenOrder | None = None  # for grouped: tokens sorted by choice, where there are few choices
-    choices: few_tokens.Choices | None = None  # for grouped, in place of any sort: a few tokens without gradients
+    order: TokenOrder | None = None  # for sorted_spans
+    choices: few_tokens.Choices | None = None  # for few_tokens, in place of any sort
 
 
-def select(indices_TK: Tensor, sub_dims: int, shared: int, tile: int | None = None, sort: bool = False) -> Selection:
-    """A selection with its sort: one stable sort over all specialized pairs, run ends as a tensor, no host sync.
+def choose_path(backend: str, tokens: int, sub_dims: int, active: int, shared: int) -> str:
+    """What runs a selection's products: the only place where that is decided.
 
-    `tile` adds tiles of so many tokens of the same choice, `sort` the tokens' order by choice (or, decoding, the choices).
+    ``reference`` and ``triton`` are backends of one path. ``grouped`` has three: ``few_tokens`` where no gradient is wanted of a
+    few tokens (decoding), ``sorted_spans`` where there are few choices to sort tokens by, ``gathered_runs`` for the rest.
     """
-    few = sort and indices_TK.shape[0] <= few_tokens.MOST_TOKENS and _decoding()
-    by_choice = sort and not few and serves(sub_dims, indices_TK.shape[1], shared)
-    order = token_order(indices_TK, sub_dims, shared) if by_choice else None
-    tile_tokens = None if tile is None else same_choice(indices_TK, sub_dims, shared, tile)
-    tokens, active = indices_TK.shape
-    chosen, device = active - shared, indices_TK.device
+    if backend != "grouped":
+        return backend
+    decoding = not (torch.is_grad_enabled() or torch.compiler.is_compiling())
+    if decoding and tokens <= few_tokens.MOST_TOKENS:
+        return "few_tokens"
+    return "sorted_spans" if token_order.supports(sub_dims, active, shared) else "gathered_runs"
+
+
+def select(indices_TK: Tensor, sub_dims: int, shared: int, path: str, tile: int | None = None) -> Selection:
+    """A selection with what `path` needs: stable sorts, run ends as a tensor. `tile`: tokens in a tile, for triton.
+
+    Host sync on CUDA: one on the paths of ``grouped`` (the group ends, or the choices of a few tokens), none for ``triton``.
+    """
+    (tokens, active), device = indices_TK.shape, indices_TK.device
+    chosen = active - shared
     rows = (indices_TK + torch.arange(tokens, device=device).unsqueeze(1) * sub_dims).reshape(-1)
-    slots_TN = torch.full((tokens, sub_dims), -1, dtype=torch.int64, device=device)
-    slots_TN = slots_TN.scatter(1, indices_TK, torch.arange(active, device=device).expand(tokens, active))
+    always = torch.arange(shared, device=device).expand(tokens, shared)
+    specialized = slots_of(indices_TK[:, shared:] - shared, sub_dims - shared)
+    slots_TN = torch.cat([always, torch.where(specialized >= 0, specialized + shared, -1)], 1)
     ids = torch.arange(shared, sub_dims, device=device)
-    if chosen == 0 or few:
-        choices = few_tokens.choices_of(indices_TK, shared) if few else None
-        none, ends = indices_TK.new_zeros(0), torch.zeros_like(ids)
-        return Selection(indices_TK, sub_dims, shared, rows, slots_TN, none, ends, tile_tokens, None, choices)
-    keys, by_id = torch.sort(indices_TK[:, shared:].reshape(-1), stable=True)
-    pairs = by_id // chosen * active + shared + by_id % chosen
-    ends = torch.searchsorted(keys, ids, right=True)
-    return Selection(indices_TK, sub_dims, shared, rows, slots_TN, pairs, ends, tile_tokens, order)
-
-
-def _decoding() -> bool:
-    return not (torch.is_grad_enabled() or torch.compiler.is_compiling())
+    if chosen == 0 or path == "few_tokens":
+        pairs, ends = indices_TK.new_zeros(0), torch.zeros_like(ids)
+    else:
+        keys, by_id = torch.sort(indices_TK[:, shared:].reshape(-1), stable=True)
+        pairs = by_id // chosen * active + shared + by_id % chosen
+        ends = torch.searchsorted(keys, ids, right=True)
+    more: dict[str, Any] = {}  # torch.compile traces no NamedTuple's _replace
+    if path == "triton":
+        assert tile is not None
+        more["tile_tokens"] = same_choice(indices_TK, sub_dims, shared, tile)
+    elif path == "few_tokens":
+        more["choices"] = few_tokens.choices_of(indices_TK, shared)
+    elif path == "sorted_spans":
+        order = token_order.token_order(indices_TK, sub_dims, shared)
+        group_ends, more["host_ends"] = ends_to_host(order.ends, ends)
+        more["order"] = TokenOrder(order.tokens, order.places, order.pairs, order.pair_places, group_ends)
+    elif path == "gathered_runs":
+        places = token_order.inverse(by_id) if chosen else pairs
+        more["pair_places_TP"] = places.view(tokens, chosen)
+        (more["host_ends"],) = ends_to_host(ends)
+    return Selection(indices_TK, sub_dims, shared, path, rows, slots_TN, pairs, ends, **more)
 
 
 def same_choice(indices_TK: Tensor, sub_dims: int, shared: int, size: int) -> Tensor:
@@ -69,14 +94,30 @@ def same_choice(indices_TK: Tensor, sub_dims: int, shared: int, size: int) -> Te
     M = T // size + min(T, choices there are): from shapes alone.
     """
     tokens, active = indices_TK.shape
-    key = torch.zeros_like(indices_TK[:, 0])
-    for k in range(shared, active):
-        key = key * sub_dims + indices_TK[:, k]
-    key, order = torch.sort(key, stable=True)
-    run = torch.cat([torch.zeros_like(key[:1]), (key[1:] != key[:-1]).long()]).cumsum(0)
+    keys = _choice_keys(indices_TK[:, shared:], sub_dims)
+    order = torch.arange(tokens, device=indices_TK.device)
+    for key in reversed(keys):  # by the last first, each sort stable: by all of them in the end
+        order = order.index_select(0, torch.sort(key.index_select(0, order), stable=True).indices)
+    differs = torch.zeros_like(order[1:], dtype=torch.bool)
+    for key in keys:
+        key = key.index_select(0, order)
+        differs = differs | (key[1:] != key[:-1])
+    run = torch.cat([torch.zeros_like(order[:1]), differs.long()]).cumsum(0)
     count = min(tokens, math.comb(sub_dims - shared, active - shared))
     ends = torch.searchsorted(run, torch.arange(count, device=run.device), right=True)
     return tiles(order, ends, size)[0]
+
+
+def _choice_keys(chosen_TP: Tensor, sub_dims: int) -> list[Tensor]:
+    """int64 [T] each, which together tell choices apart: as many as it takes for none to overflow (256 to the 8th is 2^64)."""
+    digits = max(1, int(62 // math.log2(max(2, sub_dims))))
+    keys = []
+    for start in range(0, chosen_TP.shape[1], digits):
+        key = chosen_TP[:, start]
+        for k in range(start + 1, min(start + digits, chosen_TP.shape[1])):
+            key = key * sub_dims + chosen_TP[:, k]
+        keys.append(key)
+    return keys
 
 
 def tiles(pairs: Tensor, ends: Tensor, size: int = TILE) -> tuple[Tensor, Tensor]:

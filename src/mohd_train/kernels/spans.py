@@ -1,7 +1,7 @@
 """The GEMMs of the `grouped` backend on sorted tokens (`token_order`): every operand is a view, nothing is gathered.
 
 A span's product is added to the shared product's rows in place; every slice of a weight's gradient is written by one op.
-Host sync: none on CPU; on CUDA the first op of a selection reads the group ends (`host`), except where `device_groups` serves.
+`ends` lie in host memory (`host`): nothing here waits for a device.
 
 Shapes: T tokens, D hidden, N sub-dimensions, K active, S shared, C = D / N, O and F widths; compact tensors [T, K*C], sorted.
 """
@@ -13,8 +13,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from mohd_train.kernels import device_groups, token_order
-from mohd_train.kernels.host import ends_on_host
+from mohd_train.kernels import token_order
 
 # Where a GEMM on a strided slice of a weight is slower than one on a copy of the slice: a matter of a CPU's caches.
 NARROW = 64  # up to this width
@@ -24,7 +23,7 @@ PAGES = 16384  # bytes between a slice's rows at whose multiples they share few 
 
 def _spans(ends: Tensor, sub_dims: int, shared: int, active: int) -> Iterator[tuple[int, int, slice]]:
     """(sub-dimension, slot, its tokens) of every span that holds a token."""
-    bounds = [0, *ends_on_host(ends)]
+    bounds = [0, *ends.tolist()]
     for choice, slot, first, last in token_order.spans(sub_dims - shared, active - shared):
         if bounds[last + 1] > bounds[first]:
             yield shared + choice, shared + slot, slice(bounds[first], bounds[last + 1])
@@ -42,8 +41,6 @@ def up(x_TKC: Tensor, weight_OD: Tensor, ends: Tensor, sub_dims: int, shared: in
     """``W x~`` from sorted compact inputs: sorted [T, O]."""
     width = weight_OD.shape[1] // sub_dims
     inner, active = shared * width, x_TKC.shape[1] // width
-    if device_groups.serves(x_TKC, active - shared, width):
-        return device_groups.up(x_TKC, weight_OD, ends, sub_dims, shared)
     out = x_TKC.new_empty(x_TKC.shape[0], weight_OD.shape[0])
     if shared:
         torch.mm(x_TKC[:, :inner], weight_OD[:, :inner].t(), out=out)
@@ -71,9 +68,6 @@ def up_backward(
     """Gradients of `up`: sorted compact [T, K*C], added in place to `onto` where it is given, and [O, D]."""
     width = weight_OD.shape[1] // sub_dims
     inner, active = shared * width, x_TKC.shape[1] // width
-    if device_groups.serves(x_TKC, active - shared, width):
-        grad_x, grad_weight = device_groups.up_backward(grad_TO, x_TKC, weight_OD, ends, sub_dims, shared)
-        return grad_x if onto is None else onto.add_(grad_x), grad_weight
     grad_x = torch.empty(x_TKC.shape, dtype=x_TKC.dtype, device=x_TKC.device) if onto is None else onto
     grad_weight = torch.empty(weight_OD.shape, dtype=weight_OD.dtype, device=weight_OD.device)
 
@@ -127,8 +121,6 @@ def down(
         h_TF = h_TF.index_select(0, tokens_T)
     width = weight_DF.shape[0] // sub_dims
     inner = shared * width
-    if device_groups.serves(h_TF, active - shared, width):
-        return device_groups.down(h_TF, weight_DF, ends, sub_dims, shared, active)
     y = h_TF.new_empty(h_TF.shape[0], active * width)
     if shared:
         torch.mm(h_TF, weight_DF[:inner].t(), out=y[:, :inner])
@@ -145,17 +137,19 @@ def down_backward(
     sub_dims: int,
     shared: int,
     tokens_T: Tensor | None = None,
+    places_T: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of `down`: [T, F] in h's order, and [D, F]. A sorted copy of h is made again rather than kept."""
-    if tokens_T is not None:
+    """Gradients of `down`: [T, F] in h's order, and [D, F]. A sorted copy of h is made again rather than kept.
+
+    `places_T` is the inverse of `tokens_T`.
+    """
+    if tokens_T is not None and places_T is not None:
         sorted_grad, grad_weight = down_backward(
             grad_TKC, h_TF.index_select(0, tokens_T), weight_DF, ends, sub_dims, shared
         )
-        return torch.empty_like(sorted_grad).index_copy_(0, tokens_T, sorted_grad), grad_weight
+        return sorted_grad.index_select(0, places_T), grad_weight
     width = weight_DF.shape[0] // sub_dims
     inner, active = shared * width, grad_TKC.shape[1] // width
-    if device_groups.serves(h_TF, active - shared, width):
-        return device_groups.down_backward(grad_TKC, h_TF, weight_DF, ends, sub_dims, shared)
     grad_h = torch.empty(h_TF.shape, dtype=h_TF.dtype, device=h_TF.device)
     grad_weight = torch.empty(weight_DF.shape, dtype=weight_DF.dtype, device=weight_DF.device)
     if shared:

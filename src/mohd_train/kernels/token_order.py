@@ -29,7 +29,7 @@ class TokenOrder(NamedTuple):
     places: Tensor  # int64 [T]: its inverse
     pairs: Tensor  # int64 [T*K]: compact row (token * K + slot) that a sorted compact tensor holds in each of its rows
     pair_places: Tensor  # int64 [T*K]: its inverse
-    ends: Tensor  # int64 [G]: where each group ends
+    ends: Tensor  # int64 [G]: where each group ends; in host memory once `selection.select` has brought it there
 
 
 @functools.cache
@@ -65,48 +65,82 @@ def spans(count: int, chosen: int) -> tuple[tuple[int, int, int, int], ...]:
 
 
 @functools.cache
-def _ranks(count: int, chosen: int) -> list[int]:
-    """Group of a choice, by its code in base `count`."""
-    table = [0] * count**chosen
-    for rank, choice in enumerate(_choices(count, chosen)):
-        table[functools.reduce(lambda code, i: code * count + i, choice, 0)] = rank
-    return table
+def _rank_terms(count: int, chosen: int) -> list[list[int]]:
+    """[P, M]: what each place of an ascending choice adds to its rank in revolving-door order, by the sub-dimension there.
+
+    The rank of c_1 < ... < c_P, counted from 1, is the sum of (-1)^(P-i) C(c_i, i), less one where P is odd.
+    """
+    terms = [[(-1) ** (chosen - i) * math.comb(c, i) for c in range(1, count + 1)] for i in range(1, chosen + 1)]
+    terms[0] = [term - chosen % 2 for term in terms[0]]
+    return terms
 
 
 @functools.cache
-def _ascending(count: int, chosen: int) -> list[list[int]]:
-    """For each group and slot, the place that the slot's choice has in ascending order."""
-    return [[sorted(slots).index(i) for i in slots] for slots in _slots(count, chosen)]
+def _slot_tables(count: int, chosen: int) -> list[list[list[int]]]:
+    """[2, G, P]: for each group and slot the place that the slot's choice has in ascending order, and the inverse."""
+    ascending = [[sorted(slots).index(i) for i in slots] for slots in _slots(count, chosen)]
+    return [ascending, [[places.index(i) for i in range(chosen)] for places in ascending]]
 
 
-def serves(sub_dims: int, active: int, shared: int) -> bool:
+# Constants on their device, by what they were made from: an upload waits for the device, so each takes place once.
+_UPLOADED: dict[tuple[str, int, int, torch.device], Tensor] = {}
+
+
+@torch.compiler.assume_constant_result  # traced code takes the uploaded tensor in, rather than uploading it each time it runs
+def _constant(name: str, count: int, chosen: int, device: torch.device) -> Tensor:
+    key = (name, count, chosen, device)
+    if key not in _UPLOADED:
+        made = {"rank terms": _rank_terms, "slot tables": _slot_tables}[name](count, chosen)
+        with torch.inference_mode(False):
+            tensor = torch.tensor(made, dtype=torch.int64, device=device)
+        if type(tensor) is not Tensor:  # a fake one means nothing to the next caller
+            return tensor
+        _UPLOADED[key] = tensor
+    return _UPLOADED[key]
+
+
+def supports(sub_dims: int, active: int, shared: int) -> bool:
     """Whether there are few enough groups, and something to choose."""
     return active > shared and math.comb(sub_dims - shared, active - shared) <= MOST_GROUPS
 
 
 def token_order(indices_TK: Tensor, sub_dims: int, shared: int) -> TokenOrder:
-    """The order of tokens with these choices [T, K]: a stable sort, no host sync."""
+    """The order of tokens with these choices [T, K]: a stable sort, and a second one for its inverse. No host sync."""
     (tokens, active), device = indices_TK.shape, indices_TK.device
     count, chosen = sub_dims - shared, active - shared
-    code = indices_TK[:, shared] - shared
-    for k in range(shared + 1, active):
-        code = code * count + indices_TK[:, k] - shared
-    ranks = code if chosen == 1 else torch.tensor(_ranks(count, chosen), device=device)[code]
-    ranks, order = torch.sort(ranks, stable=True)
-    ends = torch.searchsorted(ranks, torch.arange(math.comb(count, chosen), device=device), right=True)
-    slots = torch.arange(shared, device=device).expand(tokens, shared)
+    ranks = group_ranks(indices_TK[:, shared:] - shared, count)
+    by_rank, order = torch.sort(ranks, stable=True)
+    places = inverse(order)
+    ends = torch.searchsorted(by_rank, torch.arange(math.comb(count, chosen), device=device), right=True)
     if chosen == 1:
-        slots = torch.arange(active, device=device).expand(tokens, active)
+        held = found = torch.arange(active, device=device).expand(tokens, active)
     else:
-        slots = torch.cat([slots, torch.tensor(_ascending(count, chosen), device=device)[ranks] + shared], 1)
-    pairs = (order.unsqueeze(1) * active + slots).reshape(-1)
-    return TokenOrder(order, _inverse(order), pairs, _inverse(pairs), ends)
+        tables = _constant("slot tables", count, chosen, device)
+        always = torch.arange(shared, device=device).expand(tokens, shared)
+        held = torch.cat([always, tables[0].index_select(0, by_rank) + shared], 1)
+        found = torch.cat([always, tables[1].index_select(0, ranks) + shared], 1)
+    pairs = (order.unsqueeze(1) * active + held).reshape(-1)
+    pair_places = (places.unsqueeze(1) * active + found).reshape(-1)
+    return TokenOrder(order, places, pairs, pair_places, ends)
 
 
-def _inverse(permutation: Tensor) -> Tensor:
-    return torch.empty_like(permutation).scatter(
-        0, permutation, torch.arange(permutation.shape[0], device=permutation.device)
+def group_ranks(chosen_TP: Tensor, count: int) -> Tensor:
+    """int64 [T]: the group of each token's choice, P of `count`, ascending from 0."""
+    chosen = chosen_TP.shape[1]
+    if chosen == 1:
+        return chosen_TP[:, 0]
+    terms = _constant("rank terms", count, chosen, chosen_TP.device)
+    return (
+        terms.view(-1)
+        .index_select(0, (chosen_TP + torch.arange(chosen, device=chosen_TP.device) * count).reshape(-1))
+        .view_as(chosen_TP)
+        .sum(1)
     )
+
+
+def inverse(permutation: Tensor) -> Tensor:
+    """A sort: writing by index would be one too in deterministic mode on CUDA, and wait for the host."""
+    return torch.argsort(permutation)
 
 
 class _Permute(torch.autograd.Function):

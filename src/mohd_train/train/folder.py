@@ -20,6 +20,7 @@ from mohd_train.run_folder.paths import CONFIG, LATEST, LATEST_LINK, METRICS, RE
 from mohd_train.run_folder.record import RunRecord, read_record
 from mohd_train.run_folder.secrets import shown
 from mohd_train.storage import Storage, is_remote
+from mohd_train.train import parallel
 from mohd_train.train.callbacks.uploads import clear_staged
 from mohd_train.utils.environment import code_version, hardware, now, versions
 from mohd_train.utils.files import Lock, write_atomic
@@ -156,6 +157,8 @@ def _new_session(run: Run) -> RunRecord:
         "id": uuid.uuid4().hex,
         "started": now(),
         "hardware": hardware(run.device, dist.get_world_size()),
+        "kernels": parallel.resolve_kernels(config, run.plan, run.device),
+        "loss": parallel.resolve_loss(config, run.device),
         "from": run.start.source or None,
         "skipped": list(run.start.skipped),
     }

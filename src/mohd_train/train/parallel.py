@@ -17,6 +17,7 @@ from mohd_train.config.plan import ModelPlan
 from mohd_train.config.schema import Config
 from mohd_train.errors import UserError
 from mohd_train.kernels import ops
+from mohd_train.kernels.loss import loss_name
 from mohd_train.model.llama import Transformer
 from mohd_train.utils.text import nearest
 
@@ -158,6 +159,15 @@ def resolve_kernels(config: Config, plan: ModelPlan, device: str) -> str:
     dtype = COMPUTE_DTYPES[config.precision]
     chosen = {ops.resolve_backend(config.kernels, where, dtype, width=part.width) for part in plan.components}
     return ", ".join(sorted(chosen)) or "dense"
+
+
+def resolve_loss(config: Config, device: str) -> str:
+    """What computes the loss, such as ``liger 0.8.5`` or ``chunked``.
+
+    Raises:
+        UserError: the installed Liger isn't precise enough.
+    """
+    return loss_name("cuda" if device == "gpu" else "cpu", COMPUTE_DTYPES[config.precision])
 
 
 def mark_blocks(model: Transformer) -> None:

@@ -154,6 +154,7 @@ def check(config: Config, lock: RunLock) -> Run:
         check_shared(local_save_folder(config))
     plan = make_plan(config.model, config.mohd, config.max_seq_len)
     parallel.resolve_kernels(config, plan, device)
+    parallel.resolve_loss(config, device)
     manifest = check_on_nodes(config)
     downloaded = ResumePoint()
     if is_remote(config.save_folder) or is_remote(config.load_path or ""):

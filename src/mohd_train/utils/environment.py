@@ -16,6 +16,7 @@ import mohd_train
 # What decides the numbers of a run, an evaluation, a study.
 PACKAGES = (
     "torch",
+    "liger-kernel",
     "mosaicml",
     "mosaicml-streaming",
     "transformers",
