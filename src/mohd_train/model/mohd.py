@@ -164,7 +164,7 @@ def activation_weights(scores_TN: Tensor, indices_TK: Tensor, scaling: str) -> T
     Returns:
         [T, K], in the scores' dtype. Gradients reach the scores through alpha too.
     """
-    g_TK = scores_TN.gather(1, indices_TK)
+    g_TK = ops.take_slots(scores_TN, indices_TK)
     if scaling == "none":
         return g_TK
     n, k, mass_T1 = scores_TN.shape[1], indices_TK.shape[1], g_TK.sum(dim=-1, keepdim=True)
@@ -207,11 +207,13 @@ def balance_loss(
     chosen_TP = indices_TK[:, plan.shared :] - plan.shared
     if count == "highest":
         chosen_TP = specialized_TM.detach().argmax(dim=-1, keepdim=True)
-    counted_T = torch.ones_like(logits_TN[:, 0]) if token_mask_T is None else token_mask_T.to(logits_TN.dtype)
-    tokens = counted_T.sum().clamp(min=1)
-    selections_M = torch.zeros_like(p_TM).scatter_add(1, chosen_TP, counted_T[:, None].expand_as(chosen_TP)).sum(dim=0)
-    f_M = selections_M * (plan.sub_dims - plan.shared) / (chosen_TP.shape[1] * tokens)
-    mean_p_M = (p_TM * counted_T[:, None]).sum(dim=0) / tokens
+    selections_M = ops.count_selected(chosen_TP, p_TM.shape[1], token_mask_T).to(p_TM.dtype)
+    if token_mask_T is None:
+        mean_p_M, share_M = p_TM.mean(dim=0), selections_M / max(p_TM.shape[0], 1)
+    else:
+        tokens = token_mask_T.sum().clamp(min=1)
+        mean_p_M, share_M = (p_TM * token_mask_T[:, None]).sum(dim=0) / tokens, selections_M / tokens
+    f_M = share_M * (plan.sub_dims - plan.shared) / chosen_TP.shape[1]
     return weight * (f_M * mean_p_M).sum()
 
 
@@ -342,7 +344,7 @@ class SubDimensions(nn.Module):
 
     def input_weights(self, routing: Routing) -> Tensor | None:
         """``g`` of the active inputs [T, K] where the input is gated (``gate_input``); by default it is not."""
-        return routing.scores.gather(1, routing.indices) if self.readings.gate_input else None
+        return ops.take_slots(routing.scores, routing.indices) if self.readings.gate_input else None
 
     def backend(self, x: Tensor) -> str:
         """The kernels that run for ``x``."""
