@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from transformers import AutoTokenizer, LlamaTokenizerFast, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from mohd_train.checkpoint.identity import tokenizer_sha256
+from mohd_train.utils.encoding import encode_text, encode_texts
 from mohd_train.errors import UserError
 
 # (BOS, EOS) spellings tried in this order for a bare tokenizer.json, which doesn't say which tokens they are.
@@ -57,7 +58,7 @@ class Tokenizer:
         if self.pieces is not None:
             lists = self.pieces.encode(texts)
         else:
-            lists = self.hf(texts, add_special_tokens=False, return_attention_mask=False)["input_ids"]
+            lists = encode_texts(self.hf, texts)
         arrays = [np.asarray(ids, np.uint32) for ids in lists]
         for ids in arrays:
             if len(ids) and int(ids.max()) >= self.vocab_size:
@@ -123,7 +124,7 @@ def _from_pieces(path: Path, pieces: sentencepiece.SentencePieceProcessor) -> Pr
     hf.split_special_tokens = True
     hf.backend_tokenizer.encode_special_tokens = True
     for text in _PROBES:
-        if hf(text, add_special_tokens=False)["input_ids"] != pieces.encode(text):
+        if encode_text(hf, text) != pieces.encode(text):
             raise UserError(
                 f"sentencepiece model {path} can't be saved exactly in Hugging Face's LLaMA format (ids differ for {text!r}): "
                 "it normalizes text or adds no leading space; give a Hugging Face tokenizer folder instead"
