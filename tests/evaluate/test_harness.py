@@ -125,7 +125,7 @@ def test_answer_longer_than_the_context(
     make_llama: Callable[..., Path], suite: Suite, demo_questions: Path, tmp_path: Path
 ) -> None:
     lm = HarnessLM(loaded(make_llama(context=4)))
-    with pytest.raises(UserError, match="arc_challenge: an answer of .* longer than the model's 4"):
+    with pytest.raises(UserError, match=r"arc_challenge: an answer of .* longer than the model's 4"):
         score(lm, built("arc_challenge", suite, demo_questions, tmp_path), limit=None, seed=1234)
 
 

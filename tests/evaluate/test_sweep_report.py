@@ -130,7 +130,9 @@ def test_seeds_give_mean_and_standard_error(tmp_path: Path) -> None:
     folder = make_sweep(
         tmp_path / "s", "table4", lambda s, seed: {1: 9.0, 2: 11.0}[seed] if s == "x2" else 12.0, (1, 2)
     )
-    assert table(folder, 4)["MoHD x2 -710M"]["PPL"] == "10.00 ± 1.00"
+    row = table(folder, 4)["MoHD x2 -710M"]
+    assert (row["PPL"], row["PPL stderr"]) == ("10.00", "1.00")
+    assert "| **10.00 ± 1.00** |" in to_markdown(TABLES[4](PAPER, read_sweep_results(folder.path)))
     assert mean([2.0]).error is None  # type: ignore[union-attr]
     assert mean([]) is None
 
@@ -142,7 +144,12 @@ def test_half_finished_runs_are_marked_and_never_averaged_with_whole_ones(tmp_pa
     found = read_sweep_results(folder.path)
     rows = table(folder, 4)
     assert rows["MoHD x2 -710M"]["PPL"] == "10.00"
-    assert rows["LLaMA2-355M"]["PPL"] == "50.00 ± 0.00 †"
+    dense = rows["LLaMA2-355M"]
+    assert (dense["PPL"], dense["PPL stderr"], dense["unfinished"]) == ("50.00", "0.00", "PPL; Δ; Difference of Δ")
+    assert rows["MoHD x2 -710M"]["unfinished"] == ""
+    text = to_markdown(TABLES[4](PAPER, found))
+    assert "| LLaMA2-355M | 50.00 ± 0.00 † | +40.00 † | 11.61 | +1.36 | +38.64 † |" in text
+    assert "tiny-355m-x2: the perplexity is of 1 seeds, not 2." in text
     assert "tiny-355m-x2-s2 is not finished (stopped, batch 30 of 300)" in found.notes
     assert "† not finished." in sweep_grid(found).notes
 
@@ -152,7 +159,8 @@ def test_table5_and_activated_parameters(tmp_path: Path) -> None:
     rows = table(folder, 5)
     assert len(rows) == 8
     row = rows["50% - 100%"]
-    assert (row["Δ"], row["Δ, paper"], row["Difference of Δ"]) == ("+0.39", "+0.64", "−0.25")
+    assert (row["Δ"], row["Δ, paper"], row["Difference of Δ"]) == ("+0.39", "+0.64", "-0.25")
+    assert "−0.25" in to_markdown(TABLES[5](PAPER, read_sweep_results(folder.path)))
     assert row["# Activate"] != row["# Activate, paper"] == "239M"
 
 
@@ -199,7 +207,9 @@ def test_table2_of_a_sweep_with_seeds(tmp_path: Path) -> None:
     text = table_text(2, [folder.path], "csv")
     rows = {row["row"]: row for row in csv.DictReader(io.StringIO(text))}
     assert (rows["ours"]["sciq"], rows["paper"]["sciq"], rows["difference"]["sciq"]) == ("35.0", "76.6", "-41.6")
-    assert "sciq 5.0" in table_text(2, [folder.path], "md")  # the standard error over two seeds
+    assert rows["ours"]["sciq_stderr"] == rows["ours"]["average_stderr"] == "5.0"  # over the two seeds
+    assert "| 35.0 ± 5.0 |" in table_text(2, [folder.path], "md")
+    assert "± is the standard error over seeds of 355m-x2 (2)." in table_text(2, [folder.path], "md")
     assert "tiny scale" in table_text(2, [folder.path], "md")
     assert figures.draw_scores(read_sweep_results(folder.path), tmp_path / "f")
 
@@ -240,7 +250,7 @@ def test_the_suite_s_own_settings_decide_and_a_task_of_fewer_seeds_is_named(tmp_
     store(folder, "tiny-355m-x2-s2", "sciq", 0.9, lm_eval="0.4.0")
     text = table_text(2, [folder.path], "csv")
     (ours,) = (row for row in csv.DictReader(io.StringIO(text)) if row["row"] == "ours")
-    assert (ours["sciq"], ours["average"]) == ("–", "–")
+    assert (ours["sciq"], ours["average"]) == ("", "")
     assert figures.draw_scores(read_sweep_results(folder.path), tmp_path / "f") == []  # no average of nine tasks
 
 

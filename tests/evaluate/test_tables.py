@@ -74,8 +74,9 @@ def test_missing_is_a_dash_and_never_zero(suite: Suite, whole: list[results.Resu
     for text in (form(build_table(suite, PAPER, part)) for form in formats.FORMATS.values()):
         assert "0.0" not in text.replace("30.0", "").replace("40.0", "").replace("50.0", "").replace("60.0", "")
     found = rows(formats.to_csv(build_table(suite, PAPER, part)))
-    assert found["ours:355m-x2"]["piqa"] == found["ours:355m-x2"]["average"] == "–"
-    assert found["difference"]["piqa"] == found["difference"]["average"] == "–"
+    assert found["ours:355m-x2"]["piqa"] == found["ours:355m-x2"]["average"] == ""
+    assert found["difference"]["piqa"] == found["difference"]["average"] == ""
+    assert "| – |" in formats.to_markdown(build_table(suite, PAPER, part))
     zero = build_table(suite, PAPER, [result(suite, "sciq", 0.0)])
     assert rows(formats.to_csv(zero))["ours:355m-x2"]["sciq"] == "0.0"  # a true zero stays one
 
@@ -122,7 +123,7 @@ def test_what_was_asked_otherwise_is_named_and_never_in_the_column(
     table = build_table(suite, PAPER, whole)
     found = rows(formats.to_csv(table))
     ours, difference = found["ours:355m-x2"], found["difference"]
-    assert ours["boolq"] == ours["average"] == difference["boolq"] == difference["average"] == "–"
+    assert ours["boolq"] == ours["average"] == difference["boolq"] == difference["average"] == ""
     assert note in ours["notes"]
     assert f"<sup>a</sup> {note}" in formats.to_markdown(table)
     better = [result(suite, "boolq", 0.9, model="355m-x3", **changes), result(suite, "boolq", 0.2, model="355m-x4")]
@@ -139,7 +140,7 @@ def test_a_task_that_could_not_be_had_is_a_dash_with_the_reason(suite: Suite, wh
     ]
     table = build_table(suite, PAPER, part, missing=missing)
     ours = rows(formats.to_csv(table))["ours:355m-x2"]
-    assert (ours["logiqa"], ours["notes"]) == ("–", "logiqa could not be had: script data set")
+    assert (ours["logiqa"], ours["notes"]) == ("", "logiqa could not be had: script data set")
     assert "| – <sup>a</sup> |" in formats.to_markdown(table)
     assert "<sup>a</sup> logiqa could not be had: script data set" in formats.to_markdown(table)
 

@@ -55,10 +55,7 @@ class Tokenizer:
 
         Raises ValueError when an id is not below `vocab_size`: the tokenizer is broken.
         """
-        if self.pieces is not None:
-            lists = self.pieces.encode(texts)
-        else:
-            lists = encode_texts(self.hf, texts)
+        lists = self.pieces.encode(texts) if self.pieces is not None else encode_texts(self.hf, texts)
         arrays = [np.asarray(ids, np.uint32) for ids in lists]
         for ids in arrays:
             if len(ids) and int(ids.max()) >= self.vocab_size:

@@ -27,7 +27,9 @@ from mohd_train.errors import UserError
 from mohd_train.evaluate.checkpoint import LoadedModel
 from mohd_train.evaluate.tasks import BuiltTask
 
-BOOTSTRAP_ITERS = 100_000  # lm-eval's default; for the standard error of LAMBADA's perplexity (the others have a closed form)
+BOOTSTRAP_ITERS = (
+    100_000  # lm-eval's default; for the standard error of LAMBADA's perplexity (the others have a closed form)
+)
 
 Progress = Callable[[int, int], None]  # (requests answered, requests in all)
 
@@ -81,7 +83,9 @@ class HarnessLM(HFLM):
             raise UserError(f"the tokenizer {loaded.info['tokenizer']} has no BOS token; leave --bos at auto or no")
         self.bos = "none" if not wanted else "by the tokenizer" if by_tokenizer else "prepended"
         self.dropped = " ".join(tokenizer.convert_ids_to_tokens(behind))
-        self._before = [] if bos is False else before if by_tokenizer or not wanted else [tokenizer.bos_token_id, *before]
+        self._before = (
+            [] if bos is False else before if by_tokenizer or not wanted else [tokenizer.bos_token_id, *before]
+        )
         self.task = ""
         self.truncation, self.joined = Truncation(), Joined()
         self.progress: Progress | None = None
