@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from mohd_train import checkpoint
 from mohd_train.errors import UserError
 from mohd_train.evaluate import checkpoint as checkpoints
 from mohd_train.utils.encoding import added_ids, encode_text
+from mohd_train.evaluate import results
 from mohd_train.evaluate.harness import HarnessLM, Joined, score
 from mohd_train.evaluate.options import EvalOptions
 from mohd_train.evaluate.run import run_eval
@@ -228,6 +230,42 @@ def test_scores_of_a_model_that_gives_no_numbers_are_refused(
         model.model.lm_head.weight[0, 0] = math.nan
     with pytest.raises(UserError, match=r"sciq: the model's log-probability is not a number \(NaN\) in 32 of 32"):
         score(HarnessLM(model), built("sciq", suite, demo_questions, tmp_path), limit=None, seed=1234)
+
+
+def test_mean_over_subjects_equals_lm_eval_s(
+    llama: Path, suite: Suite, stock: Callable[[str, Path], Task | Group], demo_questions: Path, tmp_path: Path
+) -> None:
+    """lm-eval's own mean of a group with ``weight_by_size: false``, of subjects of unlike size."""
+    rows = Path(shutil.copytree(demo_questions, tmp_path / "rows"))
+    file = sorted(rows.glob("mmlu/*/test.jsonl"))[0]
+    file.write_text("".join(file.read_text(encoding="utf-8").splitlines(keepends=True)[:2]), encoding="utf-8")
+    assert run_eval(EvalOptions(llama, tmp_path / "out", ["mmlu"], rows, device="cpu"), suite) == 0
+    result = results.read(tmp_path / "out" / "tiny-llama" / "mmlu.json")
+    group = stock("mmlu", rows)
+    assert isinstance(group, Group)
+    for aggregate in group.aggregate_metric_list:
+        aggregate.weight_by_size = False
+    by_hand = lm_eval.simple_evaluate(
+        model="hf",
+        model_args={"pretrained": str(llama)},
+        tasks=[group],
+        device="cpu",
+        log_samples=False,
+        task_manager=stock_manager([]),
+    )["results"]
+    assert result.scores["acc_macro"] == by_hand["mmlu"]["acc,none"]
+    assert result.scores["acc_macro_stderr"] == by_hand["mmlu"]["acc_stderr,none"]
+    assert result.scores["acc_macro"] != result.scores["acc"]
+    assert len(result.subject_scores) == len(list(rows.glob("mmlu/*"))) == result.subjects
+    for subject, scores in result.subject_scores.items():
+        assert scores["acc"] == by_hand[f"mmlu_{subject}"]["acc,none"]
+    old = json.loads((tmp_path / "out" / "tiny-llama" / "mmlu.json").read_text(encoding="utf-8"))
+    del old["mohd_train"]["joined"], old["mohd_train"]["settings"]["dropped"], old["mohd_train"]["subject_scores"]
+    for key in ("acc_macro", "acc_macro_stderr"):
+        del old["mohd_train"]["scores"][key]
+    (tmp_path / "mmlu.json").write_text(json.dumps(old), encoding="utf-8")
+    again = results.read(tmp_path / "mmlu.json")  # a result of an earlier version
+    assert (again.scores, again.subject_scores, again.joined) == (result.scores, result.subject_scores, {})
 
 
 def test_progress_reaches_the_end(llama: Path, suite: Suite, demo_questions: Path, tmp_path: Path) -> None:

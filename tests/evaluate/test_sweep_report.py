@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 
 from mohd_train.errors import UserError
-from mohd_train.evaluate import figures, options, results, sweep_eval
-from mohd_train.evaluate.grid import FORMATS, Grid, to_csv, to_markdown
+from mohd_train.evaluate import figure_scores, figures, options, results, sweep_eval
+from mohd_train.evaluate.grid import FORMATS, Grid, Number, to_csv, to_markdown
 from mohd_train.evaluate.paper_tables import TABLES, load_numbers, sweep_grid
 from mohd_train.evaluate.perplexity import FORMAT as PERPLEXITY_FORMAT
 from mohd_train.evaluate.report_html import write_report
@@ -230,6 +230,69 @@ def test_broken_results_are_named_and_set_aside(tmp_path: Path) -> None:
     found = read_sweep_results(folder.path)
     assert set(found.runs[0].tasks) == {"sciq"}
     assert re.search(r"piqa.json is broken and set aside", found.notes[0])
+
+
+@pytest.mark.parametrize("content", ["{}", '{"mohd_train": {"format": "another/1"}}'])
+def test_a_file_of_no_known_kind_is_named(tmp_path: Path, content: str) -> None:
+    folder = make_sweep(tmp_path / "s", "table4", lambda s, seed: 10.0, only=("x2",))
+    store(folder, "tiny-355m-x2-s1", "sciq", 0.3)
+    (folder.path / "eval" / "tiny-355m-x2-s1" / "piqa.json").write_text(content)
+    assert re.search(r"piqa.json is broken and set aside", table_text(2, [folder.path], "md"))
+
+
+def test_standard_errors_of_a_mean_are_over_seeds(tmp_path: Path) -> None:
+    """Not the mean of the seeds' own; a score that one seed lacks has no mean."""
+    folder = make_sweep(tmp_path / "s", "table4", lambda s, seed: 10.0, (1, 2), ("x2",))
+    for seed, value in ((1, 0.3), (2, 0.4)):
+        store(folder, f"tiny-355m-x2-s{seed}", "sciq", value)
+    path = folder.path / "eval" / "tiny-355m-x2-s1" / "sciq.json"
+    content = json.loads(path.read_text())
+    content[results.KEY]["scores"] |= {"acc_norm": 0.5, "acc_norm_stderr": 0.01}
+    path.write_text(json.dumps(content))
+    (merged,) = merged_tasks(read_sweep_results(folder.path))
+    assert merged.scores == {
+        "acc": pytest.approx(0.35),
+        "acc_stderr": pytest.approx(0.05),
+        "acc_norm": None,
+        "acc_norm_stderr": None,
+    }
+    assert merged.by_seed == {"tiny-355m-x2-s1": 0.3, "tiny-355m-x2-s2": 0.4}
+
+
+def test_figures_mark_what_is_not_finished_or_not_comparable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shown: list[str] = []
+
+    def keep(figure: Any, output: Path, name: str) -> list[Path]:
+        axis = figure.axes[0]
+        shown.extend([axis.get_xlabel(), *(text.get_text() for text in (*axis.texts, *axis.get_xticklabels()))])
+        return [output / name]
+
+    for module in (figures, figure_scores):
+        monkeypatch.setattr(module, "save", keep)
+    folder = make_sweep(tmp_path / "s", "fig12a", lambda s, seed: 10.0 if s == "x2" else -11.0)
+    assert figures.draw_shared(read_sweep_results(folder.path), tmp_path)
+    assert shown[0] == "shared / active\n† not finished"
+    assert "0.25 †" in shown
+    assert "0.75" in shown
+    shown.clear()
+    folder = make_sweep(tmp_path / "t", "table4", lambda s, seed: 10.0, only=("x2", "dense"))
+    for task in load_suite().tasks:
+        store(folder, "tiny-355m-x2-s1", task, 0.3, limit=8)
+        store(folder, "tiny-355m-dense-s1", task, 0.3)
+    assert figures.draw_scores(read_sweep_results(folder.path), tmp_path)
+    assert {"x2 *", "dense"} <= set(shown)
+    assert "* run with --limit" in shown[0]
+
+
+def test_numbers_of_a_csv_stand_alone() -> None:
+    grid = Grid("t", ["a", "b", "c"])
+    grid.add("one", Number(-0.25, signed=True), Number(10, error=0.5))
+    grid.add("two", None, Number(2, unfinished=True))
+    assert to_csv(grid) == "a,b,c,c stderr,unfinished\none,-0.25,10.00,0.50,\ntwo,,2.00,,c\n"
+    assert "| one | −0.25 | 10.00 ± 0.50 |" in to_markdown(grid)
+    assert r"two & -- & 2.00 $\dagger$ \\" in FORMATS["latex"](grid)
+    grid.stress_least(2)
+    assert grid.bold == set()  # one finished number: nothing to be the least of
 
 
 def test_the_suite_s_own_settings_decide_and_a_task_of_fewer_seeds_is_named(tmp_path: Path) -> None:
