@@ -216,7 +216,8 @@ def test_joined_answers_are_stored_and_shown(
     assert 0 < result.joined["alone"] <= count <= result.truncated["of"]
     assert f"{count} answers share a token with their question" in shown
     assert f"{count}/{result.truncated['of']}" in shown
-    assert f"mean over {result.subjects} subjects" in shown
+    macro = f"{100 * result.scores['acc_macro']:.1f} ± {100 * result.scores['acc_macro_stderr']:.1f}"
+    assert re.search(rf"by subject +{result.subjects} +{macro}", shown)
     marked = table_text(2, [options.output], "md")
     assert f"answers that share a token with their question: tiny-llama mmlu {count} of" in marked
 

@@ -67,16 +67,15 @@ def one_line(result: Result, seconds: float | None) -> str:
 
 
 def results_table(suite: Suite, results: Mapping[str, Result], failed: Mapping[str, str]) -> Table:
-    """Task, shots, questions, accuracy ± standard error, normalized accuracy, perplexity, truncated and joined requests.
-
-    A task with subjects has a second line: the mean that weighs every subject the same.
-    """
+    """Task, shots, questions, accuracy ± standard error, normalized accuracy, perplexity, truncated requests and, where there are
+    some, joined ones. A task with subjects has a second line: the mean that weighs every subject the same."""
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for head in ("task", "shots", "n", "acc (%)", "acc_norm", "ppl", "truncated", "joined"):
+    joined = ["joined"] if any(result.joined.get("requests") for result in results.values()) else []
+    for head in ("task", "shots", "n", "acc (%)", "acc_norm", "ppl", "truncated", *joined):
         table.add_column(head, justify="left" if head == "task" else "right", no_wrap=True)
     for name, spec in suite.tasks.items():
         if name in failed:
-            table.add_row(name, str(spec.shots), *[MISSING] * 6)
+            table.add_row(name, str(spec.shots), *[MISSING] * (5 + len(joined)))
         if name not in results:
             continue
         result = results[name]
@@ -90,11 +89,11 @@ def results_table(suite: Suite, results: Mapping[str, Result], failed: Mapping[s
             percent(scores.get("acc_norm"), scores.get("acc_norm_stderr")),
             f"{perplexity:.4g}" if perplexity is not None else MISSING,
             f"{cut['requests']}/{cut['of']}" if cut["requests"] else "0",
-            _joined(result),
+            *([_joined(result)] if joined else []),
         )
         if "acc_macro" in scores:
             macro = percent(scores["acc_macro"], scores.get("acc_macro_stderr"))
-            table.add_row(f"  mean over {result.subjects} subjects", "", "", macro, "", "", "", "")
+            table.add_row("  by subject", "", str(result.subjects), macro)
     return table
 
 
