@@ -219,7 +219,7 @@ def test_joined_answers_are_stored_and_shown(
     macro = f"{100 * result.scores['acc_macro']:.1f} ± {100 * result.scores['acc_macro_stderr']:.1f}"
     assert re.search(rf"by subject +{result.subjects} +{macro}", shown)
     marked = table_text(2, [options.output], "md")
-    assert f"answers that share a token with their question: tiny-llama mmlu {count} of" in marked
+    assert f", tiny-llama mmlu {count} of {result.truncated['of']} ({result.joined['alone']} encoded alone)" in marked
 
 
 def test_subjects_are_a_table(options: EvalOptions, suite: Suite) -> None:

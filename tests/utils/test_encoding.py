@@ -13,8 +13,8 @@ from tokenizers import Tokenizer, models
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from mohd_train.data.tokenize import load_tokenizer
-from mohd_train.utils.encoding import added_ids, append_nothing, encode_text, encode_texts
 from mohd_train.errors import UserError
+from mohd_train.utils.encoding import added_ids, append_nothing, encode_text, encode_texts
 
 TEXTS = ["the cat", " leading space", "naïve 日本 🙂", "", "\n", *make_texts(20, 3)]
 

@@ -28,8 +28,8 @@ from mohd_train.data.manifest import MANIFEST, TOKENIZER_FOLDER, load_manifest
 from mohd_train.data.rows import parse_row, range_lines, unpacked_units
 from mohd_train.data.streaming import build_eval_loaders
 from mohd_train.data.verify import verify
-from mohd_train.utils.encoding import encode_text
 from mohd_train.errors import UserError
+from mohd_train.utils.encoding import encode_text
 
 DEFAULT_SEQ_LEN = 1024  # of raw text, where the model's own limit is not lower
 _ORDER_SEED = 0  # of the order in which a prepared domain's samples are read

@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from transformers import AutoTokenizer, LlamaTokenizerFast, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from mohd_train.checkpoint.identity import tokenizer_sha256
-from mohd_train.utils.encoding import encode_text, encode_texts
 from mohd_train.errors import UserError
+from mohd_train.utils.encoding import encode_text, encode_texts
 
 # (BOS, EOS) spellings tried in this order for a bare tokenizer.json, which doesn't say which tokens they are.
 _BOUNDARIES = [("<s>", "</s>"), ("<|begin_of_text|>", "<|end_of_text|>"), ("<bos>", "<eos>"), ("[BOS]", "[EOS]")]

@@ -22,10 +22,10 @@ from lm_eval.api.model import CacheHook
 from lm_eval.models.huggingface import HFLM
 from tqdm import tqdm
 
-from mohd_train.utils.encoding import added_ids, encode_text
 from mohd_train.errors import UserError
 from mohd_train.evaluate.checkpoint import LoadedModel
 from mohd_train.evaluate.tasks import BuiltTask
+from mohd_train.utils.encoding import added_ids, encode_text
 
 BOOTSTRAP_ITERS = (
     100_000  # lm-eval's default; for the standard error of LAMBADA's perplexity (the others have a closed form)

@@ -18,11 +18,11 @@ from mohd_train import checkpoint
 from mohd_train.checkpoint import Checkpoint
 from mohd_train.checkpoint.identity import check_tokenizer, read_tokenizer, tokenizer_sha256
 from mohd_train.config.plan import ModelPlan
-from mohd_train.utils.encoding import append_nothing
 from mohd_train.errors import UserError
 from mohd_train.hf.configuration import MoHDConfig
 from mohd_train.hf.modeling import MoHDForCausalLM
 from mohd_train.model.llama import Transformer
+from mohd_train.utils.encoding import append_nothing
 
 # Our name -> Hugging Face's LLaMA name; `{}` is the layer.
 LLAMA_NAMES = {
