@@ -18,7 +18,14 @@ from lm_eval.api.task import Task
 from lm_eval.models.huggingface import HFLM
 from support.tokenizers import ADDING, adding
 from tokenizers import normalizers, processors
-from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
+from transformers import (
+    AutoTokenizer,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaTokenizerFast,
+)
 
 from mohd_train import checkpoint
 from mohd_train.errors import UserError
@@ -284,3 +291,38 @@ def test_shots_follow_the_seed(llama: Path, suite: Suite, demo_questions: Path, 
 
     assert prompts(1) == prompts(1)
     assert prompts(1) != prompts(2)
+
+
+@pytest.mark.real_data
+def test_llamas_tokenizer_splits_real_questions_as_lm_eval_does(real_data: Path, suite: Suite, tmp_path: Path) -> None:
+    """Of each of the ten tasks; no answer of theirs shares a token with its question."""
+    tokenizer = LlamaTokenizerFast(str(real_data / "llama_tokenizer.model"), legacy=True, add_prefix_space=True)
+    config = LlamaConfig(
+        vocab_size=32_000,
+        hidden_size=8,
+        intermediate_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        max_position_embeddings=4096,
+    )
+    model = LlamaForCausalLM(config)
+    theirs = HFLM(pretrained=model, tokenizer=tokenizer)
+    tokenizer.add_eos_token = True
+    lm = HarnessLM(checkpoints.LoadedModel(model, tokenizer, {"tokenizer": "llama"}, 32_000, ours=False))
+    tokenizer.add_eos_token = False
+    assert lm.dropped == "</s>"
+    rows = tmp_path / "rows"
+    (rows / "mmlu").mkdir(parents=True)
+    subjects = sorted((real_data / "eval" / "mmlu").iterdir())[:2]  # building 57 takes half a minute
+    for part in (*(name for name in suite.tasks if name != "mmlu"), *(f"mmlu/{path.name}" for path in subjects)):
+        (rows / part).symlink_to(real_data / "eval" / part)
+    for name in suite.tasks:
+        for leaf in built(name, suite, rows, tmp_path).leaves:
+            leaf.set_fewshot_seed(seed=1234)
+            leaf.build_all_requests(limit=2, rank=0, world_size=1)
+            pairs = [instance.args for instance in leaf.instances]
+            expected = [theirs._encode_pair(*pair) for pair in pairs]
+            tokenizer.add_eos_token = True
+            assert [lm._encode_pair(*pair) for pair in pairs] == expected
+            tokenizer.add_eos_token = False
+    assert lm.joined == Joined()

@@ -233,6 +233,19 @@ def test_what_was_asked_otherwise_is_named_and_never_in_the_column(
     assert not {column for _, column in best if column == list(suite.tasks).index("boolq")}
 
 
+@pytest.mark.parametrize("changes", [{"limit": 8, "questions": 8}, {"unfinished": "stopped, batch 3"}])
+def test_a_score_of_a_part_is_never_the_best(
+    suite: Suite, whole: list[results.Result], changes: dict[str, Any]
+) -> None:
+    column = list(suite.tasks).index("boolq")
+    other = [result(suite, "boolq", 0.9, model="355m-x3"), result(suite, "boolq", 0.8, model="355m-x4")]
+    assert (3, column) in build_table(suite, PAPER, [*whole, *other]).best()
+    part = [result(suite, "boolq", 0.9, model="355m-x3", **changes), other[1]]
+    best = build_table(suite, PAPER, [*whole, *part]).best()
+    assert (3, column) not in best
+    assert (6, column) in best
+
+
 def test_a_task_that_could_not_be_had_is_a_dash_with_the_reason(suite: Suite, whole: list[results.Result]) -> None:
     part = [one for one in whole if one.settings.task != "logiqa"]
     missing = [

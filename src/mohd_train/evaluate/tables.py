@@ -14,6 +14,8 @@ from mohd_train.evaluate.results import Missing, Result, asked_otherwise
 from mohd_train.evaluate.suite import Suite, TaskSpec
 
 Reasons = tuple[tuple[str, str], ...]  # each (reason, detail)
+# how the reasons begin for which a score is of another measurement than its neighbours, and so no best of them
+_PARTIAL = ("run with --limit", "demo questions", "not all", "more questions", "not trained to its end")
 
 
 @dataclass(frozen=True)
@@ -23,6 +25,11 @@ class Cell:
     value: float | None = None
     reasons: Reasons = ()
     error: float | None = None
+
+    @property
+    def partial(self) -> bool:
+        """Whether it is of a part of the questions, or of a model that is not at its end."""
+        return any(reason.startswith(_PARTIAL) for reason, _ in self.reasons)
 
 
 @dataclass(frozen=True)
@@ -59,7 +66,8 @@ class Table:
     def best(self) -> set[tuple[int, int]]:
         """(row, column) of the best score of each task, and of the average, among ours of one base; or among the paper's own.
 
-        As the paper stresses them. The last column is the average; a base with one row has no best.
+        As the paper stresses them. The last column is the average; a base with one row has no best. A score of a part of the
+        questions, or of a run that is not at its end, is none.
         """
         kind = "ours" if any(row.kind == "ours" for row in self.rows) else "paper"
         groups: dict[str, list[int]] = {}
@@ -69,9 +77,8 @@ class Table:
         found = set()
         for rows in groups.values():
             for column in range(len(self.tasks) + 1):
-                values = {
-                    i: v for i in rows if (v := (*self.rows[i].cells, self.rows[i].average)[column].value) is not None
-                }
+                cells = {i: (*self.rows[i].cells, self.rows[i].average)[column] for i in rows}
+                values = {i: cell.value for i, cell in cells.items() if cell.value is not None and not cell.partial}
                 if len(values) > 1:
                     found |= {(i, column) for i, value in values.items() if value == max(values.values())}
         return found
