@@ -37,29 +37,49 @@ def demo_questions(root: Path) -> Path:
     return root / "eval" / "demo_questions"
 
 
-def byte_tokenizer(text: list[str], vocab_size: int, adds_bos: bool) -> PreTrainedTokenizerFast:
-    """A byte-level BPE with BOS 0 and EOS 1 that puts BOS in front, or leaves it out."""
+def byte_tokenizer(
+    text: list[str], vocab_size: int, adds_bos: bool, adds_eos: bool = False, words: bool = True
+) -> PreTrainedTokenizerFast:
+    """A byte-level BPE with BOS 0 and EOS 1 that puts BOS in front and EOS behind, or leaves them out.
+
+    Args:
+        words: whether tokens end at the ends of words; if not, one may hold the end of a word and the next one's beginning.
+    """
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=words)
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet, show_progress=False
     )
     tokenizer.train_from_iterator(text, trainer)
-    if adds_bos:
-        tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    if adds_bos or adds_eos:
+        single = f"{'<s> ' if adds_bos else ''}$A{' </s>' if adds_eos else ''}"
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=single, special_tokens=[("<s>", 0), ("</s>", 1)]
+        )
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="</s>")
 
 
 @pytest.fixture(scope="session")
 def make_llama(tmp_path_factory: pytest.TempPathFactory, demo_questions: Path) -> Callable[..., Path]:
-    """``make_llama(context=..., adds_bos=...)`` -> a Hugging Face folder; the weights are spread so that answers differ."""
+    """``make_llama(context=..., adds_bos=...)`` -> a Hugging Face folder; the weights are spread so that answers differ.
+
+    The weights and the tokens of texts depend on ``seed``, ``vocab_size`` and ``words`` alone.
+    """
     text = [file.read_text(encoding="utf-8") for file in sorted(demo_questions.rglob("*.jsonl"))]
 
-    def make(context: int = 512, adds_bos: bool = True, seed: int = 0, vocab_size: int = 600) -> Path:
+    def make(
+        context: int = 512,
+        adds_bos: bool = True,
+        seed: int = 0,
+        vocab_size: int = 600,
+        adds_eos: bool = False,
+        words: bool = True,
+    ) -> Path:
         folder = tmp_path_factory.mktemp("llama") / "tiny-llama"
-        tokenizer = byte_tokenizer(text, vocab_size, adds_bos)
+        ends = [] if words else [f"Answer: {letter}" for letter in "AB"] * 500  # tokens that hold both
+        tokenizer = byte_tokenizer([*text, *ends], vocab_size, adds_bos, adds_eos, words)
         torch.manual_seed(seed)
         config = LlamaConfig(
             vocab_size=len(tokenizer),

@@ -1,8 +1,10 @@
-"""Scores through the runner are lm-eval's own; truncation is counted, BOS is seen to."""
+"""Scores through the runner are lm-eval's own; truncation is counted, BOS and EOS are taken care of."""
 
 from __future__ import annotations
 
 import json
+import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,19 +12,31 @@ from typing import Any
 import lm_eval
 import pytest
 import torch
+from data.data_support import train_pieces
 from lm_eval.api.group import Group
 from lm_eval.api.task import Task
-from tokenizers import processors
-from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
+from lm_eval.models.huggingface import HFLM
+from support.tokenizers import ADDING, adding
+from tokenizers import normalizers, processors
+from transformers import (
+    AutoTokenizer,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaTokenizerFast,
+)
 
 from mohd_train import checkpoint
 from mohd_train.errors import UserError
 from mohd_train.evaluate import checkpoint as checkpoints
-from mohd_train.evaluate.harness import BOOTSTRAP_ITERS, HarnessLM, score
+from mohd_train.evaluate import results
+from mohd_train.evaluate.harness import HarnessLM, Joined, score
 from mohd_train.evaluate.options import EvalOptions
 from mohd_train.evaluate.run import run_eval
 from mohd_train.evaluate.suite import Suite
 from mohd_train.evaluate.tasks import BuiltTask, build_task, stock_manager
+from mohd_train.utils.encoding import added_ids, encode_text
 
 # 0-shot with normalized accuracy, two-sided, many shots, perplexity, a group
 COMPARED = ["sciq", "winogrande", "hellaswag", "lambada_openai", "mmlu"]
@@ -71,7 +85,6 @@ def test_equals_lm_eval_by_hand(
         tasks=[stock(name, demo_questions) for name in names],
         device="cpu",
         batch_size=4,
-        bootstrap_iters=BOOTSTRAP_ITERS,
         log_samples=False,
         task_manager=stock_manager([]),  # the tasks are objects; indexing all of lm-eval's would take many seconds
     )
@@ -121,7 +134,7 @@ def test_answer_longer_than_the_context(
     make_llama: Callable[..., Path], suite: Suite, demo_questions: Path, tmp_path: Path
 ) -> None:
     lm = HarnessLM(loaded(make_llama(context=4)))
-    with pytest.raises(UserError, match="longer than the model's 4"):
+    with pytest.raises(UserError, match=r"arc_challenge: an answer of .* longer than the model's 4"):
         score(lm, built("arc_challenge", suite, demo_questions, tmp_path), limit=None, seed=1234)
 
 
@@ -152,6 +165,116 @@ def test_bos(
     assert (context[0] == lm.tokenizer.bos_token_id) is begins
 
 
+@pytest.mark.parametrize("adds_bos", [False, True])
+def test_eos_that_the_tokenizer_appends_changes_no_score(
+    make_llama: Callable[..., Path], adds_bos: bool, suite: Suite, demo_questions: Path, tmp_path: Path
+) -> None:
+    """Answers of one token (mmlu), of several, and the last word of a text."""
+    plain, appending = (loaded(make_llama(adds_bos=adds_bos, adds_eos=adds_eos)) for adds_eos in (False, True))
+    assert appending.tokenizer("a")["input_ids"][-1] == appending.tokenizer.eos_token_id
+    for name in ("mmlu", "winogrande", "lambada_openai"):
+        task = built(name, suite, demo_questions, tmp_path)
+        expected, found = (score(HarnessLM(model), task, limit=None, seed=1234) for model in (plain, appending))
+        assert found["results"] == expected["results"]
+    assert (HarnessLM(plain).dropped, HarnessLM(appending).dropped) == ("", "</s>")
+
+
+@pytest.mark.parametrize(("kind", "bos", "eos"), ADDING)
+def test_each_request_begins_with_bos_and_none_ends_with_eos(
+    kind: str, bos: bool, eos: bool, make_llama: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Tokenizers of each kind: what they add is known, what a question is encoded to does not depend on it."""
+    model = loaded(make_llama())
+    model.tokenizer = adding(kind, bos, eos, train_pieces(tmp_path), tmp_path / "tokenizer")
+    assert added_ids(model.tokenizer) == ([1] if bos else [], [2] if eos else [])
+    text = encode_text(model.tokenizer, "Question: is it?\nAnswer:")
+    answer = encode_text(model.tokenizer, "Question: is it?\nAnswer: yes")[len(text) :]
+    for ours, asked, begins in ((False, None, bos), (True, None, True), (True, False, False), (False, True, True)):
+        model.ours = ours
+        pair = HarnessLM(model, bos=asked)._encode_pair("Question: is it?\nAnswer:", " yes")
+        assert pair == ([1] * begins + text, answer)
+
+
+def test_a_token_across_the_join_is_counted_and_the_answer_encoded_alone(
+    make_llama: Callable[..., Path], suite: Suite, demo_questions: Path, tmp_path: Path
+) -> None:
+    """Split as lm-eval does it wherever that leaves the answer a token; it stops at the others."""
+    model = loaded(make_llama(words=False, vocab_size=2000))
+    lm, theirs = HarnessLM(model), HFLM(pretrained=model.model, tokenizer=model.tokenizer)
+    task = built("mmlu", suite, demo_questions, tmp_path)
+    raw = score(lm, task, limit=None, seed=1234)
+    requests = [i.args for leaf in task.leaves for i in leaf.instances]
+    expected = Joined()
+    for question, answer in requests:
+        context, continuation = theirs._encode_pair(question, answer)
+        whole = theirs.tok_encode(question + answer)
+        expected.requests += whole[: len(context)] != context
+        expected.alone += not continuation
+        alone = encode_text(model.tokenizer, question[len(question.rstrip()) :] + answer)
+        assert lm._encode_pair(question, answer) == (context, continuation or alone)
+        assert alone
+    assert 0 < expected.alone <= expected.requests <= len(requests)
+    score(lm, task, limit=None, seed=1234)
+    assert lm.joined == expected
+    assert 0 <= raw["results"]["mmlu"]["acc,none"] <= 1
+
+
+def test_an_answer_without_a_token_is_named_with_its_task(
+    make_llama: Callable[..., Path], suite: Suite, demo_questions: Path, tmp_path: Path
+) -> None:
+    model = loaded(make_llama())
+    model.tokenizer.backend_tokenizer.normalizer = normalizers.Replace(" B", "")
+    with pytest.raises(UserError, match="mmlu: the tokenizer has no token for the answer ' B'"):
+        score(HarnessLM(model), built("mmlu", suite, demo_questions, tmp_path), limit=None, seed=1234)
+
+
+def test_scores_of_a_model_that_gives_no_numbers_are_refused(
+    llama: Path, suite: Suite, demo_questions: Path, tmp_path: Path
+) -> None:
+    """The highest of several NaN is the first: such a model would score as often as the first answer is right."""
+    model = loaded(llama)
+    with torch.no_grad():
+        model.model.lm_head.weight[0, 0] = math.nan
+    with pytest.raises(UserError, match=r"sciq: the model's log-probability is not a number \(NaN\) in 32 of 32"):
+        score(HarnessLM(model), built("sciq", suite, demo_questions, tmp_path), limit=None, seed=1234)
+
+
+def test_mean_over_subjects_equals_lm_eval_s(
+    llama: Path, suite: Suite, stock: Callable[[str, Path], Task | Group], demo_questions: Path, tmp_path: Path
+) -> None:
+    """lm-eval's own mean of a group with ``weight_by_size: false``, of subjects of unlike size."""
+    rows = Path(shutil.copytree(demo_questions, tmp_path / "rows"))
+    file = sorted(rows.glob("mmlu/*/test.jsonl"))[0]
+    file.write_text("".join(file.read_text(encoding="utf-8").splitlines(keepends=True)[:2]), encoding="utf-8")
+    assert run_eval(EvalOptions(llama, tmp_path / "out", ["mmlu"], rows, device="cpu"), suite) == 0
+    result = results.read(tmp_path / "out" / "tiny-llama" / "mmlu.json")
+    group = stock("mmlu", rows)
+    assert isinstance(group, Group)
+    for aggregate in group.aggregate_metric_list:
+        aggregate.weight_by_size = False
+    by_hand = lm_eval.simple_evaluate(
+        model="hf",
+        model_args={"pretrained": str(llama)},
+        tasks=[group],
+        device="cpu",
+        log_samples=False,
+        task_manager=stock_manager([]),
+    )["results"]
+    assert result.scores["acc_macro"] == by_hand["mmlu"]["acc,none"]
+    assert result.scores["acc_macro_stderr"] == by_hand["mmlu"]["acc_stderr,none"]
+    assert result.scores["acc_macro"] != result.scores["acc"]
+    assert len(result.subject_scores) == len(list(rows.glob("mmlu/*"))) == result.subjects
+    for subject, scores in result.subject_scores.items():
+        assert scores["acc"] == by_hand[f"mmlu_{subject}"]["acc,none"]
+    old = json.loads((tmp_path / "out" / "tiny-llama" / "mmlu.json").read_text(encoding="utf-8"))
+    del old["mohd_train"]["joined"], old["mohd_train"]["settings"]["dropped"], old["mohd_train"]["subject_scores"]
+    for key in ("acc_macro", "acc_macro_stderr"):
+        del old["mohd_train"]["scores"][key]
+    (tmp_path / "mmlu.json").write_text(json.dumps(old), encoding="utf-8")
+    again = results.read(tmp_path / "mmlu.json")  # a result of an earlier version
+    assert (again.scores, again.subject_scores, again.joined) == (result.scores, result.subject_scores, {})
+
+
 def test_progress_reaches_the_end(llama: Path, suite: Suite, demo_questions: Path, tmp_path: Path) -> None:
     seen: list[tuple[int, int]] = []
     task = built("piqa", suite, demo_questions, tmp_path)
@@ -168,3 +291,38 @@ def test_shots_follow_the_seed(llama: Path, suite: Suite, demo_questions: Path, 
 
     assert prompts(1) == prompts(1)
     assert prompts(1) != prompts(2)
+
+
+@pytest.mark.real_data
+def test_llamas_tokenizer_splits_real_questions_as_lm_eval_does(real_data: Path, suite: Suite, tmp_path: Path) -> None:
+    """Of each of the ten tasks; no answer of theirs shares a token with its question."""
+    tokenizer = LlamaTokenizerFast(str(real_data / "llama_tokenizer.model"), legacy=True, add_prefix_space=True)
+    config = LlamaConfig(
+        vocab_size=32_000,
+        hidden_size=8,
+        intermediate_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        max_position_embeddings=4096,
+    )
+    model = LlamaForCausalLM(config)
+    theirs = HFLM(pretrained=model, tokenizer=tokenizer)
+    tokenizer.add_eos_token = True
+    lm = HarnessLM(checkpoints.LoadedModel(model, tokenizer, {"tokenizer": "llama"}, 32_000, ours=False))
+    tokenizer.add_eos_token = False
+    assert lm.dropped == "</s>"
+    rows = tmp_path / "rows"
+    (rows / "mmlu").mkdir(parents=True)
+    subjects = sorted((real_data / "eval" / "mmlu").iterdir())[:2]  # building 57 takes half a minute
+    for part in (*(name for name in suite.tasks if name != "mmlu"), *(f"mmlu/{path.name}" for path in subjects)):
+        (rows / part).symlink_to(real_data / "eval" / part)
+    for name in suite.tasks:
+        for leaf in built(name, suite, rows, tmp_path).leaves:
+            leaf.set_fewshot_seed(seed=1234)
+            leaf.build_all_requests(limit=2, rank=0, world_size=1)
+            pairs = [instance.args for instance in leaf.instances]
+            expected = [theirs._encode_pair(*pair) for pair in pairs]
+            tokenizer.add_eos_token = True
+            assert [lm._encode_pair(*pair) for pair in pairs] == expected
+            tokenizer.add_eos_token = False
+    assert lm.joined == Joined()

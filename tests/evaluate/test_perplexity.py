@@ -117,6 +117,33 @@ def test_stored_perplexity_is_reused_or_refused(
         results.find([tmp_path])
 
 
+def test_a_limit_is_in_batches_so_their_size_is_part_of_the_measurement(
+    llama: Path, prepared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = replace(options(llama, prepared, tmp_path), limit=1)
+    run_perplexity(asked)
+    with pytest.raises(UserError, match="made with other batch_size"):
+        run_perplexity(replace(asked, batch_size=2))
+    run_perplexity(replace(asked, limit=None, overwrite=True))
+    capsys.readouterr()
+    run_perplexity(replace(asked, limit=None, batch_size=2))
+    assert "reused from" in capsys.readouterr().out
+
+
+def test_a_likelihood_that_is_no_number_is_refused(
+    make_llama: Callable[..., Path], prepared: Path, tmp_path: Path
+) -> None:
+    path = make_llama()
+    model = AutoModelForCausalLM.from_pretrained(path)
+    with torch.no_grad():
+        model.lm_head.weight[0, 0] = math.nan
+    model.save_pretrained(path)
+    assert math.isnan(Likelihood(1, math.nan).perplexity)
+    with pytest.raises(UserError, match=r"cc: the model's log-likelihood is not a number \(NaN\)"):
+        run_perplexity(options(path, prepared, tmp_path))
+    assert not list(tmp_path.rglob("*.json"))
+
+
 def test_data_must_be_the_models(prepared: Path, make_llama: Callable[..., Path], llama: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="samples of 32 tokens, longer than the model's 16"):
         run_perplexity(options(make_llama(context=16), prepared, tmp_path))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import os
 import re
@@ -29,7 +31,7 @@ from mohd_train.evaluate import results
 from mohd_train.evaluate.options import EvalOptions
 from mohd_train.evaluate.run import run_eval
 from mohd_train.evaluate.suite import Suite
-from mohd_train.evaluate.table_text import table_text
+from mohd_train.evaluate.table_text import subjects_text, table_text
 from mohd_train.hf.convert import export
 from mohd_train.model.count import count
 from mohd_train.model.llama import Transformer
@@ -168,6 +170,72 @@ def test_a_broken_result_is_named_and_set_aside(
         assert stored(options).with_name("sciq.json.broken").read_text(encoding="utf-8") == broken
         assert results.read(stored(options)).questions == 4
     assert "broken" not in table_text(2, [options.output], "md")
+
+
+@pytest.mark.parametrize("content", ["{}", "[]", '{"mohd_train": {}}', '{"results": {"sciq": {"acc,none": 0.5}}}'])
+def test_a_file_in_the_place_of_a_result_is_named(
+    content: str, options: EvalOptions, suite: Suite, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_eval(options, suite)
+    stored(options).write_text(content, encoding="utf-8")
+    stored(options).with_name("other.json").write_text(content, encoding="utf-8")
+    assert re.search(
+        r"sciq\.json is no result of eval/run_eval\.py .* \(set aside\)", table_text(2, [options.output], "md")
+    )
+    assert "other.json" not in table_text(2, [options.output], "md")
+    capsys.readouterr()
+    assert run_eval(options, suite) == 0
+    assert "set aside as sciq.json.broken" in capsys.readouterr().out
+
+
+def test_what_a_tokenizer_appends_is_left_out_and_part_of_the_settings(
+    options: EvalOptions, suite: Suite, make_llama: Callable[..., Path]
+) -> None:
+    """A result that an earlier version made with EOS in each answer is not taken for this measurement."""
+    run_eval(options, suite)
+    expected = results.read(stored(options)).scores
+    options.checkpoint, options.output = make_llama(adds_eos=True), Path(str(options.output) + "-eos")
+    run_eval(options, suite)
+    result = results.read(stored(options))
+    assert (result.scores, result.settings.dropped) == (expected, "</s>")
+    old = json.loads(stored(options).read_text(encoding="utf-8"))
+    del old["mohd_train"]["settings"]["dropped"]
+    stored(options).write_text(json.dumps(old), encoding="utf-8")
+    with pytest.raises(UserError, match=r"made with other settings \(dropped:  there, </s> now\)"):
+        run_eval(options, suite)
+
+
+def test_joined_answers_are_stored_and_shown(
+    options: EvalOptions, suite: Suite, make_llama: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    options.checkpoint, options.tasks = make_llama(words=False, vocab_size=2000), ["mmlu", "sciq"]
+    assert run_eval(options, suite) == 0
+    shown = capsys.readouterr().out
+    result = results.read(stored(options, "mmlu"))
+    count = result.joined["requests"]
+    assert 0 < result.joined["alone"] <= count <= result.truncated["of"]
+    assert f"{count} answers share a token with their question" in shown
+    assert f"{count}/{result.truncated['of']}" in shown
+    macro = f"{100 * result.scores['acc_macro']:.1f} ± {100 * result.scores['acc_macro_stderr']:.1f}"
+    assert re.search(rf"by subject +{result.subjects} +{macro}", shown)
+    marked = table_text(2, [options.output], "md")
+    assert f", tiny-llama mmlu {count} of {result.truncated['of']} ({result.joined['alone']} encoded alone)" in marked
+
+
+def test_subjects_are_a_table(options: EvalOptions, suite: Suite) -> None:
+    options.tasks, options.limit = ["mmlu", "sciq"], None
+    run_eval(options, suite)
+    result = results.read(stored(options, "mmlu"))
+    rows = {row["Subject"]: row for row in csv.DictReader(io.StringIO(subjects_text([options.output], "csv")))}
+    assert set(rows) == {*result.subject_scores, "mean over questions", "mean over subjects"}
+    for subject, scores in result.subject_scores.items():
+        assert rows[subject]["tiny-llama"] == f"{100 * scores['acc']:.1f}"
+        assert rows[subject]["Questions"] == f"{scores['questions']:.0f}"
+    assert rows["mean over subjects"]["tiny-llama"] == f"{100 * result.scores['acc_macro']:.1f}"
+    assert rows["mean over questions"]["tiny-llama stderr"] == f"{100 * result.scores['acc_stderr']:.1f}"
+    stored(options, "mmlu").unlink()
+    with pytest.raises(UserError, match="no results of a task with subjects"):
+        subjects_text([options.output], "md")
 
 
 def test_no_place_to_write(options: EvalOptions, suite: Suite, monkeypatch: pytest.MonkeyPatch) -> None:

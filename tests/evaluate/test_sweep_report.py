@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 
 from mohd_train.errors import UserError
-from mohd_train.evaluate import figures, options, results, sweep_eval
-from mohd_train.evaluate.grid import FORMATS, Grid, to_csv, to_markdown
+from mohd_train.evaluate import figure_scores, figures, options, results, sweep_eval
+from mohd_train.evaluate.grid import FORMATS, Grid, Number, to_csv, to_markdown
 from mohd_train.evaluate.paper_tables import TABLES, load_numbers, sweep_grid
 from mohd_train.evaluate.perplexity import FORMAT as PERPLEXITY_FORMAT
 from mohd_train.evaluate.report_html import write_report
@@ -130,7 +130,9 @@ def test_seeds_give_mean_and_standard_error(tmp_path: Path) -> None:
     folder = make_sweep(
         tmp_path / "s", "table4", lambda s, seed: {1: 9.0, 2: 11.0}[seed] if s == "x2" else 12.0, (1, 2)
     )
-    assert table(folder, 4)["MoHD x2 -710M"]["PPL"] == "10.00 ± 1.00"
+    row = table(folder, 4)["MoHD x2 -710M"]
+    assert (row["PPL"], row["PPL stderr"]) == ("10.00", "1.00")
+    assert "| **10.00 ± 1.00** |" in to_markdown(TABLES[4](PAPER, read_sweep_results(folder.path)))
     assert mean([2.0]).error is None  # type: ignore[union-attr]
     assert mean([]) is None
 
@@ -142,7 +144,12 @@ def test_half_finished_runs_are_marked_and_never_averaged_with_whole_ones(tmp_pa
     found = read_sweep_results(folder.path)
     rows = table(folder, 4)
     assert rows["MoHD x2 -710M"]["PPL"] == "10.00"
-    assert rows["LLaMA2-355M"]["PPL"] == "50.00 ± 0.00 †"
+    dense = rows["LLaMA2-355M"]
+    assert (dense["PPL"], dense["PPL stderr"], dense["unfinished"]) == ("50.00", "0.00", "PPL; Δ; Difference of Δ")
+    assert rows["MoHD x2 -710M"]["unfinished"] == ""
+    text = to_markdown(TABLES[4](PAPER, found))
+    assert "| LLaMA2-355M | 50.00 ± 0.00 † | +40.00 † | 11.61 | +1.36 | +38.64 † |" in text
+    assert "tiny-355m-x2: the perplexity is of 1 seeds, not 2." in text
     assert "tiny-355m-x2-s2 is not finished (stopped, batch 30 of 300)" in found.notes
     assert "† not finished." in sweep_grid(found).notes
 
@@ -152,7 +159,8 @@ def test_table5_and_activated_parameters(tmp_path: Path) -> None:
     rows = table(folder, 5)
     assert len(rows) == 8
     row = rows["50% - 100%"]
-    assert (row["Δ"], row["Δ, paper"], row["Difference of Δ"]) == ("+0.39", "+0.64", "−0.25")
+    assert (row["Δ"], row["Δ, paper"], row["Difference of Δ"]) == ("+0.39", "+0.64", "-0.25")
+    assert "−0.25" in to_markdown(TABLES[5](PAPER, read_sweep_results(folder.path)))
     assert row["# Activate"] != row["# Activate, paper"] == "239M"
 
 
@@ -199,7 +207,9 @@ def test_table2_of_a_sweep_with_seeds(tmp_path: Path) -> None:
     text = table_text(2, [folder.path], "csv")
     rows = {row["row"]: row for row in csv.DictReader(io.StringIO(text))}
     assert (rows["ours"]["sciq"], rows["paper"]["sciq"], rows["difference"]["sciq"]) == ("35.0", "76.6", "-41.6")
-    assert "sciq 5.0" in table_text(2, [folder.path], "md")  # the standard error over two seeds
+    assert rows["ours"]["sciq_stderr"] == rows["ours"]["average_stderr"] == "5.0"  # over the two seeds
+    assert "| 35.0 ± 5.0 |" in table_text(2, [folder.path], "md")
+    assert "± is the standard error over seeds of 355m-x2 (2)." in table_text(2, [folder.path], "md")
     assert "tiny scale" in table_text(2, [folder.path], "md")
     assert figures.draw_scores(read_sweep_results(folder.path), tmp_path / "f")
 
@@ -222,6 +232,69 @@ def test_broken_results_are_named_and_set_aside(tmp_path: Path) -> None:
     assert re.search(r"piqa.json is broken and set aside", found.notes[0])
 
 
+@pytest.mark.parametrize("content", ["{}", '{"mohd_train": {"format": "another/1"}}'])
+def test_a_file_of_no_known_kind_is_named(tmp_path: Path, content: str) -> None:
+    folder = make_sweep(tmp_path / "s", "table4", lambda s, seed: 10.0, only=("x2",))
+    store(folder, "tiny-355m-x2-s1", "sciq", 0.3)
+    (folder.path / "eval" / "tiny-355m-x2-s1" / "piqa.json").write_text(content)
+    assert re.search(r"piqa.json is broken and set aside", table_text(2, [folder.path], "md"))
+
+
+def test_standard_errors_of_a_mean_are_over_seeds(tmp_path: Path) -> None:
+    """Not the mean of the seeds' own; a score that one seed lacks has no mean."""
+    folder = make_sweep(tmp_path / "s", "table4", lambda s, seed: 10.0, (1, 2), ("x2",))
+    for seed, value in ((1, 0.3), (2, 0.4)):
+        store(folder, f"tiny-355m-x2-s{seed}", "sciq", value)
+    path = folder.path / "eval" / "tiny-355m-x2-s1" / "sciq.json"
+    content = json.loads(path.read_text())
+    content[results.KEY]["scores"] |= {"acc_norm": 0.5, "acc_norm_stderr": 0.01}
+    path.write_text(json.dumps(content))
+    (merged,) = merged_tasks(read_sweep_results(folder.path))
+    assert merged.scores == {
+        "acc": pytest.approx(0.35),
+        "acc_stderr": pytest.approx(0.05),
+        "acc_norm": None,
+        "acc_norm_stderr": None,
+    }
+    assert merged.by_seed == {"tiny-355m-x2-s1": 0.3, "tiny-355m-x2-s2": 0.4}
+
+
+def test_figures_mark_what_is_not_finished_or_not_comparable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shown: list[str] = []
+
+    def keep(figure: Any, output: Path, name: str) -> list[Path]:
+        axis = figure.axes[0]
+        shown.extend([axis.get_xlabel(), *(text.get_text() for text in (*axis.texts, *axis.get_xticklabels()))])
+        return [output / name]
+
+    for module in (figures, figure_scores):
+        monkeypatch.setattr(module, "save", keep)
+    folder = make_sweep(tmp_path / "s", "fig12a", lambda s, seed: 10.0 if s == "x2" else -11.0)
+    assert figures.draw_shared(read_sweep_results(folder.path), tmp_path)
+    assert shown[0] == "shared / active\n† not finished"
+    assert "0.25 †" in shown
+    assert "0.75" in shown
+    shown.clear()
+    folder = make_sweep(tmp_path / "t", "table4", lambda s, seed: 10.0, only=("x2", "dense"))
+    for task in load_suite().tasks:
+        store(folder, "tiny-355m-x2-s1", task, 0.3, limit=8)
+        store(folder, "tiny-355m-dense-s1", task, 0.3)
+    assert figures.draw_scores(read_sweep_results(folder.path), tmp_path)
+    assert {"x2 *", "dense"} <= set(shown)
+    assert "* run with --limit" in shown[0]
+
+
+def test_numbers_of_a_csv_stand_alone() -> None:
+    grid = Grid("t", ["a", "b", "c"])
+    grid.add("one", Number(-0.25, signed=True), Number(10, error=0.5))
+    grid.add("two", None, Number(2, unfinished=True))
+    assert to_csv(grid) == "a,b,c,c stderr,unfinished\none,-0.25,10.00,0.50,\ntwo,,2.00,,c\n"
+    assert "| one | −0.25 | 10.00 ± 0.50 |" in to_markdown(grid)
+    assert r"two & -- & 2.00 $\dagger$ \\" in FORMATS["latex"](grid)
+    grid.stress_least(2)
+    assert grid.bold == set()  # one finished number: nothing to be the least of
+
+
 def test_the_suite_s_own_settings_decide_and_a_task_of_fewer_seeds_is_named(tmp_path: Path) -> None:
     folder = make_sweep(tmp_path / "s", "table4", lambda s, seed: 10.0, (1, 2), ("x2",))
     for task in load_suite().tasks:
@@ -240,7 +313,7 @@ def test_the_suite_s_own_settings_decide_and_a_task_of_fewer_seeds_is_named(tmp_
     store(folder, "tiny-355m-x2-s2", "sciq", 0.9, lm_eval="0.4.0")
     text = table_text(2, [folder.path], "csv")
     (ours,) = (row for row in csv.DictReader(io.StringIO(text)) if row["row"] == "ours")
-    assert (ours["sciq"], ours["average"]) == ("–", "–")
+    assert (ours["sciq"], ours["average"]) == ("", "")
     assert figures.draw_scores(read_sweep_results(folder.path), tmp_path / "f") == []  # no average of nine tasks
 
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pandas
 import pytest
 import yaml
 
@@ -74,8 +76,9 @@ def test_missing_is_a_dash_and_never_zero(suite: Suite, whole: list[results.Resu
     for text in (form(build_table(suite, PAPER, part)) for form in formats.FORMATS.values()):
         assert "0.0" not in text.replace("30.0", "").replace("40.0", "").replace("50.0", "").replace("60.0", "")
     found = rows(formats.to_csv(build_table(suite, PAPER, part)))
-    assert found["ours:355m-x2"]["piqa"] == found["ours:355m-x2"]["average"] == "–"
-    assert found["difference"]["piqa"] == found["difference"]["average"] == "–"
+    assert found["ours:355m-x2"]["piqa"] == found["ours:355m-x2"]["average"] == ""
+    assert found["difference"]["piqa"] == found["difference"]["average"] == ""
+    assert "| – |" in formats.to_markdown(build_table(suite, PAPER, part))
     zero = build_table(suite, PAPER, [result(suite, "sciq", 0.0)])
     assert rows(formats.to_csv(zero))["ours:355m-x2"]["sciq"] == "0.0"  # a true zero stays one
 
@@ -93,6 +96,13 @@ def test_missing_is_a_dash_and_never_zero(suite: Suite, whole: list[results.Resu
             {"truncated": {"requests": 12, "of": 6540, "tokens": 9, "longest": 5000}},
             "requests longer than the model's context, their first shots cut: 355m-x2 boolq 12 of 6540",
         ),
+        ({"questions": 3271}, "more questions than the task has: boolq 3271, not 3270"),
+        ({"bos": "no"}, "asked with --bos no: 355m-x2 boolq"),
+        (
+            {"joined": {"requests": 7, "alone": 2}},
+            "answers that share a token with their question: 355m-x2 boolq 7 of 6540 (2 encoded alone)",
+        ),
+        ({"scores": {"acc": float("nan")}}, "boolq: the score is not a number (nan): 355m-x2"),
     ],
 )
 def test_what_cannot_be_compared_is_marked(
@@ -105,7 +115,100 @@ def test_what_cannot_be_compared_is_marked(
     assert f"<sup>a</sup> {note}" in markdown
     ours = next(line for line in markdown.splitlines() if line.startswith("| **355m-x2**"))
     assert ours.count("<sup>a</sup>") == (1 if "scores" in changes else 2)  # the cell, and the average over it
+    difference = next(line for line in markdown.splitlines() if line.startswith("| difference"))
+    assert difference.count("<sup>a</sup>") == ours.count("<sup>a</sup>")
+    assert note.partition(":")[0] in rows(formats.to_csv(table))["difference"]["notes"]
     assert "{a}" in formats.to_latex(table)
+
+
+def test_a_question_cut_without_shots_loses_no_shots(suite: Suite, whole: list[results.Result]) -> None:
+    cut = {"requests": 3, "of": 2534, "tokens": 9, "longest": 5000}
+    whole = [replace(one, truncated=cut) if one.settings.task == "winogrande" else one for one in whole]
+    notes = rows(formats.to_csv(build_table(suite, PAPER, whole)))["ours:355m-x2"]["notes"]
+    assert notes == (
+        "requests longer than the model's context, the beginning of the question cut: 355m-x2 winogrande 3 of 2534"
+    )
+
+
+def test_a_model_of_another_size_is_marked_whatever_its_name(suite: Suite) -> None:
+    """--name 355m-dense on SmolLM2-135M."""
+    one = result(suite, "sciq", 0.5, model="355m-dense")
+    small = replace(one, model={**one.model, "activated": 106_204_032, "total": 134_515_008})
+    table = build_table(suite, PAPER, [small])
+    note = (
+        "not the paper's model: other parameter counts (activated / total): "
+        "355m-dense 106M / 135M, LLaMA2-355M 289M / 355M"
+    )
+    found = rows(formats.to_csv(table))
+    assert found["ours:355m-dense"]["notes"] == note
+    assert found["difference"]["notes"] == note.partition(": 355m")[0]
+    markdown = formats.to_markdown(table)
+    assert "| **355m-dense** <sup>a</sup> | 106M | 135M |" in markdown
+    assert "| difference <sup>a</sup> |" in markdown
+    assert f"<sup>a</sup> {note}" in markdown
+    assert "355m-dense$^{a}$" in formats.to_latex(table).replace(r"\_", "_")
+    assert "355m-dense (a)" in formats.to_html(table)
+    same = replace(one, model={**one.model, "activated": 289_406_976, "total": 354_942_976})
+    assert rows(formats.to_csv(build_table(suite, PAPER, [same])))["ours:355m-dense"]["notes"] == ""
+
+
+def test_results_of_more_than_one_precision_are_marked(suite: Suite, whole: list[results.Result]) -> None:
+    whole = [result(suite, "boolq", 0.5, dtype="bfloat16") if r.settings.task == "boolq" else r for r in whole]
+    notes = rows(formats.to_csv(build_table(suite, PAPER, whole)))["ours:355m-x2"]["notes"]
+    assert "results of more than one precision: 355m-x2: float32 for sciq" in notes
+    assert notes.endswith("bfloat16 for boolq")
+
+
+def test_scores_stand_with_their_standard_error(suite: Suite, whole: list[results.Result]) -> None:
+    """lm-eval's, and that of a mean of ten independent scores."""
+    table = build_table(suite, PAPER, whole)
+    ours = rows(formats.to_csv(table))["ours:355m-x2"]
+    assert (ours["sciq"], ours["sciq_stderr"]) == ("30.0", "1.0")
+    assert table.rows[0].average.error == pytest.approx(math.sqrt(10) * 1.0 / 10)
+    assert ours["average_stderr"] == "0.3"
+    for form, shown in ((formats.to_markdown, "| 30.0 ± 1.0 |"), (formats.to_latex, r"& 30.0 $\pm$ 1.0 &")):
+        assert shown in form(table)
+    assert "± is the standard error over questions (lm-eval's)." in formats.to_markdown(table)
+    assert "±" not in formats.to_latex(table)
+    without = [replace(one, scores={"acc": 0.5}) if one.settings.task == "sciq" else one for one in whole]
+    ours = rows(formats.to_csv(build_table(suite, PAPER, without)))["ours:355m-x2"]
+    assert (ours["sciq_stderr"], ours["piqa_stderr"], ours["average_stderr"]) == ("", "1.0", "")
+
+
+def test_standard_error_over_seeds_of_the_average_of_each(suite: Suite, whole: list[results.Result]) -> None:
+    """Tasks of one seed go up and down together: the average's error is not that of independent scores."""
+    by_seed = [{"s1": one.scores["acc"] - 0.01, "s2": one.scores["acc"] + 0.01} for one in whole]  # type: ignore[operator]
+    merged = [
+        replace(one, by_seed=each, scores={**one.scores, "acc_stderr": 0.01})
+        for one, each in zip(whole, by_seed, strict=True)
+    ]
+    table = build_table(suite, PAPER, merged)
+    assert table.rows[0].average.error == pytest.approx(1.0)
+    assert "± is the standard error over seeds of 355m-x2 (2)." in formats.to_markdown(table)
+    other = [result(suite, task, 0.4, model="355m-dense") for task in suite.tasks]
+    text = formats.to_markdown(build_table(suite, PAPER, [*merged, *other]))
+    assert "± is the standard error over seeds of 355m-x2 (2), else over questions (lm-eval's)." in text
+
+
+def test_every_number_of_the_csv_can_be_parsed(suite: Suite, whole: list[results.Result]) -> None:
+    lacking = [one for one in whole if one.settings.task != "piqa"]
+    text = formats.to_csv(build_table(suite, PAPER, lacking))
+    frame = pandas.read_csv(io.StringIO(text))
+    numeric = [*suite.tasks, "average", "mmlu_macro", *(f"{name}_stderr" for name in (*suite.tasks, "average"))]
+    assert {str(frame[name].dtype) for name in numeric} == {"float64"}
+    assert frame["piqa"].isna().tolist() == [True, False, True]
+    assert frame["sciq"].tolist() == [30.0, 76.6, -46.6]
+
+
+def test_the_mean_over_subjects_stands_beside_that_over_questions(suite: Suite) -> None:
+    scores = {"acc": 0.25, "acc_stderr": 0.004, "acc_macro": 0.262, "acc_macro_stderr": 0.005}
+    table = build_table(suite, PAPER, [result(suite, "mmlu", 0.25, scores=scores)])
+    ours = rows(formats.to_csv(table))["ours:355m-x2"]
+    assert (ours["mmlu"], ours["mmlu_stderr"], ours["mmlu_macro"]) == ("25.0", "0.4", "26.2")
+    for form in (formats.to_markdown, formats.to_html):
+        assert "MMLU weighs every question the same; weighing every subject the same: 355m-x2 26.2 ± 0.5." in form(
+            table
+        )
 
 
 @pytest.mark.parametrize(
@@ -122,12 +225,25 @@ def test_what_was_asked_otherwise_is_named_and_never_in_the_column(
     table = build_table(suite, PAPER, whole)
     found = rows(formats.to_csv(table))
     ours, difference = found["ours:355m-x2"], found["difference"]
-    assert ours["boolq"] == ours["average"] == difference["boolq"] == difference["average"] == "–"
+    assert ours["boolq"] == ours["average"] == difference["boolq"] == difference["average"] == ""
     assert note in ours["notes"]
     assert f"<sup>a</sup> {note}" in formats.to_markdown(table)
     better = [result(suite, "boolq", 0.9, model="355m-x3", **changes), result(suite, "boolq", 0.2, model="355m-x4")]
     best = build_table(suite, PAPER, [*whole, *better]).best()
     assert not {column for _, column in best if column == list(suite.tasks).index("boolq")}
+
+
+@pytest.mark.parametrize("changes", [{"limit": 8, "questions": 8}, {"unfinished": "stopped, batch 3"}])
+def test_a_score_of_a_part_is_never_the_best(
+    suite: Suite, whole: list[results.Result], changes: dict[str, Any]
+) -> None:
+    column = list(suite.tasks).index("boolq")
+    other = [result(suite, "boolq", 0.9, model="355m-x3"), result(suite, "boolq", 0.8, model="355m-x4")]
+    assert (3, column) in build_table(suite, PAPER, [*whole, *other]).best()
+    part = [result(suite, "boolq", 0.9, model="355m-x3", **changes), other[1]]
+    best = build_table(suite, PAPER, [*whole, *part]).best()
+    assert (3, column) not in best
+    assert (6, column) in best
 
 
 def test_a_task_that_could_not_be_had_is_a_dash_with_the_reason(suite: Suite, whole: list[results.Result]) -> None:
@@ -139,7 +255,7 @@ def test_a_task_that_could_not_be_had_is_a_dash_with_the_reason(suite: Suite, wh
     ]
     table = build_table(suite, PAPER, part, missing=missing)
     ours = rows(formats.to_csv(table))["ours:355m-x2"]
-    assert (ours["logiqa"], ours["notes"]) == ("–", "logiqa could not be had: script data set")
+    assert (ours["logiqa"], ours["notes"]) == ("", "logiqa could not be had: script data set")
     assert "| – <sup>a</sup> |" in formats.to_markdown(table)
     assert "<sup>a</sup> logiqa could not be had: script data set" in formats.to_markdown(table)
 

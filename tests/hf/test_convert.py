@@ -8,6 +8,7 @@ import pytest
 import torch
 from support.native import save_native, swap_words
 from support.plans import small_plan
+from tokenizers import processors
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from mohd_train import checkpoint
@@ -49,6 +50,22 @@ def test_a_dense_model_exports_as_llama(tmp_path: Path) -> None:
     ids = torch.randint(97, (2, 9))
     with torch.no_grad():
         torch.testing.assert_close(again(ids).logits, model(ids).logits, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("before", ["", "<s> "])
+def test_the_exported_tokenizer_appends_nothing(tmp_path: Path, before: str) -> None:
+    """EOS at the end of a prompt would ask for another document; BOS in front is what the model was trained with."""
+    path, _ = native(tmp_path / "run")
+    folder = tmp_path / "run" / "tokenizer"
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{before}$A </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
+    )
+    tokenizer.save_pretrained(folder)
+    first = [1] if before else []
+    assert AutoTokenizer.from_pretrained(folder)("w5 w6").input_ids == [*first, 5, 6, 2]
+    export(path, tmp_path / "out")
+    assert AutoTokenizer.from_pretrained(tmp_path / "out")("w5 w6").input_ids == [*first, 5, 6]
 
 
 class Evil:

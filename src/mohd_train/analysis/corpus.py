@@ -29,6 +29,7 @@ from mohd_train.data.rows import parse_row, range_lines, unpacked_units
 from mohd_train.data.streaming import build_eval_loaders
 from mohd_train.data.verify import verify
 from mohd_train.errors import UserError
+from mohd_train.utils.encoding import encode_text
 
 DEFAULT_SEQ_LEN = 1024  # of raw text, where the model's own limit is not lower
 _ORDER_SEED = 0  # of the order in which a prepared domain's samples are read
@@ -208,7 +209,7 @@ def _tokens(file: Path, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> 
     eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     bos = [] if tokenizer.bos_token_id in (None, tokenizer.eos_token_id) else [tokenizer.bos_token_id]
     for first, last, text in _documents(file):
-        ids = tokenizer(text, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+        ids = encode_text(tokenizer, text)
         if ids and max(ids) >= vocab_size:
             raise UserError(
                 f"the tokenizer gives id {max(ids)}, the model has {vocab_size}; give the model's own with --tokenizer"

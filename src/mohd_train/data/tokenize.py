@@ -18,6 +18,7 @@ from transformers import AutoTokenizer, LlamaTokenizerFast, PreTrainedTokenizerB
 
 from mohd_train.checkpoint.identity import tokenizer_sha256
 from mohd_train.errors import UserError
+from mohd_train.utils.encoding import encode_text, encode_texts
 
 # (BOS, EOS) spellings tried in this order for a bare tokenizer.json, which doesn't say which tokens they are.
 _BOUNDARIES = [("<s>", "</s>"), ("<|begin_of_text|>", "<|end_of_text|>"), ("<bos>", "<eos>"), ("[BOS]", "[EOS]")]
@@ -54,10 +55,7 @@ class Tokenizer:
 
         Raises ValueError when an id is not below `vocab_size`: the tokenizer is broken.
         """
-        if self.pieces is not None:
-            lists = self.pieces.encode(texts)
-        else:
-            lists = self.hf(texts, add_special_tokens=False, return_attention_mask=False)["input_ids"]
+        lists = self.pieces.encode(texts) if self.pieces is not None else encode_texts(self.hf, texts)
         arrays = [np.asarray(ids, np.uint32) for ids in lists]
         for ids in arrays:
             if len(ids) and int(ids.max()) >= self.vocab_size:
@@ -123,7 +121,7 @@ def _from_pieces(path: Path, pieces: sentencepiece.SentencePieceProcessor) -> Pr
     hf.split_special_tokens = True
     hf.backend_tokenizer.encode_special_tokens = True
     for text in _PROBES:
-        if hf(text, add_special_tokens=False)["input_ids"] != pieces.encode(text):
+        if encode_text(hf, text) != pieces.encode(text):
             raise UserError(
                 f"sentencepiece model {path} can't be saved exactly in Hugging Face's LLaMA format (ids differ for {text!r}): "
                 "it normalizes text or adds no leading space; give a Hugging Face tokenizer folder instead"

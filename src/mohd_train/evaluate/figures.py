@@ -14,16 +14,13 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from mohd_train.analysis.plotting import PAPER, SHADES, finish, panels, percent_scale, save, style
-from mohd_train.evaluate.paper import PaperRow, load_paper
+from mohd_train.evaluate.figure_scores import draw_scores
 from mohd_train.evaluate.paper_tables import load_numbers
-from mohd_train.evaluate.results import asked_otherwise
-from mohd_train.evaluate.suite import load_suite
 from mohd_train.evaluate.sweep_results import (
     PERPLEXITY,
     Mean,
     RunResult,
     SweepResults,
-    merged_tasks,
     read_sweep_results,
 )
 
@@ -58,10 +55,6 @@ def draw_all(folder: Path, output: Path) -> tuple[list[Path], list[str]]:
     return paths, missing
 
 
-def _title(found: SweepResults, text: str) -> str:
-    return text if found.scale == "paper" else f"{text} ({found.scale} scale)"
-
-
 def _one_a_setting(found: SweepResults) -> list[RunResult]:
     """The first seed of each model and setting that has trained."""
     return [trained[0] for runs in found.groups().values() if (trained := [run for run in runs if run.metrics])]
@@ -87,60 +80,10 @@ def draw_curves(found: SweepResults, output: Path) -> list[Path]:
             tokens, values = run.series(PERPLEXITY)
             axis.plot(np.array(tokens) / 1e6, values, label=f"{_label(run)}: {values[-1]:.4g}", **style(i))
         percent_scale(axis)
-        finish(axis, _title(found, "Validation perplexity, all domains"), "tokens (millions)", "perplexity (log scale)")
+        finish(axis, found.titled("Validation perplexity, all domains"), "tokens (millions)", "perplexity (log scale)")
         axis.legend(frameon=False, fontsize=7, title="at the end", title_fontsize=7)
         paths += save(figure, output, name)
     return paths
-
-
-def draw_scores(found: SweepResults, output: Path) -> list[Path]:
-    """Figs. 9a and 9b: the average of the ten tasks against activated and total parameters; the paper's points hollow."""
-    suite = load_suite()
-    tasks = list(suite.tasks.values())
-    by_name: dict[str, dict[str, float]] = {}
-    sizes: dict[str, tuple[int, int]] = {}
-    for one in merged_tasks(found):
-        value = one.scores.get(suite.tasks[one.settings.task].metric)
-        if value is not None and not asked_otherwise(suite, one.settings):
-            by_name.setdefault(one.model["name"], {})[one.settings.task] = 100 * value
-            sizes[one.model["name"]] = (one.model["activated"], one.model["total"])
-    ours = {name: sum(s.values()) / len(s) for name, s in by_name.items() if len(s) == len(tasks)}
-    if not ours:
-        return []
-    paper = load_paper()
-    paths = []
-    for letter, which, word in (("a", 0, "activated"), ("b", 1, "total")):
-        figure, (axis,) = panels(1, width=6.4, height=4.4)
-        for i, base in enumerate(dict.fromkeys(name.partition("-")[0] for name in ours)):
-            names = [name for name in ours if name.partition("-")[0] == base]
-            look = {**style(i), "linestyle": "none", "label": f"{base}, ours"}
-            axis.plot([sizes[name][which] / 1e6 for name in names], [ours[name] for name in names], **look)
-            for name in names:
-                place = (sizes[name][which] / 1e6, ours[name])
-                axis.annotate(name.partition("-")[2], place, fontsize=6, xytext=(4, 3), textcoords="offset points")
-            theirs = [row for row in paper.values() if row.base.lower() == base]
-            x = [_parameters(row)[which] / 1e6 for row in theirs]
-            hollow = {**look, "markerfacecolor": "white", "label": f"{base}, paper", "linestyle": "none"}
-            axis.plot(x, [row.average for row in theirs], **hollow)
-        axis.set_xscale("log")
-        finish(
-            axis,
-            _title(found, f"Average of ten tasks against {word} parameters"),
-            f"{word} parameters (millions)",
-            "accuracy (%)",
-        )
-        axis.legend(frameon=False, fontsize=7)
-        paths += save(figure, output, f"fig9{letter}_score_against_{word}")
-    return paths
-
-
-def _parameters(row: PaperRow) -> tuple[float, float]:
-    """(activated, total) as the paper prints them."""
-
-    def read(text: str) -> float:
-        return float(text[:-1]) * {"M": 1e6, "B": 1e9}[text[-1]]
-
-    return read(row.activated), read(row.params)
 
 
 def _points(found: SweepResults, key: Callable[[RunResult], Any]) -> dict[Any, Mean]:
@@ -151,6 +94,15 @@ def _points(found: SweepResults, key: Callable[[RunResult], Any]) -> dict[Any, M
         if value is not None:
             groups.setdefault(value, []).append(run)
     return {value: ppl for value, runs in groups.items() if (ppl := found.perplexity(runs)) is not None}
+
+
+def _dagger(point: Mean | None) -> str:
+    return " †" if point is not None and point.unfinished else ""
+
+
+def _dagger_note(points: list[Mean]) -> str:
+    """Below the axis, where a point is of runs that have not finished."""
+    return "\n† not finished" if any(point.unfinished for point in points) else ""
 
 
 def _errors(points: list[Mean]) -> list[float]:
@@ -193,11 +145,13 @@ def draw_decoupled(found: SweepResults, output: Path) -> list[Path]:
     )
     axis.plot(range(len(names)), [row["delta"] for row in rows if "delta" in row], label="paper", **PAPER)
     axis.axhline(0, color="#000000", linewidth=0.8)
-    axis.set_xticks(range(len(names)), [f"{name.replace('-', '% - ')}%" for name in names], fontsize=7)
+    daggers = [_dagger(points.get(name)) or (_dagger(points["dense"]) if name in points else "") for name in names]
+    ticks = [f"{name.replace('-', '% - ')}%{dagger}" for name, dagger in zip(names, daggers, strict=True)]
+    axis.set_xticks(range(len(names)), ticks, fontsize=7)
     finish(
         axis,
-        _title(found, "Attention - FFN active: perplexity against LLaMA"),
-        "active share, attention - FFN",
+        found.titled("Attention - FFN active: perplexity against LLaMA"),
+        f"active share, attention - FFN{_dagger_note([points['dense'], *(points[name] for _, name in shown)])}",
         "change in perplexity",
     )
     axis.legend(frameon=False, fontsize=8)
@@ -229,8 +183,8 @@ def _line(
     axis.axvline(best[1], color="#888888", linestyle=":", linewidth=1.2, label=best[0])
     if log:
         axis.set_xscale("log", base=2)
-    axis.set_xticks(x, [f"{value:g}" for value in x])
-    finish(axis, _title(found, words[0]), words[1], "validation perplexity")
+    axis.set_xticks(x, [f"{value:g}{_dagger(point)}" for value, point in points.items()])
+    finish(axis, found.titled(words[0]), words[1] + _dagger_note(list(points.values())), "validation perplexity")
     axis.legend(frameon=False, fontsize=8)
     return save(figure, output, name)
 
@@ -308,7 +262,7 @@ def _draw_load(
         finish(axis, f"{place[1]}, layer {place[0]}", "tokens (M)", "sub-dimension" if place[0] == shown[0] else "")
         axis.grid(False)
     figure.colorbar(image, ax=grid, label="share of tokens", fraction=0.02)
-    figure.suptitle(_title(found, f"{run.name}: sub-dimension load over time"), fontsize=10)
+    figure.suptitle(found.titled(f"{run.name}: sub-dimension load over time"), fontsize=10)
     return save(figure, output, f"load_{run.name}")
 
 
@@ -333,7 +287,7 @@ def _curves(
     for i, run in enumerate(runs):
         tokens, values = run.series(key)
         axis.plot(np.array(tokens) / 1e6, values, label=_label(run), **style(i, every=max(1, len(tokens) // 12)))
-    finish(axis, _title(found, title), "tokens (millions)", unit)
+    finish(axis, found.titled(title), "tokens (millions)", unit)
     axis.set_ylim(0, 1.15 * max(max(run.series(key)[1]) for run in runs))
     axis.legend(frameon=False, fontsize=7)
     return save(figure, output, name)

@@ -1,10 +1,12 @@
-"""A causal language model scored by lm-eval, in process, with what lm-eval keeps silent about: truncation and BOS."""
+"""A causal language model scored by lm-eval, in process, with what lm-eval says nothing about: truncation, BOS and EOS, answers
+that share a token with their question, log-probabilities that are not numbers."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
 import io
+import math
 import random
 import signal
 import threading
@@ -23,8 +25,11 @@ from tqdm import tqdm
 from mohd_train.errors import UserError
 from mohd_train.evaluate.checkpoint import LoadedModel
 from mohd_train.evaluate.tasks import BuiltTask
+from mohd_train.utils.encoding import added_ids, encode_text
 
-BOOTSTRAP_ITERS = 1000  # for the standard error of the perplexity; those of accuracies have a closed form
+BOOTSTRAP_ITERS = (
+    100_000  # lm-eval's default; for the standard error of LAMBADA's perplexity (the others have a closed form)
+)
 
 Progress = Callable[[int, int], None]  # (requests answered, requests in all)
 
@@ -39,14 +44,31 @@ class Truncation:
     longest: int = 0  # tokens of the longest request, before the cut
 
 
+@dataclass
+class Joined:
+    """Requests in which a token holds both the end of the question and the beginning of the answer.
+
+    lm-eval encodes both together and cuts behind the tokens of the question alone. With such a token an answer loses its first
+    part, or all of itself, and lm-eval stops. Here an answer that would lose all is encoded alone.
+    """
+
+    requests: int = 0
+    alone: int = 0  # of them: answers encoded alone
+
+
 class HarnessLM(HFLM):
-    """lm-eval's own model around ours; counts truncated requests, and sees to BOS.
+    """lm-eval's own model around ours; counts truncated and joined requests, and takes care of BOS and EOS.
 
     Args:
         loaded: model and tokenizer.
         batch_size: requests a forward pass, or "auto".
         bos: whether each request begins with BOS. None: as the tokenizer does it, but always for models trained by this
             framework, whose documents all begin with BOS.
+
+    Attributes:
+        bos: what is done: "none", "by the tokenizer" or "prepended".
+        dropped: tokens that the tokenizer appends to a text (EOS) and that are left out, "" for none: lm-eval would take them for
+            the end of each question and answer.
     """
 
     def __init__(self, loaded: LoadedModel, batch_size: int | str = 8, bos: bool | None = None) -> None:
@@ -54,20 +76,46 @@ class HarnessLM(HFLM):
         super().__init__(
             pretrained=loaded.model, tokenizer=tokenizer, batch_size=batch_size, backend="causal", add_bos_token=bos
         )
-        by_tokenizer = tokenizer.bos_token_id is not None and tokenizer.encode("a")[:1] == [tokenizer.bos_token_id]
+        before, behind = added_ids(tokenizer)
+        by_tokenizer = tokenizer.bos_token_id is not None and tokenizer.bos_token_id in before
         wanted = bos if bos is not None else (by_tokenizer or (loaded.ours and tokenizer.bos_token_id is not None))
         if wanted and tokenizer.bos_token_id is None:
             raise UserError(f"the tokenizer {loaded.info['tokenizer']} has no BOS token; leave --bos at auto or no")
         self.bos = "none" if not wanted else "by the tokenizer" if by_tokenizer else "prepended"
-        self.truncation = Truncation()
+        self.dropped = " ".join(tokenizer.convert_ids_to_tokens(behind))
+        self._before = (
+            [] if bos is False else before if by_tokenizer or not wanted else [tokenizer.bos_token_id, *before]
+        )
+        self.task = ""
+        self.truncation, self.joined = Truncation(), Joined()
         self.progress: Progress | None = None
 
-    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        """As lm-eval does it; where the tokenizer adds no BOS and the model needs it, it is put in front."""
-        tokens = super().tok_encode(string, add_special_tokens=add_special_tokens, **kwargs)
-        if self.bos == "prepended" and add_special_tokens is not False and tokens[:1] != [self.tokenizer.bos_token_id]:
-            return [self.tokenizer.bos_token_id, *tokens]
-        return tokens
+    def tok_encode(
+        self,
+        string: str,
+        add_special_tokens: bool | None = None,
+        left_truncate_len: int | None = None,
+        **kwargs: Any,
+    ) -> list[int]:
+        """Ids of a text, with what stands before each request unless the text has it or ``add_special_tokens`` is False; nothing
+        behind it."""
+        tokens = encode_text(self.tokenizer, string)
+        if add_special_tokens is not False and tokens[: len(self._before)] != self._before:
+            tokens = [*self._before, *tokens]
+        return tokens[-left_truncate_len:] if left_truncate_len else tokens
+
+    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        """(ids of the question, ids of the answer), as lm-eval splits them; see :class:`Joined` for what it can't split."""
+        question = context.rstrip()
+        answer = context[len(question) :] + continuation
+        context_enc, whole = self.tok_encode(question), self.tok_encode(question + answer)
+        continuation_enc = whole[len(context_enc) :]
+        if whole[: len(context_enc)] != context_enc:
+            self.joined.requests += 1
+            if not continuation_enc:
+                self.joined.alone += 1
+                continuation_enc = self.tok_encode(answer, add_special_tokens=False)
+        return context_enc or [self.prefix_token_id], continuation_enc  # a question of white space alone has no token
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """(log-probability of the continuation, whether it is the greedy one) for each request."""
@@ -79,14 +127,21 @@ class HarnessLM(HFLM):
         for (_, text), context, continuation in requests:
             self._measure(text, len(context), len(continuation))
         self.set_cache_hook(_ProgressHook(self.progress, len(requests)))
-        return super()._loglikelihood_tokens(requests, disable_tqdm=True, **kwargs)
+        answers = super()._loglikelihood_tokens(requests, disable_tqdm=True, **kwargs)
+        undefined = sum(math.isnan(logprob) for logprob, _ in answers)
+        if undefined:
+            raise UserError(
+                f"{self.task}: the model's log-probability is not a number (NaN) in {undefined} of {len(answers)} requests; "
+                "its training diverged, or --dtype can't hold its activations (try --dtype float32)"
+            )
+        return answers
 
     def _measure(self, text: str, context: int, continuation: int) -> None:
         if continuation == 0:
-            raise UserError(f"the answer {text!r} has no token of its own: the tokenizer merges it with its context")
+            raise UserError(f"{self.task}: the tokenizer has no token for the answer {text!r}, so it can't be scored")
         if continuation > self.max_length:
             raise UserError(
-                f"an answer of {continuation} tokens is longer than the model's {self.max_length}: {text[:60]!r}..."
+                f"{self.task}: an answer of {continuation} tokens is longer than the model's {self.max_length}: {text[:60]!r}..."
             )
         excess = context + continuation - (self.max_length + 1)  # the last token is predicted, never read
         self.truncation.of += 1
@@ -140,17 +195,20 @@ def score(
 ) -> dict[str, Any]:
     """lm-eval's own results (`results`, `groups`, `configs`, `versions`, `n-shot`, `n-samples`, ...) of one task.
 
-    Equal, number for number, to ``lm_eval.simple_evaluate(model=HFLM(...), tasks=[...])`` with the same shots and seeds;
-    ``lm.truncation`` then holds the counts of this task.
+    Equal, number for number, to ``lm_eval.simple_evaluate(model=HFLM(...), tasks=[...])`` with the same shots and seeds, for a
+    tokenizer that appends nothing. ``lm.truncation`` and ``lm.joined`` then hold the counts of this task.
 
     Args:
         limit: questions a task (a subject), for trials; None: all.
         seed: draws the shots.
+
+    Raises:
+        UserError: an answer that can't be scored, or log-probabilities that are not numbers; it names the task.
     """
     random.seed(0)  # simple_evaluate's own defaults
     np.random.seed(seed)
     torch.manual_seed(seed)
-    lm.truncation, lm.progress = Truncation(), progress
+    lm.task, lm.truncation, lm.joined, lm.progress = built.spec.name, Truncation(), Joined(), progress
     for task in built.leaves:
         task.set_fewshot_seed(seed=seed)
     groups = {built.item.name: built.item} if isinstance(built.item, Group) else {}

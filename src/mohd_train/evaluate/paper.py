@@ -7,6 +7,7 @@ from pathlib import Path
 
 import yaml
 
+from mohd_train.config.catalogue import agrees
 from mohd_train.errors import UserError
 
 DEFAULT_PAPER = Path(__file__).resolve().parents[3] / "eval" / "paper" / "results.yaml"
@@ -29,6 +30,10 @@ class PaperRow:
     def name(self) -> str:
         """This project's name of the model: `355m-x2`, `1.13b-75`, `2.7b-dense`."""
         return f"{self.base.lower()}-{self.setting.rstrip('%')}"
+
+    def has_counts(self, activated: int, total: int) -> bool:
+        """Whether a model of ``activated`` and ``total`` parameters is of this row's size, to the digits that are printed."""
+        return agrees(activated, self.activated) and agrees(total, self.params)
 
     @property
     def label(self) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import yaml
 
 from mohd_train.config.plan import ModelPlan, SubDimPlan
 from mohd_train.errors import UserError
-from mohd_train.evaluate.grid import Grid
+from mohd_train.evaluate.grid import Grid, Number
 from mohd_train.evaluate.paper import DEFAULT_PAPER
 from mohd_train.evaluate.sweep_results import Mean, RunResult, SweepResults
 from mohd_train.evaluate.tables import count as short_count
@@ -38,17 +39,14 @@ def oddities(paper: dict[str, Any], table: int) -> list[str]:
     ]
 
 
-def number(value: Mean | None, digits: int = 2) -> str | None:
-    """``10.25``, ``10.25 ± 0.03``; a dagger where no seed has finished."""
-    if value is None:
-        return None
-    text = f"{value.value:.{digits}f}" + (f" ± {value.error:.{digits}f}" if value.error is not None else "")
-    return text + (" †" if value.unfinished else "")
+def number(value: Mean | None) -> Number | None:
+    """``10.25``, ``10.25 ± 0.03``; with a dagger where no seed has finished."""
+    return None if value is None else Number(value.value, error=value.error, unfinished=bool(value.unfinished))
 
 
-def signed(value: float | None, digits: int = 2) -> str | None:
+def signed(value: float | None) -> Number | None:
     """``+0.83``, ``−0.18``."""
-    return None if value is None else f"{value:+.{digits}f}".replace("-", "−")
+    return None if value is None else Number(value, signed=True)
 
 
 def _title(text: str, found: SweepResults | None) -> str:
@@ -64,6 +62,10 @@ def _notes(found: SweepResults | None, perplexity: bool = False) -> list[str]:
         seeds = sorted({len(runs) for runs in found.groups().values()})
         if seeds[-1] > 1:
             notes.append("± is the standard error over seeds.")
+        for (model, setting), runs in found.groups().items():
+            value = found.perplexity(runs)
+            if value is not None and value.n < len(runs):
+                notes.append(f"{model}-{setting}: the perplexity is of {value.n} seeds, not {len(runs)}.")
     if any(run.status.state != "finished" and run.status.batch for run in found.runs):
         notes.append("† not finished.")
     return notes + [f"{note}." for note in found.notes]
@@ -118,7 +120,7 @@ def table3(paper: dict[str, Any], found: SweepResults | None) -> Grid:
             share = table["attention_top_k"][i] / table["attention_sub_dims"][i]
             label = f"{column}, paper" if found else column
             grid.add(label, *(str(table[key][i]) for key in keys), f"{share:.0%}", faint=found is not None)
-    if any(row[0].startswith("75%") for row in grid.rows):
+    if any(str(row[0]).startswith("75%") for row in grid.rows):
         grid.notes += oddities(paper, 3)
     for setting, plan in ours.items():
         _table3_row(grid, setting, plan)
@@ -148,9 +150,17 @@ def _find(found: SweepResults | None, matches: Callable[[RunResult], bool]) -> l
     return [run for run in found.runs if matches(run)] if found else []
 
 
-def _delta(found: SweepResults, runs: list[RunResult], reference: list[RunResult]) -> float | None:
+def _delta(found: SweepResults, runs: list[RunResult], reference: list[RunResult]) -> Number | None:
+    """The change in perplexity; with the dagger of either side."""
     ours, base = found.perplexity(runs), found.perplexity(reference)
-    return ours.value - base.value if ours and base and runs != reference else None
+    if ours is None or base is None or runs == reference:
+        return None
+    return Number(ours.value - base.value, signed=True, unfinished=bool(ours.unfinished or base.unfinished))
+
+
+def _difference(ours: Number | None, theirs: float | None) -> Number | None:
+    """Ours less the paper's."""
+    return replace(ours, value=ours.value - theirs) if ours is not None and theirs is not None else None
 
 
 def table4(paper: dict[str, Any], found: SweepResults | None) -> Grid:
@@ -159,7 +169,7 @@ def table4(paper: dict[str, Any], found: SweepResults | None) -> Grid:
     if found is None:
         grid = Grid(_title("Table 4: ablations of MoHD x2", None), ["Method", "PPL", "Δ"])
         for row in table["rows"]:
-            grid.add(row["method"], f"{row['perplexity']:.2f}", signed(row.get("delta")))
+            grid.add(row["method"], Number(row["perplexity"]), signed(row.get("delta")))
         return grid
     heads = ["Method", "PPL", "Δ", "PPL, paper", "Δ, paper", "Difference of Δ"]
     grid = Grid(_title("Table 4: ablations of MoHD x2", found), heads, notes=_notes(found, perplexity=True))
@@ -168,9 +178,8 @@ def table4(paper: dict[str, Any], found: SweepResults | None) -> Grid:
         setting = {table["model"]: "x2", "LLaMA2-355M": "dense"}.get(row["method"])
         runs = _find(found, lambda run, s=setting, m=row["method"]: run.setting == s if s else run.label == m)  # type: ignore[misc]
         delta, theirs = _delta(found, runs, whole), row.get("delta")
-        difference = signed(delta - theirs) if delta is not None and theirs is not None else None
-        value = number(found.perplexity(runs))
-        grid.add(row["method"], value, signed(delta), f"{row['perplexity']:.2f}", signed(theirs), difference)
+        value, printed = number(found.perplexity(runs)), Number(row["perplexity"])
+        grid.add(row["method"], value, delta, printed, signed(theirs), _difference(delta, theirs))
     grid.stress_least(1)
     return grid
 
@@ -189,7 +198,7 @@ def table5(paper: dict[str, Any], found: SweepResults | None) -> Grid:
     dense = _find(found, lambda run: run.setting == "dense")
     for row in table["rows"]:
         label = f"{row['attention']} - {row['ffn']}"
-        theirs = (row["activated"], f"{row['perplexity']:.2f}", signed(row.get("delta")))
+        theirs = (row["activated"], Number(row["perplexity"]), signed(row.get("delta")))
         if found is None:
             grid.add(label, *theirs)
             continue
@@ -197,9 +206,9 @@ def table5(paper: dict[str, Any], found: SweepResults | None) -> Grid:
         setting = a if a == f else f"attn{a}-ffn{f}"
         runs = _find(found, lambda run, s=setting: run.setting == s)  # type: ignore[misc]
         delta = _delta(found, runs, dense)
-        difference = signed(delta - row["delta"]) if delta is not None and "delta" in row else None
+        difference = _difference(delta, row.get("delta"))
         activated = short_count(count(runs[0].plan).activated) if runs else None
-        grid.add(label, activated, number(found.perplexity(runs)), signed(delta), *theirs, difference)
+        grid.add(label, activated, number(found.perplexity(runs)), delta, *theirs, difference)
     grid.stress_least(2)
     return grid
 

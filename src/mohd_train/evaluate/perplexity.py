@@ -58,7 +58,7 @@ class Likelihood:
     @property
     def perplexity(self) -> float:
         """exp of the loss; infinite where that does not fit a float."""
-        return math.exp(self.loss) if self.loss < 700 else math.inf
+        return math.inf if self.loss >= 700 else math.exp(self.loss)
 
 
 @torch.inference_mode()
@@ -85,7 +85,8 @@ def run_perplexity(options: PerplexityOptions, console: Console | None = None) -
 
     Raises:
         UserError: data that is not this model's (tokenizer, vocabulary, sequence length), a domain that it lacks, a
-            checkpoint that cannot be read, a result of another checkpoint or other data in the way.
+            checkpoint that cannot be read, a result of another checkpoint or other data in the way, a likelihood that is not
+            a number.
     """
     console = console or Console()
     if options.limit is not None and options.limit < 1:
@@ -105,6 +106,8 @@ def run_perplexity(options: PerplexityOptions, console: Console | None = None) -
         "domains": sorted(data.domains),
         "limit": options.limit,
         "dtype": loaded.info["dtype"],
+        # a limit is in batches: their size decides which samples are measured
+        **({"batch_size": options.batch_size} if options.limit is not None else {}),
     }
     parts = None if options.overwrite else _stored(path, settings, found.fingerprint, console)
     if parts is None:
@@ -146,7 +149,13 @@ def _measure(name: str, loader: DataLoader[Any], model: nn.Module, limit: int | 
     batches = len(loader) if limit is None else min(limit, len(loader))
     counted = (batch for _, batch in zip(range(batches), loader, strict=False))
     shown = track(counted, name, total=batches, console=console, transient=True, disable=not console.is_terminal)
-    return likelihood(model, shown if console.is_terminal else counted)
+    found = likelihood(model, shown if console.is_terminal else counted)
+    if math.isnan(found.nll):
+        raise UserError(
+            f"{name}: the model's log-likelihood is not a number (NaN); its training diverged, or --dtype can't hold its "
+            "activations (try --dtype float32)"
+        )
+    return found
 
 
 def _stored(path: Path, settings: dict[str, Any], fingerprint: str, console: Console) -> dict[str, Likelihood] | None:

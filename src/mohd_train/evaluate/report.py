@@ -60,18 +60,22 @@ def one_line(result: Result, seconds: float | None) -> str:
         if result.truncated["requests"]
         else ""
     )
+    if result.joined.get("requests"):
+        cut += f", {result.joined['requests']} answers share a token with their question"
     how = f"{seconds:.0f} s" if seconds is not None else "reused"
     return f"{result.settings.task}: {metric} {shown} ({result.questions} questions, {how}{cut})"
 
 
 def results_table(suite: Suite, results: Mapping[str, Result], failed: Mapping[str, str]) -> Table:
-    """Task, shots, questions, accuracy ± standard error, normalized accuracy, perplexity, truncated requests."""
+    """Task, shots, questions, accuracy ± standard error, normalized accuracy, perplexity, truncated requests and, where there are
+    some, joined ones. A task with subjects has a second line: the mean that weighs every subject the same."""
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for head in ("task", "shots", "n", "acc (%)", "acc_norm", "ppl", "truncated"):
+    joined = ["joined"] if any(result.joined.get("requests") for result in results.values()) else []
+    for head in ("task", "shots", "n", "acc (%)", "acc_norm", "ppl", "truncated", *joined):
         table.add_column(head, justify="left" if head == "task" else "right", no_wrap=True)
     for name, spec in suite.tasks.items():
         if name in failed:
-            table.add_row(name, str(spec.shots), *[MISSING] * 5)
+            table.add_row(name, str(spec.shots), *[MISSING] * (5 + len(joined)))
         if name not in results:
             continue
         result = results[name]
@@ -85,5 +89,16 @@ def results_table(suite: Suite, results: Mapping[str, Result], failed: Mapping[s
             percent(scores.get("acc_norm"), scores.get("acc_norm_stderr")),
             f"{perplexity:.4g}" if perplexity is not None else MISSING,
             f"{cut['requests']}/{cut['of']}" if cut["requests"] else "0",
+            *([_joined(result)] if joined else []),
         )
+        if "acc_macro" in scores:
+            macro = percent(scores["acc_macro"], scores.get("acc_macro_stderr"))
+            table.add_row("  by subject", "", str(result.subjects), macro)
     return table
+
+
+def _joined(result: Result) -> str:
+    """Requests whose answer shares a token with the question; a dash for results older than the count."""
+    if not result.joined:
+        return MISSING
+    return f"{result.joined['requests']}/{result.truncated['of']}" if result.joined["requests"] else "0"

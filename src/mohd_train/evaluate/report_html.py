@@ -13,7 +13,7 @@ from typing import Any
 from mohd_train.config.compare import config_differences
 from mohd_train.errors import UserError
 from mohd_train.evaluate import figures, formats
-from mohd_train.evaluate.grid import Grid, to_html
+from mohd_train.evaluate.grid import MISSING, Grid, to_html
 from mohd_train.evaluate.paper_tables import TABLES, load_numbers, sweep_grid
 from mohd_train.evaluate.sweep_results import RunResult, SweepResults, read_sweep_results
 from mohd_train.evaluate.table_text import table2_of
@@ -145,7 +145,7 @@ def _against_paper(found: SweepResults) -> Grid:
         table = TABLES[number](paper, found)
         ours, theirs, difference = (table.heads.index(head) for head in ("Δ", "Δ, paper", "Difference of Δ"))
         for row in table.rows:
-            if row[difference] != "–":
+            if row[difference] != MISSING:
                 grid.add(f"Table {number}: {row[0]}", row[ours], row[theirs], row[difference])
     if not grid.rows:
         grid.notes.append("No run yet that a number of Table 4 or 5 belongs to; Table 2's differences stand in it.")

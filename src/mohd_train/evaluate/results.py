@@ -7,6 +7,7 @@ checkpoint, shots, metric, limit, rows, truncated requests, versions, hardware. 
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import json
 import os
@@ -18,12 +19,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lm_eval.api.metrics import unweighted_mean_stderr
 from lm_eval.utils import handle_non_serializable
 
 import mohd_train
 from mohd_train.checkpoint.identity import is_sampled
 from mohd_train.errors import UserError
-from mohd_train.evaluate.suite import Suite, TaskSpec
+from mohd_train.evaluate.suite import Suite, TaskSpec, load_suite
 from mohd_train.evaluate.text_file import write_text
 
 KEY = "mohd_train"
@@ -47,6 +49,7 @@ class Settings:
     rows: str  # "hub", or a hash over the local files
     demo: bool = False  # rows written for the demo, not the task's own
     tokenizer: str = ""  # its hash (checkpoint.identity); empty in results stored before it was kept
+    dropped: str = ""  # tokens that the tokenizer appends to a text, and that were left out
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,11 @@ class Result:
     truncated: dict[str, int]  # requests, of, tokens, longest
     subjects: int  # of a group
     lm_eval_results: dict[str, Any]
+    joined: dict[str, int] = field(default_factory=dict)  # requests, alone; empty in results older than the count
+    subject_scores: dict[str, dict[str, float | None]] = field(default_factory=dict)  # of a group: subject -> acc, ...
+    by_seed: dict[str, float] = field(
+        default_factory=dict
+    )  # of a mean over models that differ by seed: run -> the metric
 
 
 @dataclass(frozen=True)
@@ -105,22 +113,51 @@ def hardware() -> str:
 
 
 def scores_of(raw: dict[str, Any], task: str) -> dict[str, float | None]:
-    """``{"acc": 0.5, "acc_stderr": 0.01, "acc_norm": ...}`` of lm-eval's results; a standard error may be None."""
-    entry = raw["results"][task]
+    """``{"acc": 0.5, "acc_stderr": 0.01, "acc_norm": ...}`` of lm-eval's results; a standard error may be None.
+
+    Of a group, lm-eval's mean weighs every question the same (micro); ``acc_macro`` weighs every subject the same.
+    """
+    return {**_named(raw["results"][task]), **_macro(subjects_of(raw, task))}
+
+
+def subjects_of(raw: dict[str, Any], task: str) -> dict[str, dict[str, float | None]]:
+    """Subject -> its scores and number of ``questions``, of lm-eval's results of a group; nothing for a task of its own."""
+    leaves = [name for name in raw.get("n-samples", {}) if name != task and name in raw["results"]]
+    return {
+        name.removeprefix(f"{task}_"): {
+            **_named(raw["results"][name]),
+            "questions": float(raw["n-samples"][name]["effective"]),
+        }
+        for name in leaves
+    }
+
+
+def _named(entry: dict[str, Any]) -> dict[str, float | None]:
     named = {key.partition(",")[0]: value for key, value in entry.items() if "," in key}
     return {key: float(value) if isinstance(value, (int, float)) else None for key, value in named.items()}
+
+
+def _macro(subjects: dict[str, dict[str, float | None]]) -> dict[str, float | None]:
+    """Mean over subjects with its standard error, as lm-eval has them for a group with ``weight_by_size: false``."""
+    values = [value for one in subjects.values() if (value := one.get("acc")) is not None]
+    errors = [value for one in subjects.values() if (value := one.get("acc_stderr")) is not None]
+    if not values or len(values) < len(subjects):
+        return {}
+    error = float(unweighted_mean_stderr(errors)) if len(errors) == len(values) else None
+    return {"acc_macro": sum(values) / len(values), "acc_macro_stderr": error}
 
 
 def record(
     spec: TaskSpec, settings: Settings, model: dict[str, Any], raw: dict[str, Any], **about: Any
 ) -> dict[str, Any]:
-    """The JSON of one result. ``about``: truncated, bos, files, absent, seconds, device, batch_size."""
+    """The JSON of one result. ``about``: truncated, joined, files, absent, seconds, device, batch_size."""
     samples = raw["n-samples"]
     ours = {
         "format": FORMAT,
         "settings": asdict(settings),
         "model": model,
         "scores": scores_of(raw, spec.name),
+        "subject_scores": subjects_of(raw, spec.name),
         "questions": sum(entry["effective"] for entry in samples.values()),
         "questions_available": sum(entry["original"] for entry in samples.values()),
         "subjects": len(samples) if spec.subjects else 0,
@@ -163,15 +200,20 @@ def read(path: Path) -> Result:
     if not isinstance(ours, dict) or ours.get("format") != FORMAT:
         raise UserError(f"{path} is no result of eval/run_eval.py (key {KEY}.format must be {FORMAT!r})")
     try:
+        settings, scores = Settings(**ours["settings"]), ours["scores"]
+        subjects = subjects_of(data, settings.task)
         return Result(
             path=path,
-            settings=Settings(**ours["settings"]),
+            settings=settings,
             model=_model(ours),
-            scores={str(name): value if value is None else float(value) for name, value in ours["scores"].items()},
+            scores=_macro(subjects)
+            | {str(name): value if value is None else float(value) for name, value in scores.items()},
             questions=ours["questions"],
             truncated=ours["truncated"],
             subjects=ours["subjects"],
             lm_eval_results=data["results"],
+            joined=ours.get("joined", {}),
+            subject_scores=subjects,
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{path} lacks a part of a result ({error}); run the evaluation again") from None
@@ -257,8 +299,16 @@ def rename_broken(path: Path, why: str) -> str:
     return f"{why.partition(';')[0]}: set aside as {broken.name}, evaluated again"
 
 
+@functools.cache
+def _task_names() -> frozenset[str]:
+    return frozenset(load_suite().tasks)
+
+
 def is_result(path: Path) -> bool:
-    """Whether a file in a results folder is to be read: not hidden, and either of this store or broken (which must be named)."""
+    """Whether a file in a results folder is to be read: of this store, or where a result belongs and broken (it must be named).
+
+    Not so: hidden files, reasons for missing results, and other JSON files, unless they have the name of a task.
+    """
     if path.name.startswith(".") or path.name.endswith(".missing.json"):
         return False
     try:
@@ -266,7 +316,7 @@ def is_result(path: Path) -> bool:
     except (json.JSONDecodeError, UnicodeDecodeError):
         return True
     ours = data.get(KEY) if isinstance(data, dict) else None
-    return isinstance(ours, dict) and ours.get("format") == FORMAT
+    return (isinstance(ours, dict) and ours.get("format") == FORMAT) or path.stem in _task_names()
 
 
 def reusable(path: Path, settings: Settings, fingerprint: str, overwrite: bool) -> Result | None:

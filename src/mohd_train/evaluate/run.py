@@ -47,7 +47,7 @@ def run_eval(options: EvalOptions, suite: Suite | None = None, console: Console 
             found, tokenizer=options.tokenizer, name=options.name, device=options.device, dtype=options.dtype
         )
         lm = HarnessLM(loaded, options.batch_size, {"auto": None, "yes": True, "no": False}[options.bos])
-        info = {**loaded.info, "max_length": lm.max_length, "bos": lm.bos}
+        info = {**loaded.info, "max_length": lm.max_length, "bos": lm.bos, "dropped": lm.dropped}
         folder = output.folder / str(info["name"])
         output.fetch(folder.name)
         jobs = [(task, _settings(task, options, suite, info)) for task in built]
@@ -123,6 +123,7 @@ def _settings(task: BuiltTask, options: EvalOptions, suite: Suite, info: dict[st
         rows=_rows_hash(task.files) if task.files else "hub",
         demo=options.data_dir is not None and (options.data_dir / DEMO_MARK).exists(),
         tokenizer=str(info["tokenizer_sha256"]),
+        dropped=str(info["dropped"]),
     )
 
 
@@ -161,6 +162,7 @@ def _run(
             info,
             raw,
             truncated=asdict(lm.truncation),
+            joined=asdict(lm.joined),
             files={
                 split: {"path": str(file.path), "rows": file.rows, "sha256": file.sha256}
                 for split, file in task.files.items()

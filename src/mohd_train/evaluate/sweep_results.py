@@ -90,6 +90,10 @@ class SweepResults:
     runs: list[RunResult]
     notes: list[str] = field(default_factory=list)
 
+    def titled(self, text: str) -> str:
+        """A figure's title, with the scale where it is not the paper's."""
+        return text if self.scale == "paper" else f"{text} ({self.scale} scale)"
+
     def groups(self) -> dict[tuple[str, str], list[RunResult]]:
         """(model, setting) -> its seeds, in the sweep's order."""
         found: dict[tuple[str, str], list[RunResult]] = {}
@@ -103,8 +107,9 @@ class SweepResults:
         finished = [run for run in self.runs if run.status.state == "finished"]
         settings = {json.dumps(run.measured and run.measured["settings"], sort_keys=True) for run in finished}
         if finished and len(settings) == 1 and all(run.measured for run in finished):
-            limit = finished[0].measured and finished[0].measured["settings"].get("limit")
-            part = f", the first {limit} batches of each domain" if limit else ""
+            asked = finished[0].measured["settings"] if finished[0].measured else {}
+            size = f" of {asked['batch_size']}" if asked.get("batch_size") else ""
+            part = f", the first {asked['limit']} batches{size} of each domain" if asked.get("limit") else ""
             return f"run_eval.py --perplexity{part}", lambda run: run.measured and run.measured[TOTAL]["perplexity"]
         return "the last validation within training", lambda run: run.status.perplexity
 
@@ -187,6 +192,8 @@ def _stored(folder: Path, notes: list[str]) -> tuple[dict[str, results.Result], 
             elif content["format"] == results.FORMAT:
                 result = results.read(file)
                 tasks[result.settings.task] = result
+            else:
+                raise ValueError(f"unknown format {content['format']!r}")
         except (ValueError, KeyError, TypeError) as error:
             notes.append(f"{file} is broken and set aside ({str(error) or type(error).__name__}); evaluate again")
     return tasks, measured
@@ -200,13 +207,15 @@ def merged_tasks(found: SweepResults) -> list[results.Result]:
     """
     suite, merged = load_suite(), []
     for runs in found.groups().values():
-        parts: dict[str, list[results.Result]] = {}
+        parts: dict[str, dict[str, results.Result]] = {}
         for task in dict.fromkeys(task for run in runs for task in run.tasks if task in suite.tasks):
-            all_of = [_marked(run, run.tasks[task]) for run in runs if task in run.tasks]
-            all_of.sort(key=lambda one: (bool(results.asked_otherwise(suite, one.settings)), "unfinished" in one.model))
-            first = all_of[0]
-            parts[task] = [one for one in all_of if _alike(one, first)]
-            for other in all_of:
+            all_of = [(run.name, _marked(run, run.tasks[task])) for run in runs if task in run.tasks]
+            all_of.sort(
+                key=lambda one: (bool(results.asked_otherwise(suite, one[1].settings)), "unfinished" in one[1].model)
+            )
+            first = all_of[0][1]
+            parts[task] = {name: one for name, one in all_of if _alike(one, first)}
+            for _, other in all_of:
                 if not _alike(other, first):
                     how = "is not of a finished run" if other.settings == first.settings else "was asked in another way"
                     found.notes.append(f"{other.path} {how}, unlike {first.path}; left out of the mean")
@@ -214,7 +223,7 @@ def merged_tasks(found: SweepResults) -> list[results.Result]:
         for task, some in parts.items():
             if len(some) < seeds:
                 found.notes.append(f"{runs[0].row} {task}: of {len(some)} seeds, not {seeds}")
-            merged.append(_merge(runs[0], some))
+            merged.append(_merge(some, runs[0].row))
     return merged
 
 
@@ -239,12 +248,34 @@ def _alike(one: results.Result, other: results.Result) -> bool:
     return one.settings == other.settings and ("unfinished" in one.model) == ("unfinished" in other.model)
 
 
-def _merge(run: RunResult, alike: list[results.Result]) -> results.Result:
-    scores: dict[str, float | None] = {}
-    for key in alike[0].scores:
-        values = [value for one in alike if (value := one.scores.get(key)) is not None]
-        scores[key] = statistics.fmean(values) if values else None
-    spread = mean([value for one in alike if (value := one.scores.get(one.settings.metric)) is not None])
-    if spread is not None and spread.error is not None:
-        scores[f"{alike[0].settings.metric}_seeds_stderr"] = spread.error
-    return replace(alike[0], scores=scores, model={**alike[0].model, "name": run.row, "fingerprint": run.row})
+def _merge(runs: dict[str, results.Result], row: str) -> results.Result:
+    """The mean over runs that differ by seed only; each standard error is then that over seeds. One run stays as it is."""
+    alike = list(runs.values())
+    model = {**alike[0].model, "name": row, "fingerprint": row}
+    if len(alike) == 1:
+        return replace(alike[0], model=model)
+    metric = alike[0].settings.metric
+    return replace(
+        alike[0],
+        scores=_means([one.scores for one in alike]),
+        subject_scores={
+            subject: _means([one.subject_scores.get(subject, {}) for one in alike])
+            for subject in alike[0].subject_scores
+        },
+        model=model,
+        by_seed={name: value for name, one in runs.items() if (value := one.scores.get(metric)) is not None},
+    )
+
+
+def _means(parts: list[dict[str, float | None]]) -> dict[str, float | None]:
+    """Of each score that all parts have, its mean and the standard error over parts."""
+    means: dict[str, float | None] = {}
+    for key in parts[0]:
+        if key.endswith("_stderr"):
+            continue
+        values = [value for one in parts if (value := one.get(key)) is not None]
+        spread = mean(values) if len(values) == len(parts) else None
+        means[key] = spread.value if spread else None
+        if f"{key}_stderr" in parts[0]:
+            means[f"{key}_stderr"] = spread.error if spread else None
+    return means

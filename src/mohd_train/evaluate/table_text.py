@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from mohd_train.errors import UserError
@@ -35,9 +35,53 @@ def table_text(number: int, sources: Sequence[Path | str], form: str) -> str:
     return grid.FORMATS[form](TABLES[number](load_numbers(), found))
 
 
+def subjects_text(sources: Sequence[Path | str], form: str) -> str:
+    """MMLU's subjects, a row each, with a column for each model; then both means.
+
+    Args:
+        sources: the folder of a launched sweep, or result files and folders.
+        form: md, csv, latex or html.
+
+    Raises:
+        UserError: no results of a task with subjects.
+    """
+    found, suite = _results(sources), load_suite()
+    ours = [one for one in found if suite.tasks[one.settings.task].subjects]
+    if not ours:
+        raise UserError("no results of a task with subjects (mmlu) there; eval/run_eval.py --tasks mmlu makes them")
+    names = [one.model["name"] for one in ours]
+    labels = [
+        name if names.count(name) == 1 else f"{name} [{one.model['fingerprint'][:6]}]"
+        for name, one in zip(names, ours, strict=True)
+    ]
+    table = grid.Grid("MMLU by subject, accuracy in percent", ["Subject", "Questions", *labels])
+    for subject in sorted({subject for one in ours for subject in one.subject_scores}):
+        each = [one.subject_scores.get(subject, {}) for one in ours]
+        counts = {f"{count:.0f}" for scores in each if (count := scores.get("questions")) is not None}
+        table.add(subject, " / ".join(sorted(counts)), *(_percent(scores, "acc") for scores in each))
+    table.add("mean over questions", None, *(_percent(one.scores, "acc") for one in ours))
+    table.add("mean over subjects", None, *(_percent(one.scores, "acc_macro") for one in ours))
+    return grid.FORMATS[form](table)
+
+
+def _percent(scores: Mapping[str, float | None], metric: str) -> grid.Number | None:
+    value, error = scores.get(metric), scores.get(f"{metric}_stderr")
+    return None if value is None else grid.Number(100 * value, 1, None if error is None else 100 * error)
+
+
+def _is_sweep(sources: Sequence[Path | str]) -> bool:
+    return len(sources) == 1 and not is_remote(sources[0]) and (Path(sources[0]) / RECORD).is_file()
+
+
+def _results(sources: Sequence[Path | str]) -> list[results.Result]:
+    if _is_sweep(sources):
+        return merged_tasks(read_sweep_results(Path(sources[0])))
+    return results.find([local(source) for source in sources]).results
+
+
 def table2(sources: Sequence[Path | str]) -> tables.Table:
     """Table 2 of a sweep, of results, or the paper's own."""
-    if len(sources) == 1 and not is_remote(sources[0]) and (Path(sources[0]) / RECORD).is_file():
+    if _is_sweep(sources):
         return table2_of(read_sweep_results(Path(sources[0])))
     found = results.find([local(source) for source in sources])
     table = tables.build_table(
@@ -60,15 +104,5 @@ def table2_of(found: SweepResults) -> tables.Table:
         if found.scale == "paper"
         else [f"ours at the {found.scale} scale: not the paper's models, their proportions"]
     )
-    table.remarks = [*scale, *_seed_errors(merged), *found.notes]
+    table.remarks = [*scale, *found.notes]
     return table
-
-
-def _seed_errors(merged: list[results.Result]) -> list[str]:
-    """What several seeds say of the noise, model by model."""
-    by_model: dict[str, list[str]] = {}
-    for one in merged:
-        error = one.scores.get(f"{one.settings.metric}_seeds_stderr")
-        if error is not None:
-            by_model.setdefault(one.model["name"], []).append(f"{one.settings.task} {100 * error:.1f}")
-    return [f"{name}: standard error over seeds: {', '.join(errors)}" for name, errors in by_model.items()]

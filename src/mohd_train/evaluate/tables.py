@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
+import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from mohd_train.config.catalogue import SETTINGS
 from mohd_train.errors import UserError
@@ -11,13 +13,23 @@ from mohd_train.evaluate.paper import PaperRow
 from mohd_train.evaluate.results import Missing, Result, asked_otherwise
 from mohd_train.evaluate.suite import Suite, TaskSpec
 
+Reasons = tuple[tuple[str, str], ...]  # each (reason, detail)
+# how the reasons begin for which a score is of another measurement than its neighbours, and so no best of them
+_PARTIAL = ("run with --limit", "demo questions", "not all", "more questions", "not trained to its end")
+
 
 @dataclass(frozen=True)
 class Cell:
-    """A score in percent (None: missing) and the reasons that set it apart, each as (reason, detail)."""
+    """A score in percent (None: missing), the reasons that set it apart, and its standard error where it has one."""
 
     value: float | None = None
-    reasons: tuple[tuple[str, str], ...] = ()
+    reasons: Reasons = ()
+    error: float | None = None
+
+    @property
+    def partial(self) -> bool:
+        """Whether it is of a part of the questions, or of a model that is not at its end."""
+        return any(reason.startswith(_PARTIAL) for reason, _ in self.reasons)
 
 
 @dataclass(frozen=True)
@@ -31,6 +43,16 @@ class Row:
     total: str
     cells: tuple[Cell, ...]
     average: Cell
+    reasons: Reasons = ()  # that set the whole row apart
+    macro: Mapping[str, Cell] = field(
+        default_factory=dict
+    )  # of a task with subjects: the mean that weighs each the same
+    seeds: int = 0  # behind means and standard errors; 0: one model
+
+    @property
+    def marked(self) -> list[Reasons]:
+        """The reasons of the row, of each cell and of the average, in the order in which they are shown."""
+        return [self.reasons, *(cell.reasons for cell in (*self.cells, self.average))]
 
 
 @dataclass
@@ -44,7 +66,8 @@ class Table:
     def best(self) -> set[tuple[int, int]]:
         """(row, column) of the best score of each task, and of the average, among ours of one base; or among the paper's own.
 
-        As the paper stresses them. The last column is the average; a base with one row has no best.
+        As the paper stresses them. The last column is the average; a base with one row has no best. A score of a part of the
+        questions, or of a run that is not at its end, is none.
         """
         kind = "ours" if any(row.kind == "ours" for row in self.rows) else "paper"
         groups: dict[str, list[int]] = {}
@@ -54,9 +77,8 @@ class Table:
         found = set()
         for rows in groups.values():
             for column in range(len(self.tasks) + 1):
-                values = {
-                    i: v for i in rows if (v := (*self.rows[i].cells, self.rows[i].average)[column].value) is not None
-                }
+                cells = {i: (*self.rows[i].cells, self.rows[i].average)[column] for i in rows}
+                values = {i: cell.value for i, cell in cells.items() if cell.value is not None and not cell.partial}
                 if len(values) > 1:
                     found |= {(i, column) for i, value in values.items() if value == max(values.values())}
         return found
@@ -65,7 +87,7 @@ class Table:
         """Reason -> (its letter, its text), in the order in which the reasons appear."""
         details: dict[str, list[str]] = {}
         for row in self.rows:
-            for reason, detail in (pair for cell in (*row.cells, row.average) for pair in cell.reasons):
+            for reason, detail in (pair for reasons in row.marked for pair in reasons):
                 known = details.setdefault(reason, [])
                 if detail and detail not in known:
                     known.append(detail)
@@ -74,9 +96,32 @@ class Table:
             for i, (reason, found) in enumerate(details.items())
         }
 
+    def below(self) -> list[str]:
+        """What the numbers of ours are: standard errors, and the other mean of a task with subjects."""
+        ours = [row for row in self.rows if row.kind == "ours"]
+        lines = []
+        if any(cell.error is not None for row in ours for cell in row.cells):
+            seeds = [f"{row.label} ({row.seeds})" for row in ours if row.seeds]
+            over = f"over seeds of {', '.join(seeds)}" if seeds else ""
+            rest = "over questions (lm-eval's)" if len(seeds) < len(ours) else ""
+            lines.append(f"± is the standard error {', else '.join(part for part in (over, rest) if part)}.")
+        for spec in self.tasks:
+            means = [f"{row.label} {percent(row.macro[spec.name])}" for row in ours if spec.name in row.macro]
+            if means:
+                lines.append(
+                    f"{spec.column} weighs every question the same; weighing every subject the same: {', '.join(means)}."
+                )
+        return lines
+
 
 def _letter(index: int) -> str:
     return ("" if index < 26 else chr(96 + index // 26)) + chr(97 + index % 26)
+
+
+def percent(cell: Cell) -> str:
+    """``31.1``, ``31.1 ± 0.5``."""
+    assert cell.value is not None
+    return f"{cell.value:.1f}" + ("" if cell.error is None else f" ± {cell.error:.1f}")
 
 
 def build_table(
@@ -111,6 +156,7 @@ def build_table(
         ours = _our_row(suite, name, tasks, why, twin=names.count(name) > 1)
         table.rows.append(ours)
         if (row := paper.get(name.lower())) is not None:
+            table.rows[-1] = ours = replace(ours, reasons=(*ours.reasons, *_other_size(ours, tasks, row)))
             theirs = _paper_row(suite, row)
             table.rows += [theirs, _difference(ours, theirs)]
     return table
@@ -144,7 +190,47 @@ def _our_row(
     label = f"{name} [{model['fingerprint'][:6]}]" if twin else name
     lacking = {task: why.get((name, model["fingerprint"], task)) for task in suite.tasks}
     cells = tuple(_cell(suite, spec, tasks.get(task), lacking[task]) for task, spec in suite.tasks.items())
-    return Row(label, "ours", name, count(model["activated"]), count(model["total"]), cells, _average(cells))
+    shown = [tasks[task].by_seed for task, cell in zip(suite.tasks, cells, strict=True) if cell.value is not None]
+    return Row(
+        label,
+        "ours",
+        name,
+        count(model["activated"]),
+        count(model["total"]),
+        cells,
+        _average(cells, shown),
+        _mixed(name, tasks),
+        {
+            task: Cell(100 * value, error=_hundredfold(tasks[task].scores.get(f"{spec.metric}_macro_stderr")))
+            for (task, spec), cell in zip(suite.tasks.items(), cells, strict=True)
+            if cell.value is not None and (value := tasks[task].scores.get(f"{spec.metric}_macro")) is not None
+        },
+        max(map(len, shown), default=0),
+    )
+
+
+def _hundredfold(value: float | None) -> float | None:
+    return None if value is None else 100 * value
+
+
+def _mixed(name: str, tasks: Mapping[str, Result]) -> Reasons:
+    """A row of results that were not all made with the same precision."""
+    by: dict[str, list[str]] = {}
+    for task, result in tasks.items():
+        by.setdefault(result.settings.dtype, []).append(task)
+    if len(by) == 1:
+        return ()
+    detail = "; ".join(f"{dtype} for {', '.join(those)}" for dtype, those in by.items())
+    return (("results of more than one precision", f"{name}: {detail}"),)
+
+
+def _other_size(ours: Row, tasks: Mapping[str, Result], theirs: PaperRow) -> Reasons:
+    """A name of the paper's on a model of another size (--name, or a smaller scale)."""
+    model = next(iter(tasks.values())).model
+    if theirs.has_counts(model["activated"], model["total"]):
+        return ()
+    detail = f"{ours.label} {ours.activated} / {ours.total}, {theirs.model} {theirs.activated} / {theirs.params}"
+    return (("not the paper's model: other parameter counts (activated / total)", detail),)
 
 
 def _cell(suite: Suite, spec: TaskSpec, result: Result | None, why: str | None) -> Cell:
@@ -155,10 +241,13 @@ def _cell(suite: Suite, spec: TaskSpec, result: Result | None, why: str | None) 
     shown = "" if value is None else f", {result.model['name']}: {100 * value:.1f}"
     if otherwise := asked_otherwise(suite, result.settings):
         return Cell(reasons=tuple((f"{reason}: left out", detail + shown) for reason, detail in otherwise))
-    return Cell(None if value is None else 100 * value, tuple(_reasons(suite, spec, result)))
+    if value is not None and not math.isfinite(value):
+        return Cell(reasons=((f"{spec.name}: the score is not a number ({value})", result.model["name"]),))
+    error = _hundredfold(result.scores.get(f"{spec.metric}_stderr"))
+    return Cell(_hundredfold(value), tuple(reasons_of(suite, spec, result)), error if value is not None else None)
 
 
-def _reasons(suite: Suite, spec: TaskSpec, result: Result) -> list[tuple[str, str]]:
+def reasons_of(suite: Suite, spec: TaskSpec, result: Result) -> list[tuple[str, str]]:
     """What sets this score apart from the one that the paper's table shows, though it is asked in the same way."""
     used, found = result.settings, []
     if result.model.get("unfinished"):
@@ -171,24 +260,45 @@ def _reasons(suite: Suite, spec: TaskSpec, result: Result) -> list[tuple[str, st
         found.append(("run with --limit", f"{spec.name} {result.questions} of {spec.questions} questions"))
     elif result.questions < spec.questions:
         found.append(("not all of the task's questions", f"{spec.name} {result.questions} of {spec.questions}"))
+    elif result.questions > spec.questions:
+        found.append(("more questions than the task has", f"{spec.name} {result.questions}, not {spec.questions}"))
+    if used.bos != "auto":
+        found.append((f"asked with --bos {used.bos}", f"{result.model['name']} {spec.name}"))
     if used.seed != suite.seed and used.shots:
         found.append(("other shots drawn", f"seed {used.seed}, not {suite.seed}"))
     if spec.subjects and result.subjects < spec.subjects and not used.demo:
         found.append(("not all subjects", f"{spec.name} {result.subjects} of {spec.subjects}"))
     if result.truncated["requests"]:
         detail = f"{result.model['name']} {spec.name} {result.truncated['requests']} of {result.truncated['of']}"
-        found.append(("requests longer than the model's context, their first shots cut", detail))
+        cut = "their first shots cut" if used.shots else "the beginning of the question cut"
+        found.append((f"requests longer than the model's context, {cut}", detail))
+    if result.joined.get("requests"):
+        detail = f"{result.model['name']} {spec.name} {result.joined['requests']} of {result.truncated['of']}"
+        detail += f" ({result.joined['alone']} encoded alone)" if result.joined["alone"] else ""
+        found.append(("answers that share a token with their question", detail))
     return found
 
 
-def _average(cells: Sequence[Cell]) -> Cell:
-    """Over all tasks; missing where one of them is. It bears the marks of its parts."""
+def _average(cells: Sequence[Cell], seeds: Sequence[Mapping[str, float]]) -> Cell:
+    """Over all tasks; missing where one of them is. It bears the marks of its parts.
+
+    Its standard error is that over the averages of the seeds, or of a mean of independent scores.
+
+    Args:
+        seeds: of each task run -> score, empty where there is one model.
+    """
     values = [cell.value for cell in cells if cell.value is not None]
     if not values or len(values) < len(cells):
         return Cell()
-    return Cell(
-        sum(values) / len(values), tuple(dict.fromkeys((reason, "") for cell in cells for reason, _ in cell.reasons))
-    )
+    errors = [cell.error for cell in cells if cell.error is not None]
+    error = None
+    if all(one and one.keys() == seeds[0].keys() for one in seeds):
+        averages = [100 * statistics.fmean(one[run] for one in seeds) for run in seeds[0]]
+        error = statistics.stdev(averages) / math.sqrt(len(averages))
+    elif not any(seeds) and len(errors) == len(values):
+        error = math.hypot(*errors) / len(errors)
+    marks = tuple(dict.fromkeys((reason, "") for cell in cells for reason, _ in cell.reasons))
+    return Cell(sum(values) / len(values), marks, error)
 
 
 def _paper_row(suite: Suite, row: PaperRow) -> Row:
@@ -198,13 +308,15 @@ def _paper_row(suite: Suite, row: PaperRow) -> Row:
 
 
 def _difference(ours: Row, theirs: Row) -> Row:
-    """Ours less the paper's, in percentage points."""
+    """Ours less the paper's, in percentage points, with the marks of both."""
 
     def less(a: Cell, b: Cell) -> Cell:
-        return Cell(a.value - b.value if a.value is not None and b.value is not None else None)
+        marks = tuple(dict.fromkeys((reason, "") for reason, _ in (*a.reasons, *b.reasons)))
+        return Cell(a.value - b.value if a.value is not None and b.value is not None else None, marks)
 
     cells = tuple(less(a, b) for a, b in zip(ours.cells, theirs.cells, strict=True))
-    return Row("difference", "difference", ours.model, "", "", cells, less(ours.average, theirs.average))
+    whole = tuple((reason, "") for reason, _ in ours.reasons)
+    return Row("difference", "difference", ours.model, "", "", cells, less(ours.average, theirs.average), whole)
 
 
 def count(parameters: int) -> str:

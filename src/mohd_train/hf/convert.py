@@ -22,6 +22,7 @@ from mohd_train.errors import UserError
 from mohd_train.hf.configuration import MoHDConfig
 from mohd_train.hf.modeling import MoHDForCausalLM
 from mohd_train.model.llama import Transformer
+from mohd_train.utils.encoding import append_nothing
 
 # Our name -> Hugging Face's LLaMA name; `{}` is the layer.
 LLAMA_NAMES = {
@@ -184,6 +185,7 @@ def export(path: str | Path, folder: str | Path, *, llama: bool = False) -> PreT
         what=f"{found.tokenizer_folder} is another tokenizer than {found.source} was trained with",
         remedy="put the run's own tokenizer there",
     )
+    append_nothing(tokenizer)  # EOS ends a training document; a prompt goes on
     model: PreTrainedModel = to_hf_llama(native) if llama else native
     ids = {
         "bos_token_id": tokenizer.bos_token_id,
