@@ -240,7 +240,11 @@ def test_the_map_clusters_dims_by_the_tokens_they_are_active_in(tmp_path: Path) 
     assert found["active_in_one_only_by_token"] == [1, 0, 0]
     assert found["relative"][0][2] == pytest.approx(0.5)
     assert _map(x, 0.2)["relative"][0][2] == pytest.approx(0.25)  # squares
-    assert _map(x.repeat(40, 1), 0.2)["dims"] == [4, 2, 7]  # 120 tokens: more than an int64 has bits
+
+    many = torch.full((70, 10), 0.01)  # more tokens than an int64 has bits: the first ones must count too
+    many[:, 4], many[0, 7], many[1, 2] = 1.0, 0.5, 0.6
+    many[2:, 9] = 0.02
+    assert _map(many, 0.2)["dims"] == [4, 9, 7, 2]
 
 
 def test_architectures_that_are_not_understood_are_named() -> None:
