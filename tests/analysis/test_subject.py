@@ -11,7 +11,7 @@ from torch import nn
 
 from mohd_train.analysis.subject import fingerprint, probed
 from mohd_train.config.catalogue import paper_models
-from mohd_train.model.transformer import Transformer
+from mohd_train.model.llama import Transformer
 
 
 @pytest.mark.parametrize("count", [0, 1, 2, 255, 256, 257, 2**24, 2**24 + 1, 32000 * 1024, 32000 * 8192, 2**53 + 1])

@@ -81,7 +81,7 @@ def _cumulative(record: Record, title: str, folder: Path) -> list[Path]:
     )
     axes.legend(frameon=False, fontsize=8)
     finish(
-        axes, f"{title}, layer {record['layer']}: magnitude ({m}) held by the largest dims", "% of the dims",
+        axes, f"{title}, layer {record['layer']}: held by the largest dims", "% of the dims",
         f"% of the sum of {m}",
     )  # fmt: skip
     for number, point in enumerate(COMPONENT_POINTS):
@@ -92,7 +92,6 @@ def _cumulative(record: Record, title: str, folder: Path) -> list[Path]:
     finish(
         by_position, "Held by 50% of the dims, by token position", "position in the sequence", f"% of the sum of {m}"
     )
-    by_position.legend(frameon=False, fontsize=8)
     return save(figure, folder, "fig3a_cumulative_magnitude")
 
 
@@ -101,7 +100,7 @@ def _sparsity(record: Record, title: str, folder: Path) -> list[Path]:
     m, epsilon = OF_A_DIM[record["magnitude"]], record["epsilon"]
     measures = (
         ("sparsity", f"share of {m} below {epsilon:g} (eq. 2)"),
-        ("sparsity_relative", f"share of {m} below {epsilon:g} of the token's mean {m}"),
+        ("sparsity_relative", f"share of {m} below {epsilon:g} of the token's mean"),
         ("concentration", f"1 - dims for 90% of the sum of {m} / D"),
     )
     for axis, (measure, name) in zip(axes, measures, strict=True):
@@ -144,11 +143,12 @@ def _flow(record: Record, title: str, folder: Path) -> list[Path]:
         axes.plot([], color="#000000", linewidth=0.7, linestyle=":", label="thin: ratio of means\nover all tokens")
         percent_scale(axes)
         whole_numbers(axes)
-        axes.legend(frameon=False, fontsize=8)
     if record["magnitude"] == "square":
-        block.axhline(PAPER_NARROWEST, color="#888888", linewidth=0.8)
-        block.annotate("paper: attention at its narrowest, 6.7%", (0, PAPER_NARROWEST), fontsize=8, va="bottom")
+        narrowest = f"paper: attention at its\nnarrowest, {PAPER_NARROWEST}%"
+        block.axhline(PAPER_NARROWEST, color="#888888", linewidth=0.8, label=narrowest)
     finish(block, f"{title}: activation flow (Fig. 4)", "layer", f"{m}, % of the block's input, a typical token")
+    block.legend(frameon=False, fontsize=7.5, ncols=2, loc="upper right")
+    own.legend(frameon=False, fontsize=8)
     finish(own, "Output of a component against its normalized input", "layer", f"{m}, % of its input, a typical token")
     return save(figure, folder, "fig4_activation_flow")
 
@@ -190,7 +190,7 @@ def independent_in(width: int, share: float, tokens: int) -> list[float]:
 
 def _map(record: Record, title: str, folder: Path) -> list[Path]:
     found = record["closely"]["attention_in"]["map"]
-    figure, (axes,) = panels(1, width=10.0, height=3.2)
+    figure, (axes,) = panels(1, width=10.0, height=3.5)
     active = np.array(found["active"])
     relative = np.array(found["relative"])
     shades = np.sqrt(relative) if record["magnitude"] == "square" else relative  # |x| either way, as the ink
@@ -217,7 +217,7 @@ def _map(record: Record, title: str, folder: Path) -> list[Path]:
     finish(axes, "", "dims, clustered by the tokens they are highly active in", "consecutive tokens")
     axes.grid(False)
     axes.set_title(
-        f"{title}, layer {record['layer']}, attention input: top {found['share']:.0%} of each token's dims; active in "
+        f"{title}, layer {record['layer']}, attention input: top {found['share']:.0%} of each token's dims\nactive in "
         f"{'/'.join(map(str, numbers))} tokens: {counts} (Gaussian noise: {noise})",
         loc="left", fontsize=10, pad=16,
     )  # fmt: skip

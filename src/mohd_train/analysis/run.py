@@ -25,6 +25,7 @@ from mohd_train.analysis.study import observe
 from mohd_train.analysis.subject import Subject, load_subject, versions
 from mohd_train.data.manifest import write_atomic
 from mohd_train.errors import UserError
+from mohd_train.utils.environment import hardware
 
 FORMAT = "mohd_train.observation/2"  # 1: magnitudes were |x|
 RECORD, ROUTER, KNOCKOUT = "observation.json", "router.json", "knockout.json"
@@ -150,6 +151,7 @@ def _write(path: Path, subject: Subject, corpus: Corpus, record: dict[str, Any])
         **_about(subject, corpus),
         "versions": versions(),
         "device": str(subject.device),
+        "hardware": hardware(subject.device.type),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
     write_atomic(path, (json.dumps({**about, **record}, allow_nan=False) + "\n").encode())
