@@ -54,6 +54,7 @@ def test_a_mohd_checkpoint_gives_record_router_knockout_and_figures(tmp_path: Pa
     for word in ("magnitude held by the top", "Spearman", "knockout.json", "fig5_activation_map.pdf"):
         assert word in shown
     assert record["magnitude"] == "square"
+    assert record["hardware"]["cpu_count"] > 0
     for word in ("Gaussian noise", "71.96 (1000 of 4096)", "that of a Gaussian"):
         assert word in " ".join(shown.split())
     other = hf_folder(llama(), tmp_path / "llama")
