@@ -81,9 +81,10 @@ def test_another_study_of_the_same_model_is_not_written_over_the_first(tmp_path:
         with pytest.raises(UserError, match=f"(was made with other settings|holds).*({difference}).*--overwrite"):
             observe(*same, *other)
     assert (folder / "observation.json").read_text() == before
-    observe(*same, "--tokens", 64, "--batch-size", 1)  # the same measurement may be taken again
     knock = ("--tokens", 64, "--knockout", "--knockout-layers", 0, "--interventions", "removed", "--knockout-tokens")
-    observe(*same, *knock, 64)  # and interventions be added to it
+    observe(
+        *same, *knock, 64, "--batch-size", 1
+    )  # the same measurement may be taken again, interventions be added to it
     with pytest.raises(UserError, match=r"knockout.json was made with other settings \(tokens: 64 there, 128 now\)"):
         observe(*same, *knock, 128)
     observe(*same, "--tokens", 128, "--overwrite")
