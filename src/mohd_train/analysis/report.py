@@ -96,9 +96,10 @@ def _against_paper(record: dict[str, Any], title: str) -> Table:
         shown = [MISSING if each is None else f"{each:.2f}" for each in (value, gaussian)]
         table.add_row(name, *shown, paper)
 
-    top, half = (f"{value:.2f}" if comparable else MISSING for value in PAPER_CUMULATIVE.values())
+    stated_top, stated_half = PAPER_CUMULATIVE.values()
+    top, half = (f"{stated_top} (1000 of 4096)", f"{stated_half}") if comparable else (MISSING, MISSING)
     name = f"magnitude held by the top {record['top_dims']} of {width} dims"
-    add(name, 100 * found["share_of_top_dims"], 100 * noise["share_of_top_dims"], f"{top} (1000 of 4096)")
+    add(name, 100 * found["share_of_top_dims"], 100 * noise["share_of_top_dims"], top)
     add("magnitude held by 50% of the dims", 100 * found["share_of_half"], 100 * noise["share_of_half"], half)
     epsilon = f"{record['epsilon']:g}"
     add(f"sparsity (eq. 2): {m} below {epsilon}", _times(found["sparsity"]), _times(found["sparsity_gaussian"]))
