@@ -35,7 +35,7 @@ def test_a_mohd_checkpoint_gives_record_router_knockout_and_figures(tmp_path: Pa
 
     folder, shown = observe(*arguments, *knock, make_score=make_score)
     record = json.loads((folder / "observation.json").read_text())
-    assert record["format"] == "mohd_train.observation/1"
+    assert record["format"] == "mohd_train.observation/2"
     assert record["model"]["plan"]["name"] == "small-x2"
     assert record["data"]["seq_len"] == 32
     assert record["options"]["shares"] == [0.2, 0.8]
@@ -53,11 +53,59 @@ def test_a_mohd_checkpoint_gives_record_router_knockout_and_figures(tmp_path: Pa
     assert not list(folder.glob(".*"))  # nothing half-written is left
     for word in ("magnitude held by the top", "Spearman", "knockout.json", "fig5_activation_map.pdf"):
         assert word in shown
+    assert record["magnitude"] == "square"
+    assert record["hardware"]["cpu_count"] > 0
+    for word in ("Gaussian noise", "71.96 (1000 of 4096)", "that of a Gaussian"):
+        assert word in " ".join(shown.split())
     other = hf_folder(llama(), tmp_path / "llama")
     with pytest.raises(UserError, match="holds the observation of another model"):
         observe("--model", other, "--data", text, "--output", folder)
     with pytest.raises(UserError, match=r"--knockout: .* has no sub-dimensions"):
         observe("--model", other, "--data", text, "--output", tmp_path / "llama-out", "--knockout")
+
+
+def test_another_study_of_the_same_model_is_not_written_over_the_first(tmp_path: Path) -> None:
+    model, text = native(tmp_path / "run"), text_folder(tmp_path / "text")
+    same = ("--model", model, "--data", text, "--seq-len", 32, "--output", tmp_path / "out")
+    folder, _ = observe(*same, "--tokens", 64)
+    before = (folder / "observation.json").read_text()
+    for other, difference in (
+        (("--tokens", 128), "tokens: 64 there, 128 now"),
+        (("--tokens", 64, "--magnitude", "absolute"), "magnitude: square there, absolute now"),
+        (("--tokens", 64, "--epsilon", "0.1"), "epsilon: 0.01 there, 0.1 now"),
+        (("--tokens", 64, "--active", "0.5"), r"shares: \[0.2, 0.8\] there, \[0.5\] now"),
+        (("--tokens", 64, "--seq-len", 16), "seq_len: 32 there, 16 now"),
+        (("--tokens", 64, "--dtype", "bfloat16"), "another model|dtype: float32 there, bfloat16 now"),
+        (("--tokens", 64, "--data", text / "wiki.jsonl"), "files: .* there, .* now"),
+    ):
+        with pytest.raises(UserError, match=f"(was made with other settings|holds).*({difference}).*--overwrite"):
+            observe(*same, *other)
+    assert (folder / "observation.json").read_text() == before
+    knock = ("--tokens", 64, "--knockout", "--knockout-layers", 0, "--interventions", "removed", "--knockout-tokens")
+    observe(
+        *same, *knock, 64, "--batch-size", 1
+    )  # the same measurement may be taken again, interventions be added to it
+    with pytest.raises(UserError, match=r"knockout.json was made with other settings \(tokens: 64 there, 128 now\)"):
+        observe(*same, *knock, 128)
+    observe(*same, "--tokens", 128, "--overwrite")
+    assert json.loads((folder / "observation.json").read_text())["options"]["tokens"] == 128
+
+
+def test_records_of_another_format_are_not_compared(tmp_path: Path) -> None:
+    """Magnitudes were |x| in format 1: such a record is named, and stays."""
+    model, text = native(tmp_path / "run"), text_folder(tmp_path / "text")
+    same = ("--model", model, "--data", text, "--seq-len", 32, "--tokens", 64, "--output", tmp_path / "out")
+    folder, _ = observe(*same)
+    record = json.loads((folder / "observation.json").read_text())
+    record["format"] = "mohd_train.observation/1"
+    for added in ("magnitude", "epsilon"):
+        del record["options"][added]
+    (folder / "observation.json").write_text(json.dumps(record))
+    with pytest.raises(UserError, match=r"other settings \(format: mohd_train.observation/1 there"):
+        observe(*same)
+    (folder / "observation.json").write_text("[]")
+    with pytest.raises(UserError, match="no observation of this program"):
+        observe(*same)
 
 
 def test_options_are_read() -> None:
@@ -78,6 +126,8 @@ def test_options_are_read() -> None:
         ["--knockout", "--limit", "5"],
         ["--active", "much"],
         ["--dtype", "int8"],
+        ["--magnitude", "cube"],
+        ["--epsilon", "0"],
     ],
 )
 def test_usage_errors_exit_with_two(wrong: list[str], capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 INTERVENTIONS = ("removed", "banned", "forced")  # told apart in mohd_train.analysis.interventions
+MAGNITUDES = ("square", "absolute")  # the paper's (eq. 1), and |x|
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -24,6 +25,8 @@ class StudyOptions:
     map_tokens: int = 5
     attention_module: str | None = None
     ffn_module: str | None = None
+    magnitude: str = "square"  # one of MAGNITUDES
+    epsilon: float = 0.01  # below which a magnitude counts as sparse (eq. 2); the paper names none
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,7 @@ class ObserveOptions:
     tasks: tuple[str, ...]
     task_data: Path | None
     limit: int | None
+    overwrite: bool
 
 
 def parse(description: str | None, arguments: list[str] | None = None) -> ObserveOptions:
@@ -85,8 +89,13 @@ def parse(description: str | None, arguments: list[str] | None = None) -> Observ
     )
     add("--highly-active", type=float, default=study.highly_active, help="the same for the map; default: %(default)s")
     add("--map-tokens", type=_positive, default=study.map_tokens, help="tokens of the map; default: %(default)s")
+    add("--magnitude", default=study.magnitude, choices=MAGNITUDES, help="of a dim: x**2 (the paper's), or |x|")
+    add("--epsilon", type=_number, default=study.epsilon, help="magnitudes below it are sparse; default: %(default)s")
     add("--attention-module", help="name of a block's attention, where it can't be told")
     add("--ffn-module", help="name of a block's feed-forward part, where it can't be told")
+    add(
+        "--overwrite", action="store_true", help="replace a stored observation of another model, or with other settings"
+    )
     add("--tokenizer", type=Path, help="folder; default: the model's own")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:N; default: %(default)s")
     add("--dtype", default="auto", choices=DTYPES, help="auto: as stored")
@@ -123,6 +132,8 @@ def parse(description: str | None, arguments: list[str] | None = None) -> Observ
             found.map_tokens,
             found.attention_module,
             found.ffn_module,
+            found.magnitude,
+            found.epsilon,
         ),
         knockout=(
             KnockoutOptions(found.knockout_tokens, found.batch_size, found.knockout_layers, found.interventions)
@@ -132,12 +143,20 @@ def parse(description: str | None, arguments: list[str] | None = None) -> Observ
         tasks=found.tasks,
         task_data=found.task_data,
         limit=found.limit,
+        overwrite=found.overwrite,
     )
 
 
 def _positive(text: str) -> int:
     value = int(text)
     if value < 1:
+        raise ValueError(text)
+    return value
+
+
+def _number(text: str) -> float:
+    value = float(text)
+    if not 0 < value < float("inf"):
         raise ValueError(text)
     return value
 
@@ -155,4 +174,5 @@ def _shares(text: str) -> tuple[float, ...]:
 
 
 # argparse names a type by its __name__ in "invalid positive number value: '-3'".
-_positive.__name__, _words.__name__, _numbers.__name__, _shares.__name__ = "positive number", "list", "list", "list"
+_positive.__name__ = _number.__name__ = "positive number"
+_words.__name__ = _numbers.__name__ = _shares.__name__ = "list"

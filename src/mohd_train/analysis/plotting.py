@@ -33,6 +33,7 @@ PAPER: dict[str, Any] = {
     "markerfacecolor": "white",
     "linestyle": "none",
 }
+GAUSSIAN: dict[str, Any] = {"color": "#888888", "linestyle": ":", "linewidth": 2.2}  # noise: what holds of anything
 SUFFIXES = (".pdf", ".png")
 
 

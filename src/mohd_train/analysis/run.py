@@ -25,8 +25,9 @@ from mohd_train.analysis.study import observe
 from mohd_train.analysis.subject import Subject, load_subject, versions
 from mohd_train.data.manifest import write_atomic
 from mohd_train.errors import UserError
+from mohd_train.utils.environment import hardware
 
-FORMAT = "mohd_train.observation/1"
+FORMAT = "mohd_train.observation/2"  # 1: magnitudes were |x|
 RECORD, ROUTER, KNOCKOUT = "observation.json", "router.json", "knockout.json"
 
 MakeScore = Callable[[Subject], Score]
@@ -52,7 +53,12 @@ def run_observation(
     if options.knockout is not None and not mohd:
         raise UserError(f"--knockout: {options.model} has no sub-dimensions; give a MoHD checkpoint")
     corpus = open_corpus(options.data, subject, options.seq_len)
-    folder = _folder(options.output or Path("runs/observe") / subject.name, subject)
+    folder = _folder(options.output or Path("runs/observe") / subject.name)
+    asked = {**asdict(options.knockout), "tasks": options.tasks, "limit": options.limit} if options.knockout else None
+    if not options.overwrite:
+        refuse_other(folder / RECORD, subject, corpus, asdict(options.study))
+        if asked is not None:
+            refuse_other(folder / KNOCKOUT, subject, corpus, asked)
     score = make_score(subject) if make_score is not None else None
     if options.knockout is not None and transformer is not None:
         count_steps(transformer, options.knockout, 1, scored=False)  # names a wrong layer or intervention now
@@ -66,7 +72,6 @@ def run_observation(
     show_observation(console, record, subject.name)
     if options.knockout is not None:
         effects = _knockout(subject, corpus, options.knockout, score, console)
-        asked = {**asdict(options.knockout), "tasks": options.tasks, "limit": options.limit}
         files.append(_write(folder / KNOCKOUT, subject, corpus, {"options": asked, **effects}))
         files += draw_knockout(effects, subject.name, folder)
         show_knockout(console, effects, subject.name)
@@ -95,33 +100,58 @@ def _knockout(
         return knockout(subject, corpus, options, score, advance)
 
 
-def _folder(folder: Path, subject: Subject) -> Path:
-    """Makes the output folder. Raises :class:`UserError` where it holds another model's observation, or can't be made."""
+def _folder(folder: Path) -> Path:
+    """Makes the output folder. Raises :class:`UserError` where it can't be made."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot write to {folder} ({error.strerror}); choose another --output") from None
-    stored = folder / RECORD
-    if stored.is_file():
-        try:
-            other = json.loads(stored.read_bytes())["model"]
-            same = other["fingerprint"] == subject.info["fingerprint"]
-        except (ValueError, KeyError, TypeError):
-            raise UserError(f"{stored} is no observation of this program; choose another --output") from None
-        if not same:
-            raise UserError(
-                f"{folder} holds the observation of another model ({other.get('source')}); choose another --output"
-            )
     return folder
+
+
+def refuse_other(path: Path, subject: Subject, corpus: Corpus, options: dict[str, Any]) -> None:
+    """Lets a stored record be replaced only by the same measurement.
+
+    Raises:
+        UserError: ``path`` is another model's, was made with other settings or on other data, or can't be read.
+    """
+    if not path.is_file():
+        return
+    remedy = "choose another --output or say --overwrite"
+    try:
+        stored = json.loads(path.read_bytes())
+        before_model, before = stored["model"], _settings(stored)
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{path} is no observation of this program; {remedy}") from None
+    if before_model.get("fingerprint") != subject.info["fingerprint"]:
+        raise UserError(f"{path} holds the observation of another model ({before_model.get('source')}); {remedy}")
+    now = _settings(json.loads(json.dumps(_about(subject, corpus) | {"options": options}, default=str)))
+    differing = [
+        f"{key}: {before.get(key)} there, {now.get(key)} now"
+        for key in dict.fromkeys((*now, *before))
+        if before.get(key) != now.get(key)
+    ]
+    if differing:
+        raise UserError(f"{path} was made with other settings ({'; '.join(differing)}); {remedy}")
+
+
+def _settings(record: dict[str, Any]) -> dict[str, Any]:
+    """What decides the numbers of a record, beside the weights. Of prepared data its hash, wherever it lies."""
+    options = {name: value for name, value in record["options"].items() if name != "batch_size"}
+    data = {name: value for name, value in record["data"].items() if name != "path"}
+    return {"format": record["format"], "dtype": record["model"]["dtype"], **data, **options}
+
+
+def _about(subject: Subject, corpus: Corpus) -> dict[str, Any]:
+    return {"format": FORMAT, "model": subject.info, "data": {**corpus.info, "seq_len": corpus.seq_len}}
 
 
 def _write(path: Path, subject: Subject, corpus: Corpus, record: dict[str, Any]) -> Path:
     about = {
-        "format": FORMAT,
-        "model": subject.info,
-        "data": {**corpus.info, "seq_len": corpus.seq_len},
+        **_about(subject, corpus),
         "versions": versions(),
         "device": str(subject.device),
+        "hardware": hardware(subject.device.type),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
     write_atomic(path, (json.dumps({**about, **record}, allow_nan=False) + "\n").encode())
