@@ -50,6 +50,31 @@ def test_imports_run_one_way(part: str) -> None:
         assert imported(file) <= allowed, f"{file.relative_to(ROOT)} imports {imported(file) - allowed}"
 
 
+def _imported_at_module_level(file: Path, modules: dict[str, Path]) -> set[str]:
+    """Modules of the package that importing ``file`` imports; not those inside functions or under TYPE_CHECKING."""
+    found = set()
+    for node in ast.parse(file.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.ImportFrom) and node.module:
+            names = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= {name if name in modules else node.module for name in names}
+        elif isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+    return found & modules.keys()
+
+
+def test_no_import_circle() -> None:
+    """Every module can be imported before those that import it: taking away what imports nothing leaves nothing."""
+    modules = {
+        ".".join(file.relative_to(SOURCE.parent).with_suffix("").parts).removesuffix(".__init__"): file
+        for file in SOURCE.rglob("*.py")
+    }
+    left = {name: _imported_at_module_level(file, modules) - {name} for name, file in modules.items()}
+    while free := [name for name, imports in left.items() if not imports & left.keys()]:
+        for name in free:
+            del left[name]
+    assert not left, f"modules that import each other, directly or not: {sorted(left)}"
+
+
 def test_nothing_imports_scripts_and_scripts_stay_thin() -> None:
     for folder in ("scripts", "data_prep", "eval"):
         for file in (ROOT / folder).glob("*.py"):
