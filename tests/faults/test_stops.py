@@ -36,6 +36,66 @@ def test_sigterm_in_a_batch(tmp_path: Path, data: Path, whole: Path, monkeypatch
     recovers(tmp_path, data, whole)
 
 
+@pytest.mark.fault("SIGHUP (ssh drops) or SIGUSR1 in a batch", happened="saved after that batch, exit 0")
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGUSR1])
+def test_other_signals_save_too(
+    number: signal.Signals,
+    tmp_path: Path,
+    data: Path,
+    whole: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    before = signal.getsignal(number)
+    with monkeypatch.context() as patch:
+        inject(patch, At("after_backward", 4, lambda _: os.kill(os.getpid(), number)))
+        train(config_of(tmp_path, data))
+    assert signal.getsignal(number) == before
+    assert batches_of(tmp_path) == [2, 4, 5]
+    assert record_of(tmp_path)["status"] == "preempted"
+    assert f"stopped by {number.name}" in capsys.readouterr().out
+    recovers(tmp_path, data, whole)
+
+
+@pytest.mark.fault("Ctrl-C in a batch", happened="saved after that batch, exit 130")
+def test_ctrl_c_saves_first(tmp_path: Path, data: Path, whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        inject(patch, At("after_backward", 4, lambda _: os.kill(os.getpid(), signal.SIGINT)))
+        with pytest.raises(KeyboardInterrupt):
+            train(config_of(tmp_path, data))
+    assert batches_of(tmp_path) == [2, 4, 5]
+    assert record_of(tmp_path)["status"] == "interrupted"
+    recovers(tmp_path, data, whole)
+
+
+@pytest.mark.fault("Ctrl-C twice", happened="stopped at once, resumes from the last checkpoint")
+def test_a_second_ctrl_c_does_not_wait(
+    tmp_path: Path, data: Path, whole: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def twice(_: object) -> None:
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        inject(patch, At("after_backward", 5, twice))
+        with pytest.raises(KeyboardInterrupt):
+            train(config_of(tmp_path, data))
+    assert batches_of(tmp_path) == [2, 4]
+    assert record_of(tmp_path)["status"] == "interrupted"
+    recovers(tmp_path, data, whole)
+
+
+def test_nohup_stays_in_force(tmp_path: Path, data: Path, whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with monkeypatch.context() as patch:
+            inject(patch, At("after_backward", 4, lambda _: os.kill(os.getpid(), signal.SIGHUP)))
+            train(config_of(tmp_path, data))
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert record_of(tmp_path)["status"] == "finished"
+
+
 @pytest.mark.fault("SIGTERM in a validation", happened="validation cut, saved, done over by the next session")
 def test_sigterm_in_a_validation(tmp_path: Path, data: Path, whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:

@@ -34,7 +34,8 @@ from torch import Tensor
 from torch.torch_version import TorchVersion
 
 from mohd_train.checkpoint.identity import fingerprint
-from mohd_train.checkpoint.sharded import METADATA_FILE, ShardedError, is_sharded, read_sharded
+from mohd_train.checkpoint.sharded import METADATA_FILE, SafeReader, ShardedError, is_sharded, read_sharded
+from mohd_train.checkpoint.verify import verify_file, verify_sharded
 from mohd_train.config.plan import ModelPlan
 from mohd_train.errors import UserError
 from mohd_train.run_folder.paths import CHECKPOINTS, LATEST, TOKENIZER
@@ -82,6 +83,7 @@ class Checkpoint:
     metadata: dict[str, Any]
     files: tuple[Path, ...]
     _read: Callable[[bool], Tensors] = field(repr=False, compare=False)
+    _verify: Callable[[], None] = field(repr=False, compare=False, default=lambda: None)
 
     def tensors(self, *, meta: bool = False) -> Tensors:
         """The parameters: under the transformer's own names, or under those of a Hugging Face folder's files.
@@ -96,6 +98,16 @@ class Checkpoint:
         """
         return self._read(meta)
 
+    def verify(self) -> Checkpoint:
+        """This checkpoint, once all of it has been read and compared with the checksums it carries (safetensors has
+        none).
+
+        Raises:
+            UserError: its bytes are not those that were written; the message names the entry.
+        """
+        self._verify()
+        return self
+
     @property
     def is_native(self) -> bool:
         """Whether this project's trainer wrote it."""
@@ -108,8 +120,12 @@ class Checkpoint:
 
     @property
     def tokenizer_folder(self) -> Path:
-        """Where its tokenizer lies: ``RUN/tokenizer``, or the Hugging Face folder itself."""
-        return self.run_folder / TOKENIZER if self.is_native else self.path
+        """Where its tokenizer is: ``RUN/tokenizer``, or beside it if it was saved elsewhere; or the Hugging Face folder
+        itself."""
+        if not self.is_native:
+            return self.path
+        beside = self.path.parent / TOKENIZER
+        return beside if beside.is_dir() else self.run_folder / TOKENIZER
 
     @property
     def tokenizer_sha256(self) -> str | None:
@@ -217,11 +233,12 @@ def _open_file(path: Path, source: str) -> Checkpoint:
             content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
         metadata, state = content["state"]["callbacks"][METADATA], content["state"]["model"]
         weights = {name.removeprefix(PREFIX): weight for name, weight in state.items()}
-    except (KeyError, TypeError, AttributeError):
-        raise _foreign(path) from None
-    except pickle.UnpicklingError as error:
-        raise _refused(path, error) from None
-    except (RuntimeError, EOFError, OSError, ImportError) as error:
+    except Exception as error:  # broken bytes may raise anything
+        verify_file(path)
+        if isinstance(error, pickle.UnpicklingError):
+            raise _refused(path, error) from None
+        if isinstance(error, (KeyError, TypeError, AttributeError)):
+            raise _foreign(path) from None
         raise _unreadable(path, error) from None
 
     def read(meta: bool) -> Tensors:
@@ -229,7 +246,7 @@ def _open_file(path: Path, source: str) -> Checkpoint:
 
     if not all(isinstance(weight, Tensor) for weight in weights.values()):
         raise _foreign(path)
-    return Checkpoint(path, "file", source, _plan(path, metadata), metadata, (path,), read)
+    return Checkpoint(path, "file", source, _plan(path, metadata), metadata, (path,), read, lambda: verify_file(path))
 
 
 def _open_sharded(path: Path, source: str) -> Checkpoint:
@@ -238,7 +255,11 @@ def _open_sharded(path: Path, source: str) -> Checkpoint:
 
     metadata, _ = _read_sharded(path, meta=True)
     files = (path / METADATA_FILE, *sorted(path.glob("*.distcp")))
-    return Checkpoint(path, "sharded", source, _plan(path, metadata), metadata, files, read)
+
+    def verify() -> None:
+        verify_sharded(path, SafeReader(path).read_metadata().storage_data)
+
+    return Checkpoint(path, "sharded", source, _plan(path, metadata), metadata, files, read, verify)
 
 
 def _read_sharded(path: Path, meta: bool) -> tuple[dict[str, Any], Tensors]:

@@ -6,6 +6,7 @@ On storage the link that names the newest checkpoint is written last, so what it
 from __future__ import annotations
 
 import atexit
+import dataclasses
 import json
 import shutil
 import tempfile
@@ -19,6 +20,7 @@ from composer.utils import dist
 from mohd_train.checkpoint.identity import check_tokenizer
 from mohd_train.checkpoint.read import open_native, resolve
 from mohd_train.checkpoint.save import remove
+from mohd_train.config.compare import config_differences
 from mohd_train.config.plan import ModelPlan
 from mohd_train.config.schema import Config
 from mohd_train.errors import UserError
@@ -31,6 +33,7 @@ from mohd_train.run_folder.paths import (
     checkpoints_in,
     local_save_folder,
 )
+from mohd_train.run_folder.secrets import shown
 from mohd_train.storage import Storage, bring_checkpoint, is_remote
 
 
@@ -109,8 +112,7 @@ def choose(config: Config, downloaded: ResumePoint, *, has_trained: bool) -> Res
 
 
 def latest_valid(folder: Path) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint that is whole, and a line for each newer one that is broken, such as one that a kill cut
-    short.
+    """The newest checkpoint that is whole, every byte of it, and a line for each newer one that is broken.
 
     Composer's ``latest`` link alone would not do: for a moment between two saves there is none, and a run killed then
     would silently start over.
@@ -121,7 +123,7 @@ def latest_valid(folder: Path) -> tuple[Path | None, list[str]]:
     skipped: list[str] = []
     for path in reversed(checkpoints_in(folder).values()):
         try:
-            open_native(path)
+            open_native(path).verify()
         except UserError as error:
             skipped.append(str(error))
             continue
@@ -146,22 +148,32 @@ def point_latest(checkpoint: Path) -> None:
 
 
 def check_checkpoint(
-    path: str, plan: ModelPlan, shapes: dict[str, torch.Size], tokenizer_sha256: str, tokenizer_folder: Path
+    start: ResumePoint,
+    config: Config,
+    plan: ModelPlan,
+    shapes: dict[str, torch.Size],
+    tokenizer_sha256: str,
+    tokenizer_folder: Path,
 ) -> None:
-    """Refuses a checkpoint that is not one of this model, naming what differs.
+    """Refuses a checkpoint that is not one of this model, or of this run if it resumes; the message names what differs.
 
     Args:
-        path: a local file, or the folder of a sharded checkpoint.
+        start: with its checkpoint on this disk.
         plan: this run's model.
         shapes: its parameters, name -> shape.
         tokenizer_sha256: the tokenizer of this run's data, as its manifest names it.
-        tokenizer_folder: where that lies.
+        tokenizer_folder: where that is.
 
     Raises:
-        UserError: another architecture or tokenizer, parameters missing, unexpected or of another shape.
+        UserError: another run, architecture or tokenizer; parameters missing, unexpected or of another shape; corrupt.
     """
-    found = open_native(path)
+    assert start.checkpoint is not None
+    path, found = start.checkpoint, open_native(start.checkpoint)
     assert found.plan is not None, "a native checkpoint"
+    if start.is_resuming:
+        _check_owner(path, found.metadata, config)
+    else:
+        found.verify()  # one that a run resumes from was read when it was chosen
     weights, differences = found.tensors(meta=True), plan.differences(found.plan)
     if differences:
         raise UserError(
@@ -186,6 +198,15 @@ def check_checkpoint(
             raise UserError(f"{path}: {name} is {list(weights[name].shape)} there, {list(shape)} here")
 
 
+def _check_owner(path: Path, metadata: dict[str, Any], config: Config) -> None:
+    """A checkpoint says which run wrote it: two runs that save to one folder must not resume from each other's."""
+    differences = config_differences(metadata.get("config") or {}, dataclasses.asdict(shown(config)))
+    if metadata.get("run_name") != config.run_name:
+        differences.insert(0, f"run_name: {metadata.get('run_name')} there, {config.run_name} here")
+    if differences:
+        raise UserError(f"{path} was written by another run ({differences[0]}); give each run a save_folder of its own")
+
+
 def _download_run(config: Config, found: ResumePoint, scratch: Path) -> ResumePoint:
     """The record and, if the run resumes, its newest valid checkpoint and the metrics up to there."""
     storage = Storage(config.save_folder)
@@ -205,7 +226,7 @@ def _download_run(config: Config, found: ResumePoint, scratch: Path) -> ResumePo
         target, source = scratch / batches[batch], f"{storage.uri}/{batches[batch]}"
         storage.download_all(batches[batch], target, names)
         try:
-            open_native(target).tensors()
+            open_native(target).verify()
         except UserError as error:
             skipped.append(str(error).replace(str(target), source))
             remove(target)

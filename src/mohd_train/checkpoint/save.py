@@ -22,6 +22,7 @@ from composer.utils import dist
 from torch.distributed.checkpoint.api import CheckpointException
 
 from mohd_train import compat
+from mohd_train.checkpoint.read import open_native
 from mohd_train.errors import UserError, causes
 from mohd_train.run_folder.paths import checkpoint_batch
 from mohd_train.utils.distributed import on_rank_zero
@@ -143,6 +144,32 @@ def _named(folder: Path, work: Callable[[], None]) -> None:
         raise UserError(_failure(folder, error)) from error
 
 
+def nonfinite(state: State) -> str | None:
+    """The first parameter, or optimizer state of one, that holds NaN or infinity on any rank; None if all is finite.
+
+    To be called by every rank.
+    """
+    named = {name: parameter for name, parameter in state.model.named_parameters() if parameter.numel()}
+    tensors = [(name, parameter.detach()) for name, parameter in named.items()]
+    for optimizer in state.optimizers:
+        for name, parameter in named.items():
+            moments = optimizer.state.get(parameter, {})
+            tensors += [
+                (f"optimizer state {key} of {name}", value) for key, value in moments.items() if _is_floating(value)
+            ]
+    found = None
+    if tensors:
+        bad = torch.stack([~torch.isfinite(value).all().to(tensors[0][1].device) for _, value in tensors])
+        first = int(bad.to(torch.int8).argmax())  # one wait for the device
+        found = tensors[first][0] if bad[first] else None
+    names = [name for name in dist.all_gather_object(found) if name is not None]
+    return names[0] if names else None
+
+
+def _is_floating(value: object) -> bool:
+    return isinstance(value, torch.Tensor) and value.is_floating_point() and value.numel() > 0
+
+
 class RunMetadata(Callback):
     """Puts what export and evaluation need into every checkpoint, at ``state/callbacks/RunMetadata``.
 
@@ -187,7 +214,22 @@ class CheckpointSaver(callbacks.CheckpointSaver):
         self.keep_every = int(Time.from_timestring(keep_every).value) if keep_every else None
         self.newest: str | None = None
 
+    def after_load(self, state: State, logger: Logger) -> None:
+        """Raises UserError if the checkpoint that was loaded holds numbers that are not finite."""
+        name = nonfinite(state)
+        if name is not None:
+            raise UserError(
+                f"the checkpoint that was loaded is not usable: {name} holds NaN or infinity; remove it, and the run resumes "
+                "from the one before"
+            )
+
     def _save_checkpoint(self, state: State, logger: Logger) -> None:
+        name = nonfinite(state)
+        if name is not None:
+            raise UserError(
+                f"batch {state.timestamp.batch.value} is not saved: {name} holds NaN or infinity. The last good checkpoint is "
+                f"{self.newest or 'none yet'}: resume from it with autoresume=true, or start another run with a lower optimizer.lr"
+            )
         with compat.composer_saves_whole_files(write_whole, save_sharded):
             super()._save_checkpoint(state, logger)
         if self.saved_checkpoints:
@@ -206,6 +248,9 @@ class CheckpointSaver(callbacks.CheckpointSaver):
     def _rotate_checkpoints(self, sharding_enabled: bool = False) -> None:
         rotating = [path for path in self.saved_checkpoints if not self.is_kept(path)]
         excess = len(rotating) - self.num_checkpoints_to_keep
+        if excess > 0 and dist.get_global_rank() == 0:
+            # What was just written is read back before what it replaces is removed.
+            open_native(checkpoint_of(self.saved_checkpoints[-1])).verify()
         for path in rotating[: max(excess, 0)]:
             if dist.get_global_rank() == 0:  # of a sharded checkpoint every rank knows its part
                 remove(checkpoint_of(path))

@@ -129,6 +129,7 @@ def load_native(found: Checkpoint | str | Path, kernels: str = "auto") -> MoHDFo
     """
     found = found if isinstance(found, Checkpoint) else checkpoint.open_native(found)
     assert found.plan is not None, "a native checkpoint"
+    found.verify()
     with torch.device("meta"):
         model = MoHDForCausalLM(MoHDConfig.from_plan(found.plan, kernels=kernels))
     weights = {name: weight.float() for name, weight in found.tensors().items()}

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import time
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
 from mohd_train.errors import UserError
 from mohd_train.utils.files import write_atomic
+
+SYNC_SECONDS = 1.0  # between two flushes to the disk: a power loss costs at most as much
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
@@ -20,7 +24,8 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     except FileNotFoundError:
         return []
     for number, line in enumerate(lines, 1):
-        if line.endswith(b"\n"):
+        line = line.strip(b"\0")  # what a power loss leaves of pages that never reached the disk
+        if line.endswith(b"\n") and line.strip():
             try:
                 records.append(json.loads(line))
             except ValueError as error:
@@ -39,6 +44,7 @@ class MetricsWriter:
         self.path = path
         self.last: dict[str, Any] = {}
         self._last_offset = 0
+        self._synced = 0.0
 
     def cut_after(self, batch: int) -> None:
         """Leaves out the lines after ``batch``: a session that resumes there writes them again."""
@@ -56,10 +62,24 @@ class MetricsWriter:
                 before = file.read(self._last_offset)
             write_atomic(self.path, before + _line(record))
         else:
-            with self.path.open("r+b") as file:
-                self._last_offset = file.seek(0, os.SEEK_END)
-                file.write(_line(record))
+            with self.path.open("r+b", buffering=0) as file:
+                offset = file.seek(0, os.SEEK_END)
+                try:
+                    _write_all(file, _line(record))
+                except OSError:
+                    file.truncate(offset)  # no half line
+                    raise
+                if time.monotonic() - self._synced > SYNC_SECONDS:
+                    os.fsync(file.fileno())
+                    self._synced = time.monotonic()
+            self._last_offset = offset
         self.last = record
+
+
+def _write_all(file: FileIO, content: bytes) -> None:
+    """A raw write may take a part only, as on a disk that is about to be full."""
+    while content:
+        content = content[file.write(content) :]
 
 
 def _line(record: dict[str, Any]) -> bytes:

@@ -1,14 +1,18 @@
 """Every file name of a run, once.
 
-    runs/NAME/
-      run.json          what the run is, its sessions, how far it has come (record.py) config.yaml       the resolved
-      config metrics.jsonl     every metric, a line a batch (metrics.py) tokenizer/        the data's tokenizer
-      checkpoints/      ep{epoch}-ba{batch}-rank0.pt, or a folder ep{epoch}-ba{batch}/ if sharded; latest-rank0.pt links
-      to the newest logs/             rank{rank}.log
+========================  ==============================================================================================
+``run.json``              what the run is, its sessions, how far it has come (record.py)
+``config.yaml``           the resolved config
+``metrics.jsonl``         every metric, a line a batch (metrics.py)
+``tokenizer/``            the data's tokenizer
+``checkpoints/``          ``ep{epoch}-ba{batch}-rank0.pt``, or a folder ``ep{epoch}-ba{batch}`` if sharded;
+                          ``latest-rank0.pt`` links to the newest
+``logs/``                 ``rank{rank}.log``
+========================  ==============================================================================================
 
-If ``save_folder`` is on object storage, the run folder keeps ``checkpoints/`` and copies go there, with ``run.json``,
-``config.yaml``, ``metrics.jsonl`` and ``tokenizer/`` beside them; ``latest-rank0.pt.symlink`` names the newest, as
-Composer's does.
+If ``save_folder`` is elsewhere, it has a ``tokenizer/`` of its own and ``owner.json``, which names the run. If it is on
+object storage, the run folder keeps ``checkpoints/``; copies go there, with ``run.json``, ``config.yaml``,
+``metrics.jsonl`` and ``tokenizer/``; ``latest-rank0.pt.symlink`` names the newest, as Composer's does.
 """
 
 from __future__ import annotations
@@ -20,6 +24,7 @@ from mohd_train.config.schema import Config
 from mohd_train.storage import is_remote
 
 RECORD, CONFIG, METRICS = "run.json", "config.yaml", "metrics.jsonl"
+OWNER = "owner.json"  # in a save_folder outside the run folder
 TOKENIZER, CHECKPOINTS, LOGS = "tokenizer", "checkpoints", "logs"
 LATEST = "latest-rank0.pt"
 LATEST_LINK = f"{LATEST}.symlink"  # on object storage

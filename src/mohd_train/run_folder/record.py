@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import hashlib
 import json
 import os
@@ -12,7 +13,7 @@ from typing import Any
 from mohd_train.config.compare import config_differences
 from mohd_train.config.schema import Config
 from mohd_train.errors import UserError
-from mohd_train.run_folder.paths import METRICS, RECORD, checkpoints_in, local_save_folder
+from mohd_train.run_folder.paths import METRICS, OWNER, RECORD, checkpoints_in, local_save_folder
 from mohd_train.run_folder.secrets import shown
 from mohd_train.utils.environment import now
 from mohd_train.utils.files import write_json
@@ -51,7 +52,9 @@ class RunRecord:
         return hashlib.sha256(f"{self.data['run_name']}/{self.data['started']}".encode()).hexdigest()[:16]
 
     def update(self, **values: Any) -> None:
-        """Sets top-level keys and writes the file."""
+        """Sets top-level keys and writes the file. Raises FileNotFoundError if the folder was removed: it isn't made again."""
+        if not self.folder.is_dir():
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(self.folder))
         self.data.update(values, updated=now())
         write_json(self.path, self.data)
 
@@ -64,7 +67,9 @@ def read_record(folder: Path) -> RunRecord | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: broken ({error}); remove the folder, or set another run_name") from None
+        raise UserError(
+            f"{path}: broken ({error}); move it away, and start another run_name with load_path=CHECKPOINT"
+        ) from None
     if not isinstance(data, dict) or "config" not in data or "status" not in data:
         raise UserError(f"{path}: not the record of a run; set another run_name or run_folder")
     return RunRecord(folder, data)
@@ -78,6 +83,20 @@ def _has_trained(record: RunRecord) -> bool:
         or bool(record.data.get("batch"))
         or (metrics.exists() and metrics.stat().st_size > 0)
     )
+
+
+def check_save_folder(config: Config) -> None:
+    """Raises UserError if ``save_folder``, outside the run folder, belongs to another run."""
+    folder = local_save_folder(config)
+    try:
+        owner = json.loads((folder / OWNER).read_text(encoding="utf-8"))
+        place, name = Path(owner["run_folder"]), owner["run_name"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return  # none, or an unreadable one: checkpoints tell whose they are
+    if name != config.run_name and place != Path(config.run_folder).resolve():
+        raise UserError(
+            f"save_folder {folder} belongs to the run {name} in {place}; give each run a save_folder of its own"
+        )
 
 
 def check_folder(config: Config, data_sha256: str, stored: dict[str, Any] | None = None) -> RunRecord | None:

@@ -39,8 +39,8 @@ def _detach(routing: Routing | None) -> Routing | None:
 class MoHDComposerModel(ComposerModel):
     """Language modelling with MoHD's two losses (eq. 18).
 
-    The losses are worked out inside ``Transformer.forward``, since FSDP gathers a parameter only around the forward pass of the
-    module that holds it, and Composer wraps ``self.model``, not this class.
+    The losses are worked out inside ``Transformer.forward``, since FSDP gathers a parameter only around the forward
+    pass of the module that holds it, and Composer wraps ``self.model``, not this class.
 
     Args:
         model: the transformer.
@@ -53,7 +53,8 @@ class MoHDComposerModel(ComposerModel):
         self.flops_per_token = flops_per_token
 
     def forward(self, batch: Batch) -> StepOutput:
-        """The losses of ``batch``: input_ids and labels, int64 [B, T]; labels equal the input (the shift is in the loss)."""
+        """The losses of ``batch``: input_ids and labels, int64 [B, T]; labels equal the input (the shift is in the
+        loss)."""
         out = self.model(batch["input_ids"], labels_BT=batch["labels"], logits=False)
         routing = [LayerRouting(_detach(layer.attention), _detach(layer.ffn)) for layer in out.routing]
         return StepOutput(out.cross_entropy, out.balance_loss, routing)
@@ -90,5 +91,6 @@ class MoHDComposerModel(ComposerModel):
         metric.update(outputs, targets)
 
     def flops_per_batch(self, batch: Batch) -> int:
-        """Model FLOPs of one optimizer step on ``batch`` (this device's), for SpeedMonitor's MFU; recomputation is not counted."""
+        """Model FLOPs of one optimizer step on ``batch`` (this device's), for SpeedMonitor's MFU; recomputation is not
+        counted."""
         return FORWARD_PASSES_PER_STEP * self.flops_per_token * batch["input_ids"].numel()

@@ -1,4 +1,5 @@
-"""The run's data as Composer takes it: a checked manifest, the planned mix, a train loader and one evaluator per domain."""
+"""The run's data as Composer takes it: a checked manifest, the planned mix, a train loader and one evaluator per
+domain."""
 
 from __future__ import annotations
 

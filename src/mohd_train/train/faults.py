@@ -38,7 +38,10 @@ class Notices:
         print(f"warning: {text}", file=sys.stderr, flush=True)
         if self.record is not None:
             entry = {"time": now(), "batch": state.timestamp.batch.value, "kind": kind, "text": text}
-            self.record.update(warnings=[*self.record.data.get("warnings", []), entry][-KEPT:])
+            try:
+                self.record.update(warnings=[*self.record.data.get("warnings", []), entry][-KEPT:])
+            except OSError as error:  # a warning must not end the run
+                log.error("%s can't be written: %s", self.record.path, error.strerror)
 
 
 def explain(
@@ -78,8 +81,8 @@ def explain(
 def end_workers(error: BaseException) -> None:
     """Ends data workers and the threads that fetch shards, so that this process can end too.
 
-    The traceback holds the loader's iterator, whose end torch waits for: else it takes the workers' end for another fault, and
-    raises it anywhere. One that is stopped or hangs in a read is killed.
+    The traceback holds the loader's iterator, whose end torch waits for: else it takes the workers' end for another
+    fault, and raises it anywhere. One that is stopped or hangs in a read is killed.
     """
     for one in causes(error):
         traceback.clear_frames(one.__traceback__)
@@ -91,7 +94,8 @@ def end_workers(error: BaseException) -> None:
 
 
 def settle_workers(error: BaseException) -> None:
-    """As :func:`end_workers`; torch's signal handler, which reports dead workers wherever the main thread is, must not end it."""
+    """As :func:`end_workers`; torch's signal handler, which reports dead workers wherever the main thread is, must not
+    end it."""
     for _ in range(3):
         try:
             return end_workers(error)

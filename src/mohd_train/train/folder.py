@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 import os
 import shutil
+import sys
 import uuid
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from composer.utils import dist
 
@@ -16,49 +17,68 @@ from mohd_train.checkpoint.save import leftovers, remove
 from mohd_train.config.load import to_yaml
 from mohd_train.data.manifest import TOKENIZER_FOLDER
 from mohd_train.errors import UserError
-from mohd_train.run_folder.paths import CONFIG, LATEST, LATEST_LINK, METRICS, RECORD, TOKENIZER, local_save_folder
+from mohd_train.run_folder.paths import (
+    CONFIG,
+    LATEST,
+    LATEST_LINK,
+    METRICS,
+    OWNER,
+    RECORD,
+    TOKENIZER,
+    local_save_folder,
+)
 from mohd_train.run_folder.record import RunRecord, read_record
 from mohd_train.run_folder.secrets import shown
 from mohd_train.storage import Storage, is_remote
 from mohd_train.train import parallel
 from mohd_train.train.callbacks.uploads import clear_staged
 from mohd_train.utils.environment import code_version, hardware, now, versions
-from mohd_train.utils.files import Lock, write_atomic
+from mohd_train.utils.files import Lock, write_atomic, write_json
 
 if TYPE_CHECKING:
     from mohd_train.train.train import Run
 
 
 class RunLock:
-    """One live run in a folder.
+    """One live run in each of the folders that it writes to.
 
     Args:
-        folder: the run folder.
+        folders: the run folder, and the one for checkpoints; a folder inside another one is covered by that one's lock.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self._lock: Lock | None = None
+    def __init__(self, *folders: Path) -> None:
+        whole = [folder.resolve() for folder in folders]
+        self.folders = [
+            folder
+            for folder, path in zip(folders, whole, strict=True)
+            if not any(other in path.parents for other in whole)
+        ]
+        self._locks: dict[Path, Lock] = {}
 
     def take_if_there(self) -> None:
-        """:meth:`take`, unless the folder is yet to be made."""
-        if self.folder.is_dir():
-            self.take()
+        """:meth:`take`, for the folders that exist."""
+        self._take([folder for folder in self.folders if folder.is_dir()])
 
     def take(self) -> None:
-        """Raises UserError if another live process holds it."""
-        busy = f"{self.folder} is in use by a run that is alive ({{holder}}); stop it first, or set another run_name"
-        self._lock = self._lock or Lock(self.folder / ".lock", busy)
+        """Raises UserError if another live process holds one of them."""
+        self._take(self.folders)
+
+    def _take(self, folders: list[Path]) -> None:
+        for folder in folders:
+            if folder not in self._locks:
+                busy = f"{folder} is in use by a run that is alive ({{holder}}); stop it first, or set another run_name"
+                self._locks[folder] = Lock(folder / ".lock", busy)
 
     def release(self) -> None:
-        """Gives the folder back, if it is held."""
-        if self._lock is not None:
-            self._lock.release()
-            self._lock = None
+        """Gives back what is held."""
+        for lock in self._locks.values():
+            lock.release()
+        self._locks.clear()
 
 
 def check_shared(folder: Path) -> None:
-    """Makes sure that all nodes mean one folder by ``folder``: into a sharded checkpoint, which is one, all of them write.
+    """Makes sure that all nodes mean one folder by ``folder``: into a sharded checkpoint, which is one, all of them
+    write.
 
     A file is put beside it for that moment. To be called by every process.
 
@@ -109,8 +129,10 @@ def open_folder(run: Run, lock: RunLock) -> RunRecord:
             point_latest(run.start.checkpoint)
         if run.start.metrics is not None:
             shutil.copyfile(run.start.metrics, folder / METRICS)
-        tokenizer = Path(config.data.local) / TOKENIZER_FOLDER
-        shutil.copytree(tokenizer, save_folder.parent / TOKENIZER, dirs_exist_ok=True)
+        _copy_tokenizer(Path(config.data.local) / TOKENIZER_FOLDER, folder / TOKENIZER)
+        if save_folder.parent.resolve() != folder.resolve():  # one a run, even if several save to folders side by side
+            _copy_tokenizer(Path(config.data.local) / TOKENIZER_FOLDER, save_folder / TOKENIZER)
+            write_json(save_folder / OWNER, {"run_folder": str(folder.resolve()), "run_name": config.run_name})
     except OSError as error:
         raise UserError(
             f"can't write to {error.filename or folder} ({error.strerror}); choose another run_folder"
@@ -120,6 +142,18 @@ def open_folder(run: Run, lock: RunLock) -> RunRecord:
     if is_remote(config.save_folder):
         _open_storage(run)
     return record
+
+
+def _copy_tokenizer(source: Path, target: Path) -> None:
+    """A copy that is whole or not there, in place of an older one."""
+    fresh, old = (target.with_name(f".{target.name}.{kind}") for kind in ("new", "old"))
+    for path in (fresh, old):
+        shutil.rmtree(path, ignore_errors=True)
+    shutil.copytree(source, fresh)
+    if target.exists():
+        target.replace(old)
+    fresh.replace(target)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _open_storage(run: Run) -> None:
@@ -140,7 +174,7 @@ def _taken_meanwhile(folder: Path) -> bool:
 
 
 def _clear(folder: Path, *, checkpoints: bool) -> None:
-    """Halves of saves; and, where a new run replaces one, its checkpoints: autoresume must never find them."""
+    """Partial saves; and, if a new run replaces one, its checkpoints: autoresume must never find them."""
     old = [*folder.glob("ep*-ba*"), folder / LATEST] if checkpoints else []
     for path in [*leftovers(folder), *old]:
         remove(path)
@@ -148,20 +182,29 @@ def _clear(folder: Path, *, checkpoints: bool) -> None:
 
 
 def _new_session(run: Run) -> RunRecord:
-    """``run.json`` with this session at its end."""
+    """``run.json`` with this session at its end: each says by which code, versions and data it was trained."""
     config = run.config
     record = run.previous_record or RunRecord(
         run.folder, {"run_name": config.run_name, "started": now(), "sessions": []}
     )
+    data = {"folder": config.data.local, "sha256": run.manifest.sha256()}
     session = {
         "id": uuid.uuid4().hex,
         "started": now(),
         "hardware": hardware(run.device, dist.get_world_size()),
         "kernels": parallel.resolve_kernels(config, run.plan, run.device),
         "loss": parallel.resolve_loss(config, run.device),
+        "code": code_version(),
+        "versions": versions(),
+        "data": data,
         "from": run.start.source or None,
         "skipped": list(run.start.skipped),
     }
+    warnings = list(record.data.get("warnings", []))
+    for text in changes_between(record.data["sessions"][-1] if record.data["sessions"] else {}, session):
+        print(f"warning: {text} since the last session", file=sys.stderr, flush=True)
+        entry = {"time": now(), "batch": record.data.get("batch", 0), "kind": "changed", "text": text}
+        warnings.append(entry)
     record.update(
         status="running",
         error=None,
@@ -170,11 +213,32 @@ def _new_session(run: Run) -> RunRecord:
         config=dataclasses.asdict(shown(config)),
         plan=run.plan.to_dict(),
         parameters=run.counts.to_dict(),
-        code=code_version(),
-        versions=versions(),
-        data={"folder": config.data.local, "sha256": run.manifest.sha256(), **run.manifest.summary()},
+        code=session["code"],
+        versions=session["versions"],
+        data=data | run.manifest.summary(),
         sessions=[*record.data["sessions"], session],
         batch=record.data.get("batch", 0),
         tokens=record.data.get("tokens", 0),
+        **({"warnings": warnings} if warnings else {}),
     )
     return record
+
+
+def changes_between(last: dict[str, Any], session: dict[str, Any]) -> list[str]:
+    """What trains this session otherwise than the last one: ``["torch changed from 2.7.0 to 2.8.0", ...]``."""
+    found = []
+    was, now_is = last.get("code") or {}, session["code"]
+    if was and was != now_is:
+        names = [
+            f"{str(code.get('commit'))[:10]}{' with changes' if code.get('dirty') else ''}" for code in (was, now_is)
+        ]
+        found.append(f"the code changed from {names[0]} to {names[1]}")
+    for key in ("kernels", "loss"):
+        if last.get(key, session[key]) != session[key]:
+            found.append(f"{key} changed from {last[key]} to {session[key]}")
+    versions_then = last.get("versions") or {}
+    for package in sorted(versions_then.keys() | session["versions"].keys()) if versions_then else ():
+        then, today = versions_then.get(package), session["versions"].get(package)
+        if then != today:
+            found.append(f"{package} changed from {then} to {today}")
+    return found

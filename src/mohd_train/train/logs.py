@@ -13,10 +13,11 @@ FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 
 def log_to_folder(folder: Path, level: str) -> None:
-    """Sends log records of ``level`` and up, and Python warnings, to ``folder/logs/rank{rank}.log``; errors to stderr too.
+    """Sends log records of ``level`` and up, and Python warnings, to ``folder/logs/rank{rank}.log``; errors to stderr
+    too.
 
-    Composer and torch warn of much that a user can't act on; here it is kept for whoever looks, and the terminal stays readable.
-    Composer's own ``logging.basicConfig`` does nothing where the root logger has handlers.
+    Composer and torch warn of much that a user can't act on; here it is kept for whoever looks, and the terminal stays
+    readable. Composer's own ``logging.basicConfig`` does nothing where the root logger has handlers.
     """
     rank = os.environ.get("RANK", "0")
     path = folder / "logs" / f"rank{rank}.log"

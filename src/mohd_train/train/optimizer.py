@@ -28,7 +28,8 @@ NOT_DECAYED = ("norm.weight", "embedding.weight", ".fusion.")
 
 
 def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:
-    """Groups ``decay`` (linear weights, head), ``no_decay`` (norms, embedding, group fusion), ``router`` (centroids, own lr).
+    """Groups ``decay`` (linear weights, head), ``no_decay`` (norms, embedding, group fusion), ``router`` (centroids,
+    own lr).
 
     Groups without a parameter are left out, so that a dense model has two. Every parameter is in exactly one.
     """

@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 
 from composer import callbacks as composer_callbacks
 from composer import loggers as composer_loggers
-from composer.core import Callback, State
+from composer.core import Callback, Event, State
 from composer.loggers import Logger, LoggerDestination
 
 from mohd_train import compat
@@ -45,14 +45,6 @@ class WandBLogger(composer_loggers.WandBLogger):
             )
             self._init_kwargs["mode"] = "offline"
             super().init(state, logger)
-
-    def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
-        """A logger that fails must not end a run of weeks: it is switched off, once and aloud. ``metrics.jsonl`` has everything."""
-        try:
-            super().log_metrics(metrics, step)
-        except Exception as error:  # whatever W&B's service raises when it is gone
-            self._enabled = False
-            log.error("W&B takes no more metrics (%s: %s): switched off for this session", type(error).__name__, error)
 
 
 LOGGERS: dict[str, type[LoggerDestination]] = {
@@ -125,7 +117,8 @@ def build_callbacks(wanted: Mapping[str, Any]) -> list[Callback]:
 
 
 def wandb_is_offline() -> bool:
-    """Whether W&B records to disk alone: WANDB_MODE says so, or there is no key (WANDB_API_KEY, or netrc by ``wandb login``)."""
+    """Whether W&B records to disk alone: WANDB_MODE says so, or there is no key (WANDB_API_KEY, or netrc by ``wandb
+    login``)."""
     mode = os.environ.get("WANDB_MODE")
     if mode:
         return mode == "offline"
@@ -134,6 +127,48 @@ def wandb_is_offline() -> bool:
         return not os.environ.get("WANDB_API_KEY") and netrc.netrc(os.environ.get("NETRC")).authenticators(host) is None
     except (FileNotFoundError, netrc.NetrcParseError):
         return True
+
+
+def tolerated(name: str, destination: LoggerDestination) -> LoggerDestination:
+    """``destination``, switched off for the session, with an error message, once it fails after its start: a logger
+    must not end a run of weeks. ``metrics.jsonl`` has everything."""
+    theirs: Any = destination
+    run_event = theirs.run_event
+    guarded = {
+        method: getattr(theirs, method) for method in ("log_metrics", "log_hyperparameters", "log_images", "log_traces")
+    }
+    is_off = False
+
+    def switch_off(error: Exception) -> None:
+        nonlocal is_off
+        is_off = True
+        log.error("%s failed (%s: %s): switched off for this session", name, type(error).__name__, first_line(error))
+
+    def on_event(event: Event, state: State, logger: Logger) -> None:
+        if is_off:
+            return
+        try:
+            run_event(event, state, logger)
+        except Exception as error:  # whatever its library raises
+            if event == Event.INIT:  # a wrong setting is the user's to mend, before any training
+                raise
+            switch_off(error)
+
+    def guard(method: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> None:
+            if is_off:
+                return
+            try:
+                method(*args, **kwargs)
+            except Exception as error:
+                switch_off(error)
+
+        return call
+
+    theirs.run_event = on_event
+    for method, original in guarded.items():
+        setattr(theirs, method, guard(original))
+    return destination
 
 
 def build_loggers(wanted: Mapping[str, Any], run_folder: Path, run_id: str) -> list[LoggerDestination]:
@@ -157,5 +192,5 @@ def build_loggers(wanted: Mapping[str, Any], run_folder: Path, run_id: str) -> l
             kwargs.setdefault("log_dir", str(run_folder / "tensorboard"))
         elif name == "file_logger":
             kwargs.setdefault("filename", str(run_folder / "logs" / "composer-rank{rank}.txt"))
-        destinations.append(_build("loggers", name, LOGGERS[name], kwargs))
+        destinations.append(tolerated(name, _build("loggers", name, LOGGERS[name], kwargs)))
     return destinations

@@ -34,8 +34,8 @@ from mohd_train.errors import UserError
 from mohd_train.model.count import Counts, count
 from mohd_train.model.init import initializer
 from mohd_train.model.llama import Transformer
-from mohd_train.run_folder.paths import CHECKPOINT_FILE, LATEST, METRICS, local_save_folder
-from mohd_train.run_folder.record import RunRecord, check_folder, check_writable
+from mohd_train.run_folder.paths import CHECKPOINT_FILE, LATEST, METRICS, RECORD, local_save_folder
+from mohd_train.run_folder.record import RunRecord, check_folder, check_save_folder, check_writable
 from mohd_train.run_folder.secrets import shown
 from mohd_train.storage import Storage, is_remote, refuse_remote
 from mohd_train.train import parallel, registry
@@ -59,9 +59,10 @@ from mohd_train.train.faults import Notices, explain, settle_workers
 from mohd_train.train.folder import RunLock, check_shared, open_folder
 from mohd_train.train.logs import log_to_folder
 from mohd_train.train.optimizer import build_optimizer, build_scheduler
-from mohd_train.train.preemption import Preempted, Preemption, StopSignal, stop_signal
+from mohd_train.train.stopping import Preempted, Preemption, StopRequest, stop_request
 from mohd_train.train.summary import say, summary
 from mohd_train.utils.distributed import from_first_of_node, from_rank_zero, on_rank_zero
+from mohd_train.utils.terminal import unbreakable_output
 
 log = logging.getLogger(__name__)
 
@@ -69,30 +70,32 @@ log = logging.getLogger(__name__)
 def train(config: Config) -> None:
     """Trains ``config`` to its end, or resumes it if autoresume finds a checkpoint.
 
-    ``run.json`` says how it ended: ``finished``, ``preempted`` (SIGTERM: saved, and returns), ``interrupted`` (Ctrl-C) or
-    ``failed``; a killed run stays ``running``.
+    ``run.json`` says how it ended: ``finished``, ``stopped`` (by a callback, before its end), ``preempted`` (SIGTERM,
+    SIGHUP, SIGUSR1: saved, and returns), ``interrupted`` (Ctrl-C: saved) or ``failed``; a killed run stays ``running``.
 
     Raises:
-        UserError: bad input; nothing has been written then, except for what only the first load can find. Or a fault while
+        UserError: bad input; nothing has been written then, except for what only the first load can find. Or a fault
+            while
             training that the user can do something about.
     """
     watchdog = FirstBatchWatchdog(Path(config.run_folder), config.start_timeout)
     watchdog.start()
-    lock = RunLock(Path(config.run_folder))
+    lock = RunLock(Path(config.run_folder), local_save_folder(config))
     try:
-        with stop_signal() as stop:
+        with unbreakable_output(), stop_request() as stop:
             try:
                 _train(check(config, lock), lock, stop, watchdog)
-            except Preempted:
-                say(f"stopped by SIGTERM: {config.run_folder} resumes with autoresume=true")
+            except Preempted as preempted:
+                say(f"stopped by {preempted}: {config.run_folder} resumes with autoresume=true")
     finally:
         watchdog.cancel()
         lock.release()
 
 
 def dry_run(config: Config) -> None:
-    """Every check, and the parts that can be built without writing: data, model, optimizer. Raises UserError as a run would."""
-    lock = RunLock(Path(config.run_folder))
+    """Every check, and the parts that can be built without writing: data, model, optimizer. Raises UserError as a run
+    would."""
+    lock = RunLock(Path(config.run_folder), local_save_folder(config))
     try:
         run = check(config, lock)
     finally:
@@ -164,10 +167,11 @@ def check(config: Config, lock: RunLock) -> Run:
         lock.take_if_there()
         previous = _previous_record(config, manifest, downloaded)
         start = resume.choose(config, downloaded, has_trained=previous is not None)
+        _check_nothing_lost(config, previous, start)
         if start.checkpoint is not None:
             tokenizer = Path(config.data.local) / TOKENIZER_FOLDER
             shapes, sha256 = parameter_shapes(plan), manifest.tokenizer.sha256
-            resume.check_checkpoint(str(start.checkpoint), plan, shapes, sha256, tokenizer)
+            resume.check_checkpoint(start, config, plan, shapes, sha256, tokenizer)
             parallel.check_layout(config, start.checkpoint)
         return previous, start
 
@@ -179,7 +183,9 @@ def check(config: Config, lock: RunLock) -> Run:
 
 
 def _previous_record(config: Config, manifest: Manifest, downloaded: ResumePoint) -> RunRecord | None:
-    """The record to go on with, the run folder's or that on storage. Raises UserError if the folder is another run's."""
+    """The record to go on with, the run folder's or that on storage. Raises UserError if the folder is another
+    run's."""
+    check_save_folder(config)
     previous = check_folder(config, manifest.sha256())
     if downloaded.stored_record is not None:
         stored = check_folder(config, manifest.sha256(), downloaded.stored_record)
@@ -188,13 +194,24 @@ def _previous_record(config: Config, manifest: Manifest, downloaded: ResumePoint
     return previous
 
 
+def _check_nothing_lost(config: Config, previous: RunRecord | None, start: ResumePoint) -> None:
+    """Refuses to start over a run whose record tells of checkpoints that are not there."""
+    saved = 0 if previous is None or previous.data["status"] == "finished" else previous.data.get("batch", 0)
+    if saved and not start.is_resuming:
+        raise UserError(
+            f"{config.run_folder}/{RECORD} says that batch {saved} was saved, but there is no checkpoint in {config.save_folder} "
+            "(a disk that is not mounted, or another save_folder?); bring it back, or set save_overwrite=true and "
+            "autoresume=false to start over"
+        )
+
+
 def parameter_shapes(plan: ModelPlan) -> dict[str, torch.Size]:
     """Every parameter's shape, from a model on the meta device."""
     with torch.device("meta"):
         return {name: parameter.shape for name, parameter in Transformer(plan).state_dict().items()}
 
 
-def _train(run: Run, lock: RunLock, stop: StopSignal, watchdog: FirstBatchWatchdog) -> None:
+def _train(run: Run, lock: RunLock, stop: StopRequest, watchdog: FirstBatchWatchdog) -> None:
     config = run.config
     if run.is_finished:
         say(f"{run.folder}: this run is already finished; nothing to do (set another run_name for a new one)")
@@ -250,7 +267,7 @@ class Built:
     worker_watch: WorkerWatch
 
 
-def build_trainer(run: Run, data: TrainData, record: RunRecord | None, stop: StopSignal) -> Built:
+def build_trainer(run: Run, data: TrainData, record: RunRecord | None, stop: StopRequest) -> Built:
     """Composer's Trainer, with the checkpoint loaded if there is one to resume from.
 
     Args:
@@ -260,7 +277,7 @@ def build_trainer(run: Run, data: TrainData, record: RunRecord | None, stop: Sto
     log_to_folder(run.folder, config.python_log_level)
     compat.deterministic_without_filling_memory()
     model = build_model(run)
-    metrics = MetricsFile(run.folder / METRICS)
+    metrics = MetricsFile(run.folder / METRICS, stop.because_of)
     saver = build_saver(run)
     recorder = RunRecorder(record, saver, metrics)
     preemption = Preemption(stop, saver, recorder)
@@ -281,7 +298,8 @@ def build_trainer(run: Run, data: TrainData, record: RunRecord | None, stop: Sto
         optimizers=build_optimizer(model, config.optimizer),
         schedulers=build_scheduler(config.scheduler, config.max_duration),
         algorithms=[GradientClipping("norm", clipping)] if clipping is not None else None,
-        # The order counts: a checkpoint is saved, then recorded, then uploaded, and only then may the run be asked to stop.
+        # The order counts: a checkpoint is saved, then recorded, then uploaded, and only then may the run be asked to
+        # stop.
         callbacks=[
             *build_callbacks(run, data, notice, saver),
             saver,
@@ -376,17 +394,23 @@ def _fit(run: Run, data: TrainData, built: Built) -> None:
     if run.start.source:
         say(f"resuming from {run.start.source}, batch {resumed}")
     is_done = resumed >= data.steps
+    if is_done and not run.start.is_resuming:
+        raise UserError(
+            f"load_path {run.start.source} is at batch {resumed} already, and the run has {data.steps}: nothing would be "
+            "trained; raise max_duration, or set load_weights_only=true to start at batch 0"
+        )
     if data.evaluators and (built.preemption.validation_due or is_done or (config.eval_first and resumed == 0)):
         trainer.eval()
     built.preemption.validation_due = False
     if not is_done:
         trainer.fit()
     trainer.close()
-    built.recorder.finish(trainer.state)
+    built.recorder.finish(trainer.state, steps=data.steps)
 
 
 def _end_early(run: Run, built: Built | None, record: RunRecord | None, error: BaseException) -> UserError | None:
-    """Leaves an unfinished run in order; the line that says what ``error`` means, if a user can do something about it."""
+    """Leaves an unfinished run in order; the line that says what ``error`` means, if a user can do something about
+    it."""
     settle_workers(error)
     microbatch: int | float | str = "auto"
     if built is not None:

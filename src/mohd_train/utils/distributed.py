@@ -32,7 +32,8 @@ def on_rank_zero(work: Callable[[], T]) -> T | None:
 
 
 def from_rank_zero(work: Callable[[], T]) -> T:
-    """The result of ``work``, which runs on rank 0 alone, in every process; a UserError it raises is raised everywhere."""
+    """The result of ``work``, which runs on rank 0 alone, in every process; a UserError it raises is raised
+    everywhere."""
     box: list[T | None] = [on_rank_zero(work)]
     dist.broadcast_object_list(box)
     return box[0]  # type: ignore[return-value]

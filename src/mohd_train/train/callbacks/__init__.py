@@ -1,5 +1,5 @@
-"""Callbacks that Composer does not have: file log, progress, realized mix, routing statistics, validation total, record;
-and what watches for faults: the loss, the routers, the first batch."""
+"""Callbacks that Composer does not have: file log, progress, realized mix, routing statistics, validation total,
+record; and what watches for faults: the loss, the routers, the first batch."""
 
 from mohd_train.train.callbacks.domain_mix import DomainMix
 from mohd_train.train.callbacks.loss_guard import LossGuard

@@ -11,7 +11,8 @@ from composer.utils import dist
 
 
 class DomainMix(Callback):
-    """Logs ``mix/{domain}`` (share of the samples so far) and ``tokens/{domain}`` after every batch, over all ranks and sessions.
+    """Logs ``mix/{domain}`` (share of the samples so far) and ``tokens/{domain}`` after every batch, over all ranks and
+    sessions.
 
     Args:
         domains: names in the order that a batch's ``domain`` indexes.

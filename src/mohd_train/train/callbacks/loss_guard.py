@@ -24,8 +24,9 @@ SKIPS = 10  # batches in a row that may be left out
 class LossGuard(Callback):
     """Looks at every microbatch's loss and at the gradients, on all ranks, before the optimizer's step.
 
-    ``stop``: ends the run with the weights as they were. ``skip``: leaves the batch's update out, at most :data:`SKIPS` times in a
-    row, and logs ``faults/skipped_batches``. A fp16 gradient scaler deals with infinite gradients itself: there losses alone count.
+    ``stop``: ends the run with the weights as they were. ``skip``: leaves the batch's update out, at most :data:`SKIPS`
+    times in a row, and logs ``faults/skipped_batches``. A fp16 gradient scaler deals with infinite gradients itself:
+    there losses alone count.
 
     Args:
         action: ``stop`` | ``skip``.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from composer.core import State
 from composer.loggers import Logger, LoggerDestination
 from composer.utils import dist
 
+from mohd_train.errors import UserError
 from mohd_train.run_folder.metrics import MetricsWriter
 
 # Composer logs these before the step, so they'd be one behind the line's own batch and tokens.
@@ -31,9 +33,15 @@ class MetricsFile(LoggerDestination):
     ``batch`` and ``tokens`` count what has been trained on, so the losses of the first batch are in line ``batch: 1``.
     A line is on disk before the checkpoint of its batch is written; on resuming, lines after the checkpoint's batch are
     cut, so that no step is ever recorded twice. Written by rank 0.
+
+    Args:
+        path: ``metrics.jsonl``.
+        failed: called, instead of raising, if a line can't be written: the run is to save first. The line is tried
+            again together with the next.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, failed: Callable[[UserError], None] | None = None) -> None:
+        self.failed = failed
         self.enabled = dist.get_global_rank() == 0
         self._writer = MetricsWriter(Path(path))
         self._pending: dict[str, Any] = {}
@@ -78,5 +86,16 @@ class MetricsFile(LoggerDestination):
     def _write(self, state: State) -> None:
         if self.enabled and self._pending:
             progress = {"batch": state.timestamp.batch.value, "tokens": state.timestamp.token.value}
-            record, self._pending = progress | self._pending, {}
-            self._writer.write(record)
+            try:
+                self._writer.write(progress | self._pending)
+            except OSError as error:
+                if self.failed is None or isinstance(error, FileNotFoundError):  # the run folder was removed
+                    raise
+                self.failed(
+                    UserError(
+                        f"{self.path} can't be written ({error.strerror}); this batch is saved, if there is room for that: "
+                        "make room, then resume with autoresume=true"
+                    )
+                )
+                return
+            self._pending = {}

@@ -1,4 +1,5 @@
-"""Progress on the terminal: Composer's bar shows neither tokens per second nor MFU, and prints every hyperparameter first."""
+"""Progress on the terminal: Composer's bar shows neither tokens per second nor MFU, and prints every hyperparameter
+first."""
 
 from __future__ import annotations
 
@@ -23,7 +24,8 @@ LINES = 20  # plain lines in a run, where no interval is given
 
 
 class Progress(Callback):
-    """A bar on a terminal, plain lines elsewhere: batch, loss, tokens/s, MFU where the device's peak is known, time left.
+    """A bar on a terminal, plain lines elsewhere: batch, loss, tokens/s, MFU where the device's peak is known, time
+    left.
 
     Args:
         steps: batches of the whole run.

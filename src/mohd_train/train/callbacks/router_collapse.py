@@ -15,8 +15,8 @@ from mohd_train.train.callbacks.routing_statistics import RoutingStatistics
 class RouterCollapse(Callback):
     """One specialized sub-dimension active for at least ``share`` of the tokens, at every look for ``batches`` batches.
 
-    It looks whenever the routing statistics do, and must stand after them. Where every specialized one is active for all tokens by
-    construction there is nothing to collapse.
+    It looks whenever the routing statistics do, and must stand after them. Where every specialized one is active for
+    all tokens by construction there is nothing to collapse.
 
     Args:
         statistics: of this run.

@@ -29,18 +29,21 @@ class _Sum:
 
 
 def selection_entropy(active_N: Tensor, plan: SubDimPlan) -> float:
-    """Entropy of how often each specialized sub-dimension is chosen, over that of a uniform choice: 1 balanced, 0 collapsed."""
+    """Entropy of how often each specialized sub-dimension is chosen, over that of a uniform choice: 1 balanced, 0
+    collapsed."""
     counts = active_N[plan.shared :].double()
     share = counts / counts.sum().clamp(min=1)
     return float(torch.special.entr(share).sum() / math.log(len(counts))) if len(counts) > 1 else 1.0
 
 
 class RoutingStatistics(Callback):
-    """Every ``interval`` batches, over all microbatches and ranks of that batch, logs under ``routing/layer{l}/{attention|ffn}/``:
+    """Every ``interval`` batches, over all microbatches and ranks of that batch, logs under
+    ``routing/layer{l}/{attention|ffn}/``:
 
     ``share/{i}`` share of tokens for which sub-dimension i is active (1 for shared ones), ``score/{i}`` its mean score,
     ``entropy`` of the choice among the specialized ones (:func:`selection_entropy`; only where there is a choice),
-    ``balance_loss`` (weighted by beta; the mean over microbatches). Nothing is collected in between, nor for a dense model.
+    ``balance_loss`` (weighted by beta; the mean over microbatches). Nothing is collected in between, nor for a dense
+    model.
     """
 
     def __init__(self, plan: ModelPlan, interval: int) -> None:
@@ -50,8 +53,8 @@ class RoutingStatistics(Callback):
         self._shares: tuple[int, dict[str, float]] = (-1, {})  # batch, and shares of specialized sub-dimensions
 
     def specialized_shares(self, batch: int) -> dict[str, float]:
-        """``routing/layer{l}/{component}/share/{i}`` of every specialized sub-dimension that a router may leave out; empty where
-        this batch was not looked at."""
+        """``routing/layer{l}/{component}/share/{i}`` of every specialized sub-dimension that a router may leave out;
+        empty where this batch was not looked at."""
         return self._shares[1] if self._shares[0] == batch else {}
 
     def _due(self, batch: int) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 from composer.core import Callback, State
 from composer.loggers import Logger
 
@@ -9,6 +11,8 @@ from mohd_train.checkpoint.save import CheckpointSaver
 from mohd_train.run_folder.record import RunRecord
 from mohd_train.train.callbacks.metrics_file import MetricsFile
 from mohd_train.utils.environment import now
+
+log = logging.getLogger(__name__)
 
 
 class RunRecorder(Callback):
@@ -33,10 +37,14 @@ class RunRecorder(Callback):
     def batch_checkpoint(self, state: State, logger: Logger) -> None:
         """After a checkpoint of this batch."""
         if self.record is not None and self.saver.last_checkpoint_batch == state.timestamp.batch:
-            self.record.update(**self._progress(state))
+            try:
+                self.record.update(**self._progress(state))
+            except OSError as error:  # the checkpoint is saved, and the next one tells the record again
+                log.error("%s can't be written: %s", self.record.path, error.strerror)
 
-    def finish(self, state: State) -> None:
-        """After the last validation."""
+    def finish(self, state: State, *, steps: int) -> None:
+        """After the last validation: ``finished``, or ``stopped`` if a callback ended the run before its ``steps``."""
         if self.record is not None:
             final = {name: value for name, value in self.metrics.latest.items() if not name.startswith("routing/")}
-            self.record.update(status="finished", ended=now(), metrics=final, **self._progress(state))
+            status = "finished" if state.timestamp.batch.value >= steps else "stopped"
+            self.record.update(status=status, ended=now(), metrics=final, **self._progress(state))

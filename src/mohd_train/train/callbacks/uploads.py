@@ -31,15 +31,16 @@ class TakenOver(UserError):
 
 
 class Uploads(Callback):
-    """Uploads each checkpoint, then ``metrics.jsonl`` and ``run.json``, then the link that makes it the newest, in this order.
+    """Uploads each checkpoint, then ``metrics.jsonl`` and ``run.json``, then the link that makes it the newest, in this
+    order.
 
-    Training goes on meanwhile, and also where the storage fails for longer than the attempts of :mod:`mohd_train.storage`: the
-    checkpoint is on the local disk, a warning says so, and the next checkpoint tries anew. The run only ends well if its last
-    checkpoint has arrived. It must stand after the saver and the recorder in ``state.callbacks``. Rank 0 alone; of a sharded
-    checkpoint it uploads what every rank has written to the run folder.
+    Training goes on meanwhile, and also where the storage fails for longer than the attempts of
+    :mod:`mohd_train.storage`: the checkpoint is on the local disk, a warning says so, and the next checkpoint tries
+    anew. The run only ends well if its last checkpoint has arrived. It must stand after the saver and the recorder in
+    ``state.callbacks``. Rank 0 alone; of a sharded checkpoint it uploads what every rank has written to the run folder.
 
-    Where another machine has gone on with the run meanwhile, as after a preemption that this one survived, nothing more is
-    uploaded, and this session stops.
+    Where another machine has gone on with the run meanwhile, as after a preemption that this one survived, nothing more
+    is uploaded, and this session stops.
 
     Args:
         storage: the remote ``save_folder``.
@@ -98,7 +99,8 @@ class Uploads(Callback):
             )
 
     def _submit_newest(self) -> None:
-        """Queues the newest checkpoint of this session. A hard link to it (or a copy) outlives its removal by keep-last-K."""
+        """Queues the newest checkpoint of this session. A hard link to it (or a copy) outlives its removal by
+        keep-last-K."""
         saved = self.saver.saved_checkpoints
         if not saved or saved[-1] == self._queued or not Path(saved[-1]).exists():
             return
@@ -131,7 +133,8 @@ class Uploads(Callback):
                 remove(metrics)
 
     def _check_ours(self) -> None:
-        """Raises TakenOver where the storage's record is another session's. Of two, one goes on: who stops uploads no more."""
+        """Raises TakenOver where the storage's record is another session's. Of two, one goes on: who stops uploads no
+        more."""
         text = self.storage.text(RECORD)
         theirs = self._session if text is None else session_of(text)
         if theirs != self._session:

@@ -14,8 +14,8 @@ NAME = "LanguageCrossEntropy"
 
 
 class ValidationTotal(Callback):
-    """After each round of evaluators logs ``metrics/eval/LanguageCrossEntropy`` and ``.../LanguagePerplexity``: every token of
-    every domain counts the same, so the total is not the mean of the domains."""
+    """After each round of evaluators logs ``metrics/eval/LanguageCrossEntropy`` and ``.../LanguagePerplexity``: every
+    token of every domain counts the same, so the total is not the mean of the domains."""
 
     def __init__(self) -> None:
         self.latest: dict[str, float] = {}

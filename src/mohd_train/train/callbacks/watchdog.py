@@ -17,10 +17,11 @@ LINES = 12  # of the main thread's stack on the terminal; the file has all
 
 
 class FirstBatchWatchdog(Callback):
-    """Writes this rank's stacks to ``logs/rank{r}.stacks.txt`` and ends it with 1 when no batch is done within ``seconds``.
+    """Writes this rank's stacks to ``logs/rank{r}.stacks.txt`` and ends it with 1 when no batch is done within
+    ``seconds``.
 
-    The stacks come from a thread of C, so they come even where Python itself is stuck; until they are there, nothing is written to
-    the run folder, which may turn out to be another run's.
+    The stacks come from a thread of C, so they come even where Python itself is stuck; until they are there, nothing is
+    written to the run folder, which may turn out to be another run's.
 
     Args:
         folder: the run folder.

@@ -19,8 +19,9 @@ COME = (Event.AFTER_DATALOADER, Event.EPOCH_END, Event.EVAL_BATCH_START, Event.E
 class WorkerWatch(Callback):
     """Kills the data workers when a batch does not come within ``seconds`` and :data:`SLACK`.
 
-    A worker hands a batch over by a socket and answers there when the batch is taken. Taking it from a worker that has stopped
-    (SIGSTOP, a frozen cgroup) therefore waits for ever: the loader's timeout is over. Once they are killed, the loader raises.
+    A worker hands a batch over by a socket and answers there when the batch is taken. Taking it from a worker that has
+    stopped (SIGSTOP, a frozen cgroup) therefore waits for ever: the loader's timeout is over. Once they are killed, the
+    loader raises.
 
     Args:
         seconds: ``data.worker_timeout``; 0 turns it off.
