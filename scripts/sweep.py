@@ -33,6 +33,9 @@ def _seed(text: str) -> int | str:
     return text if "=" in text else int(text)
 
 
+_SCALES = "; ".join(f"{scale.name}: {scale.purpose}" for scale in SCALES.values())
+
+
 def _parse() -> tuple[str, Request]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", choices=COMMANDS, help="run: one run of a launched sweep (what cluster jobs call)")
@@ -42,14 +45,16 @@ def _parse() -> tuple[str, Request]:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="config of every run")
     parser.add_argument("--only", nargs="+", default=[], help="runs, settings or models; patterns such as '*x2*'")
     parser.add_argument("--seeds", nargs="+", type=_seed, help="in place of the file's")
-    parser.add_argument("--scale", choices=SCALES, help="default: paper; tiny: an eighth as wide, on two cores")
-    parser.add_argument("--out", type=path_or_uri, help="default: runs/sweep/NAME[-tiny]")
+    parser.add_argument("--scale", choices=SCALES, help=f"default: paper. {_SCALES}")
+    parser.add_argument("--out", type=path_or_uri, help="default: runs/sweep/NAME[-SCALE]")
     parser.add_argument("--data", help="prepared data, for all runs")
     parser.add_argument("--raw", help="or raw rows, prepared once into OUT/data,")
     parser.add_argument("--tokenizer", help="with this tokenizer")
     parser.add_argument("--launcher", choices=LAUNCHERS, default="local", help="default: %(default)s")
     parser.add_argument("--parallel", type=_positive, help="runs at once; default: 1 locally, as many as fit on SLURM")
-    parser.add_argument("--processes", type=_positive, help="GPUs (or CPU processes) a run; default: 8, tiny 1")
+    parser.add_argument(
+        "--processes", type=_positive, help="GPUs (or CPU processes) a run; default: 8, 1 below the paper's scale"
+    )
     parser.add_argument("--submit-args", default="", help="more words for sbatch or kubectl apply, in quotes")
     parser.add_argument("--template", type=Path, help="of the jobs; default: in scripts/launch")
     parser.add_argument("--image", help="k8s: container image")

@@ -12,7 +12,7 @@ from mohd_train.errors import UserError
 from mohd_train.model.count import count
 from mohd_train.sweep.expand import Choice, expand, total_batches
 from mohd_train.sweep.file import CONFIGS, all_sweeps, read_sweep
-from mohd_train.sweep.scale import tiny_model
+from mohd_train.sweep.scale import SCALES, paper_name, scaled_model
 
 
 def runs_of(name: str, scale: str = "paper", **choice: object) -> list:
@@ -92,7 +92,7 @@ def test_tiny_keeps_every_ratio(name: str) -> None:
 
 def test_tiny_refuses_what_does_not_divide() -> None:
     with pytest.raises(UserError, match=r"hidden_size of odd is 100, no multiple of 8"):
-        tiny_model(ModelConfig("odd", 100, 64, 2, 8, 8, 32))
+        scaled_model(ModelConfig("odd", 100, 64, 2, 8, 8, 32), SCALES["tiny"])
 
 
 def test_a_run_is_the_command_line_that_it_shows() -> None:
