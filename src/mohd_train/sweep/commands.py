@@ -114,8 +114,8 @@ def list_sweeps(request: Request) -> None:
         for head in ("file", "runs", "recipe", "what"):
             table.add_column(head)
         for sweep in all_sweeps():
-            runs = sum(len(block.seeds) * len(block.models) * len(block.settings) for block in sweep.blocks)
-            table.add_row(f"configs/sweep/{sweep.path.name}", str(runs), sweep.recipe.stem, sweep.title)
+            size = sum(len(block.seeds) * len(block.models) * len(block.settings) for block in sweep.blocks)
+            table.add_row(f"configs/sweep/{sweep.path.name}", str(size), sweep.recipe.stem, sweep.title)
         _console().print(table)
         return
     from mohd_train.model.count import count  # needs torch
