@@ -17,7 +17,7 @@ from pathlib import Path
 from mohd_train.errors import run_cli
 from mohd_train.storage import path_or_uri, refuse_remote
 from mohd_train.sweep.commands import COMMANDS, LAUNCHERS, Request
-from mohd_train.sweep.scale import SCALES
+from mohd_train.sweep.scale import PURPOSES, SCALES
 
 
 def _positive(text: str) -> int:
@@ -33,9 +33,6 @@ def _seed(text: str) -> int | str:
     return text if "=" in text else int(text)
 
 
-_SCALES = "; ".join(f"{scale.name}: {scale.purpose}" for scale in SCALES.values())
-
-
 def _parse() -> tuple[str, Request]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", choices=COMMANDS, help="run: one run of a launched sweep (what cluster jobs call)")
@@ -45,7 +42,7 @@ def _parse() -> tuple[str, Request]:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="config of every run")
     parser.add_argument("--only", nargs="+", default=[], help="runs, settings or models; patterns such as '*x2*'")
     parser.add_argument("--seeds", nargs="+", type=_seed, help="in place of the file's")
-    parser.add_argument("--scale", choices=SCALES, help=f"default: paper. {_SCALES}")
+    parser.add_argument("--scale", choices=SCALES, help=f"default: paper; {PURPOSES}")
     parser.add_argument("--out", type=path_or_uri, help="default: runs/sweep/NAME[-SCALE]")
     parser.add_argument("--data", help="prepared data, for all runs")
     parser.add_argument("--raw", help="or raw rows, prepared once into OUT/data,")

@@ -21,7 +21,18 @@ def runs_of(name: str, scale: str = "paper", **choice: object) -> list:
 
 def test_the_issue_s_sweeps_are_there() -> None:
     names = {sweep.name for sweep in all_sweeps()}
-    assert names == {"table2", "table4", "table5", "fig12a", "fig12b", "readings", "routing", "balance_weight"}
+    assert names == {
+        "table2",
+        "table4",
+        "table5",
+        "fig12a",
+        "fig12b",
+        "readings",
+        "routing",
+        "balance_weight",
+        "study",
+        "study_lr",
+    }
     assert all(sweep.path.stem == sweep.name for sweep in all_sweeps())
 
 
@@ -77,17 +88,32 @@ def test_routing_alternatives() -> None:
     assert plans["x2-specialized-only"].ffn.shared == 0
 
 
+@pytest.mark.parametrize("scale", ["tiny", "small", "medium"])
 @pytest.mark.parametrize("name", ["table2", "fig12b"])
-def test_tiny_keeps_every_ratio(name: str) -> None:
-    for paper, tiny in zip(runs_of(name), runs_of(name, "tiny"), strict=True):
-        a, b = paper.plan, tiny.plan
+def test_every_scale_keeps_every_ratio(name: str, scale: str) -> None:
+    for paper, small in zip(runs_of(name), runs_of(name, scale), strict=True):
+        a, b = paper.plan, small.plan
         for width in ("hidden_size", "base_hidden_size", "intermediate_size", "query_width", "key_value_width"):
-            assert getattr(a, width) == 8 * getattr(b, width), width
+            assert getattr(a, width) == SCALES[scale].narrower * getattr(b, width), width
+        assert b.num_hidden_layers == a.num_hidden_layers // SCALES[scale].shallower
+        assert b.vocab_size == SCALES[scale].vocab_size
         for one, other in ((a.attention, b.attention), (a.ffn, b.ffn)):
             assert (one is None) == (other is None)
             if one and other:
                 assert (one.sub_dims, one.top_k, one.shared) == (other.sub_dims, other.top_k, other.shared)
-        assert tiny.name == f"tiny-{paper.name}"
+        assert b.name == f"{scale}-{a.name}"
+        assert small.name == f"{scale}-{paper.name}"
+        assert paper_name(small.model) == paper.model
+
+
+@pytest.mark.parametrize(("scale", "activated"), [("small", 753_664), ("medium", 6_029_312)])
+def test_scales_for_evidence_see_13_tokens_for_every_activated_parameter(scale: str, activated: int) -> None:
+    for run in runs_of("table4", scale):
+        batches, counts = total_batches(run.config), count(run.plan)
+        assert counts.activated == activated
+        assert batches is not None
+        assert batches * run.config.global_train_batch_size * run.config.max_seq_len >= 13 * counts.activated
+        assert all(part.width >= 8 for part in run.plan.components)
 
 
 def test_tiny_refuses_what_does_not_divide() -> None:
@@ -115,6 +141,54 @@ def test_seeds_only_and_overrides(sweep_file: Path) -> None:
         UserError, match=r"small.yaml: 355m, dense: override 'optimizer.lrr=1': unknown key 'optimizer.lrr'"
     ):
         expand(sweep, Choice(overrides=("optimizer.lrr=1",)), Path("out"))
+
+
+def test_blocks_may_have_seeds_keys_and_a_suffix(sweep_file: Path) -> None:
+    sweep_file.write_text(
+        sweep_file.read_text()
+        + """
+  - models: [355m]
+    seeds: [4, 5]
+    suffix: slow
+    label: half the rate
+    set: {optimizer.lr: 1.0e-3, mohd.fusion: monarch}
+    settings: [x2, {name: x2-no-fusion, base: x2, set: {mohd.fusion: none}}]
+comparisons:
+  - {title: fusion, baseline: x2, paper: 10.25, rows: {x2-no-fusion: 10.47}, variants: [null, slow]}
+  - {title: rates, rows: [x2]}
+"""
+    )
+    sweep = read_sweep(sweep_file)
+    runs = {run.name: run for run in expand(sweep, Choice("small"), Path("out"))}
+    assert list(runs)[3:] == [f"small-355m-{name}-slow-s{seed}" for seed in (4, 5) for name in ("x2", "x2-no-fusion")]
+    slow = runs["small-355m-x2-slow-s4"]
+    assert (slow.label, slow.seed, slow.config.optimizer.lr) == ("x2, half the rate", 4, 1e-3)
+    assert (slow.plan.fusion, slow.plan.name) == ("monarch", "small-355m-x2-slow")
+    assert runs["small-355m-x2-no-fusion-slow-s5"].plan.fusion == "none"  # the setting's own word counts
+    assert runs["small-355m-x2-s1"].config.optimizer.lr == 2e-3
+    assert sweep.seeds == (1, 4, 5)
+    assert {run.seed for run in expand(sweep, Choice("small", (9,)), Path("out"))} == {9}
+    fusion, rates = sweep.comparisons
+    assert (fusion.baseline, fusion.paper, fusion.rows) == ("x2", 10.25, {"x2-no-fusion": 10.47})
+    assert (fusion.variants, rates.variants, rates.baseline) == (("", "slow"), ("",), None)
+
+
+@pytest.mark.parametrize(
+    ("comparison", "message"),
+    [
+        ("{title: a, baseline: x3, rows: [x2]}", r"comparisons\[0\] compares 'x3', which no entry of runs has"),
+        ("{title: a, rows: [x2-nofusion]}", r"compares 'x2-nofusion'.*did you mean 'x2-no-fusion'"),
+        ("{title: a, rows: [x2], variants: [slow]}", r"compares 'x2-slow'"),
+        ("{title: a, rows: {x2: ten}}", r"comparisons\[0\].rows.x2 is 'ten'; it must be a perplexity"),
+        ("{title: a, rows: {x2: 0.5}}", r"is 0.5; it must be a perplexity"),
+        ("{title: a, row: [x2]}", r"unknown key 'comparisons\[0\].row' \(did you mean 'rows'"),
+        ("{rows: [x2]}", r"comparisons\[0\].title is missing"),
+    ],
+)
+def test_bad_comparisons_are_named(sweep_file: Path, comparison: str, message: str) -> None:
+    sweep_file.write_text(f"{sweep_file.read_text()}comparisons: [{comparison}]\n")
+    with pytest.raises(UserError, match=message):
+        read_sweep(sweep_file)
 
 
 def test_own_files_stand_beside_the_sweep(tmp_path: Path, sweep_file: Path) -> None:

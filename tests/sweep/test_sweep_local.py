@@ -94,6 +94,11 @@ def test_gpus_are_dealt_out(monkeypatch: pytest.MonkeyPatch) -> None:
     assert local.slots(2, 2, on_cpu=False) == [{"CUDA_VISIBLE_DEVICES": "0,1"}, {"CUDA_VISIBLE_DEVICES": "2,5"}]
     with pytest.raises(UserError, match=r"3 run\(s\) at once on 2 GPU\(s\) each need 6, and there are 4"):
         local.slots(2, 3, on_cpu=False)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    shared = local.slots(1, 6, on_cpu=False, share_gpus=True)  # small models: more runs than GPUs
+    assert [slot["CUDA_VISIBLE_DEVICES"] for slot in shared] == ["0", "1", "2", "5", "0", "1"]
+    with pytest.raises(UserError, match="lower --processes or --parallel"):
+        local.slots(2, 3, on_cpu=False, share_gpus=True)  # a GPU takes one process of a run
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert len(local.slots(1, 2, on_cpu=False)) == 2
 

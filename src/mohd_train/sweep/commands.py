@@ -243,9 +243,14 @@ def _hand_over(
         given = [f"--{word.replace('_', '-')}" for word in cluster_words if getattr(request, word)]
         if given:
             raise UserError(f"{given[0]} is for --launcher slurm or k8s")
-        return LocalLauncher(folder, processes=processes, parallel=request.parallel or 1, on_cpu=on_cpu).run(
-            names, shown
+        launcher = LocalLauncher(
+            folder,
+            processes=processes,
+            parallel=request.parallel or 1,
+            on_cpu=on_cpu,
+            share_gpus=SCALES[folder.record["scale"]].fits_data,
         )
+        return launcher.run(names, shown)
     options = cluster.ClusterOptions(
         processes,
         request.parallel,

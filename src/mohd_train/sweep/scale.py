@@ -55,6 +55,8 @@ SCALES = {
     )
 }
 
+PURPOSES = "; ".join(f"{scale.name}: {scale.purpose}" for scale in SCALES.values())
+
 
 def _divided(model: ModelConfig, scale: Scale, key: str, value: int, by: int) -> int:
     if value % by:
