@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from mohd_train.config.compare import FREE_KEYS
-from mohd_train.data.manifest import write_atomic
 from mohd_train.errors import UserError
 from mohd_train.study.compare import Compared, Curve, Difference, compare
 from mohd_train.study.figures import draw_study
@@ -18,6 +17,7 @@ from mohd_train.study.statistics import Interval
 from mohd_train.study.validation_bytes import bytes_per_token, nats_per_byte
 from mohd_train.sweep.folder import SweepFolder
 from mohd_train.sweep.status import duration
+from mohd_train.utils.files import write_atomic
 
 FORMAT = "mohd_train.study/1"
 

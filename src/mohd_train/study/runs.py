@@ -12,9 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mohd_train.errors import UserError
+from mohd_train.run_folder.metrics import read_metrics
 from mohd_train.sweep.file import Comparison, read_sweep
 from mohd_train.sweep.folder import RECORD, SweepFolder
-from mohd_train.sweep.status import lines_backwards, run_status
+from mohd_train.sweep.status import run_status
 
 LOSS = "metrics/eval/LanguageCrossEntropy"
 PERPLEXITY_FORMAT = "mohd_train.perplexity/1"
@@ -143,8 +144,7 @@ def read_study(folder: Path) -> Study:
 
 
 def _curve(path: Path) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    points = [(line["tokens"], line[LOSS]) for line in lines_backwards(path) if LOSS in line and "tokens" in line]
-    points.reverse()
+    points = [(line["tokens"], line[LOSS]) for line in read_metrics(path) if LOSS in line]
     return np.array([t for t, _ in points], np.int64), np.array([loss for _, loss in points], np.float64)
 
 
