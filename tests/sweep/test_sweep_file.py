@@ -191,6 +191,50 @@ def test_bad_comparisons_are_named(sweep_file: Path, comparison: str, message: s
         read_sweep(sweep_file)
 
 
+def test_the_study_carries_the_paper_s_perplexities(root: Path) -> None:
+    paper = yaml.safe_load((root / "eval/paper/results.yaml").read_text())
+    table4 = {row["method"]: row["perplexity"] for row in paper["table4_ablation"]["rows"]}
+    theirs = {"x2": table4["MoHD x2 -710M"], "dense": table4["LLaMA2-355M"]}
+    theirs |= {run.setting: table4[run.label] for run in runs_of("table4") if run.label in table4}
+    for row in paper["table5_decoupled"]["rows"]:
+        attention, ffn = row["attention"].rstrip("%"), row["ffn"].rstrip("%")
+        theirs[model_name("355m", attention, ffn).removeprefix("355m-")] = row["perplexity"]
+    assert len(theirs) == 13
+    said = 0
+    for comparison in read_sweep(CONFIGS / "sweep" / "study.yaml").comparisons:
+        if comparison.paper is not None:
+            assert comparison.paper == theirs[comparison.baseline], comparison.title
+            assert comparison.rows == {name: theirs[name] for name in comparison.rows}, comparison.title
+            said += len(comparison.rows)
+    assert said == 17
+
+
+def test_the_study_has_every_run_once_and_all_that_the_paper_s_tables_want() -> None:
+    runs = runs_of("study", "small")
+    computed = {
+        yaml.safe_dump({**run.plan.to_dict(), "name": None, "seed": run.seed, "lr": run.config.optimizer.lr})
+        for run in runs
+    }
+    assert len(computed) == len(runs) == 115  # none of them computes what another does
+    by_seed = {seed: {run.setting for run in runs if run.seed == seed} for seed in (17, 18, 19)}
+    for name in ("table4", "table5", "fig12a"):
+        wanted = {run.setting for run in runs_of(name)} - {"x2-shared0"}  # x2-no-shared
+        assert all(wanted <= settings for settings in by_seed.values()), name
+    assert all({"50", "75", "x3", "x4"} <= settings for settings in by_seed.values())
+    assert {run.config.data.shuffle_seed for run in runs if run.seed == 18} == {18}  # paired by seed
+    assert {(run.plan.init, run.plan.router_init_std) for run in runs} == {
+        (i, s) for i in ("torch", "normal") for s in (None, 0.1)
+    }
+
+
+def test_learning_rates_are_tried_for_three_models_under_both_initializations() -> None:
+    tried: dict[tuple[str, str], list[float]] = {}
+    for run in runs_of("study_lr", "small"):
+        tried.setdefault((run.setting.partition("-")[0], run.plan.init), []).append(run.config.optimizer.lr)
+    assert tried.keys() == {(name, init) for name in ("dense", "x2", "50") for init in ("torch", "normal")}
+    assert all(sorted(rates) == [1e-3, 2e-3, 4e-3, 8e-3] for rates in tried.values())
+
+
 def test_own_files_stand_beside_the_sweep(tmp_path: Path, sweep_file: Path) -> None:
     (tmp_path / "mine.yaml").write_text("mohd: {name: mine, expansion: 3}")
     sweep_file.write_text(sweep_file.read_text().replace("[dense,", "[mine.yaml,"))

@@ -13,7 +13,7 @@ from sweep.sweep_support import SMALL, request, starts
 
 from mohd_train.errors import UserError
 from mohd_train.sweep import local
-from mohd_train.sweep.commands import Request, launch, resume, run, show, status
+from mohd_train.sweep.commands import Request, launch, list_sweeps, resume, run, show, status
 from mohd_train.sweep.folder import Lock, SweepFolder
 from mohd_train.sweep.status import run_status
 
@@ -218,6 +218,23 @@ def test_show_prints_commands_that_train_takes(
     words = shlex.split(commands[2])
     assert words[:4] == ["composer", "-n", "1", "scripts/train.py"]
     assert load_config(*split_arguments(words[4:])).mohd.fusion == "none"
+
+
+def test_list_counts_the_data_s_vocabulary(
+    sweep_file: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    list_sweeps(Request(target=sweep_file, scale="small", only=("dense",)))
+    said = capsys.readouterr().out
+    assert "vocabulary 1,024" in said  # what the scale is meant for, where there is no data yet
+    assert "1.016M" in said
+    list_sweeps(request(sweep_file, data, scale="small", only=("dense",), overrides=()))
+    said = capsys.readouterr().out
+    assert "vocabulary 64 (of the data)" in said
+    assert "0.770M" in said  # 753,664 of the blocks and 2 x 64 x 128
+    list_sweeps(Request(target=sweep_file, only=("dense",)))
+    assert "vocabulary 32,000" in capsys.readouterr().out
+    with pytest.raises(UserError, match="no data folder"):
+        launch(request(sweep_file, tmp_path / "none", scale="small"))
 
 
 def test_trains_for_real(sweep_file: Path, data: Path, root: Path) -> None:
