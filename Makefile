@@ -71,10 +71,11 @@ study: need-DATA setup  ## train the study in the background, resuming: DATA= [S
 	echo "started, see $(STUDY_OUT)/launcher.log; make study-status shows what it has shown so far, make study-stop stops it"
 
 study-status: setup  ## what the study has done, and what it has shown so far: [SCALE=small SWEEP=study OUT=]
-	-@$(PY) scripts/sweep.py status "$(STUDY_OUT)" --once
+	@$(PY) scripts/sweep.py status "$(STUDY_OUT)" --once || true # 1: some run failed, which the table says
 	@$(PY) scripts/study.py status "$(STUDY_OUT)"
 
 study-stop:  ## stop the study: its runs save and end, `make study` goes on: [SCALE=small SWEEP=study OUT=]
+	@test -f "$(STUDY_OUT)/launcher.pid" && ! flock -n "$(STUDY_OUT)/launcher.lock" true || { echo "not under way"; exit 1; }
 	@kill -TERM $$(cat "$(STUDY_OUT)/launcher.pid") && echo "stopping; its runs save first (about a minute at most)"
 
 clean:  ## remove caches (never data, runs or the environment)

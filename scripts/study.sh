@@ -5,13 +5,15 @@
 set -eu
 python=$1 sweep=$2 scale=$3 out=$4
 shift 4
-exec 9>"$out/launcher.lock"
+exec 9>"$out/launcher.lock" # held by whatever this starts, too
 flock -n 9 || { echo "another launcher is at work in $out" >&2; exit 1; }
 child=
-trap 'kill -TERM $child 2>/dev/null; wait $child || true; exit 143' TERM INT
+trap 'rm -f "$out/launcher.pid"; kill -TERM $child 2>/dev/null; wait $child; exit 143' TERM INT
+trap 'rm -f "$out/launcher.pid"' EXIT
 echo $$ >"$out/launcher.pid"
+echo "$(date -u +%FT%TZ) launched: $sweep --scale $scale $*"
 "$python" scripts/sweep.py launch "$sweep" --scale "$scale" --out "$out" "$@" & child=$!
-wait $child || echo "some runs failed; the others are measured all the same"
+wait $child || echo "launch ended with status $?; what is finished is measured all the same"
 "$python" eval/run_eval.py --sweep "$out" --perplexity --batch-size 16 & child=$!
 wait $child
-rm -f "$out/launcher.pid"
+echo "$(date -u +%FT%TZ) done"

@@ -168,6 +168,14 @@ comparisons:
     assert runs["small-355m-x2-s1"].config.optimizer.lr == 2e-3
     assert sweep.seeds == (1, 4, 5)
     assert {run.seed for run in expand(sweep, Choice("small", (9,)), Path("out"))} == {9}
+    again = sweep_file.read_text().replace(
+        "comparisons:", "  - {models: [355m], seeds: [6], settings: [x2]}\ncomparisons:"
+    )
+    sweep_file.write_text(again)
+    more = expand(
+        read_sweep(sweep_file), Choice("small", (9,)), Path("out")
+    )  # x2 of two blocks that differ in their seeds: once
+    assert [run.name for run in more].count("small-355m-x2-s9") == 1
     fusion, rates = sweep.comparisons
     assert (fusion.baseline, fusion.paper, fusion.rows) == ("x2", 10.25, {"x2-no-fusion": 10.47})
     assert (fusion.variants, rates.variants, rates.baseline) == (("", "slow"), ("",), None)

@@ -100,6 +100,8 @@ def expand(sweep: SweepFile, choice: Choice, folder: Path) -> list[SweepRun]:
             for model in block.models:
                 for setting in block.settings:
                     run = _run(sweep, choice, folder, model, setting, seed, bases)
+                    if choice.seeds and run.name in runs and runs[run.name].config == run.config:
+                        continue  # blocks that differ in their seeds alone, which are set aside here
                     if run.name in runs:
                         raise UserError(f"{sweep.path}: two runs are called {run.name}; name their settings apart")
                     runs[run.name] = run
