@@ -35,18 +35,20 @@ def _draw(
     where = f"{comparison.title}{f' ({variant})' if variant else ''}"
     figure, (left, right) = panels(2, width=6.0, height=4.4)
     names = [comparison.baseline or "", *(one.setting for one in some)]
+    shown = []
     for i, name in enumerate(names):
         curve = curve_of(list(study.of(model, variant_name(name, variant)).values()))
         if curve is not None:
             _band(left, curve, i, name)
+            shown.append(curve)
     for i, one in enumerate(some, start=1):
         assert one.curve is not None
         _band(right, one.curve, i, f"{one.setting} ({len(one.seeds) + len(one.under_way)} seeds)")
     right.axhline(0, color="#000000", linewidth=0.8)
     finish(left, where, "tokens (millions)", "validation loss (nats a token)")
     finish(right, f"Difference to {comparison.baseline}, paired by seed", "tokens (millions)", "nats a token")
-    low, high = _without_the_start([one.curve for one in some if one.curve is not None])
-    right.set_ylim(low, high)
+    left.set_ylim(_without_the_start(shown))
+    right.set_ylim(_without_the_start([one.curve for one in some if one.curve is not None], 0.0))
     for axis in (left, right):
         axis.legend(frameon=False, fontsize=7)
     return save(figure, output, f"{stem}_curves") + _draw_end(where, comparison, some, output, f"{stem}_end")
@@ -60,18 +62,18 @@ def _band(axis: Axes, curve: Curve, number: int, label: str) -> None:
         axis.fill_between(millions, curve.low, curve.high, color=look["color"], alpha=0.15, linewidth=0)
 
 
-def _without_the_start(curves: list[Curve]) -> tuple[float, float]:
-    """Limits of the y axis by the last three quarters: differences of the first steps are large and say little."""
-    values = [0.0]
+def _without_the_start(curves: list[Curve], *values: float) -> tuple[float, float]:
+    """Limits of the y axis by the last three quarters and ``values``: the first steps are large and say little."""
+    seen = list(values)
     for curve in curves:
         late = curve.tokens >= curve.tokens[-1] / 4
-        values += [
+        seen += [
             *curve.mean[late],
             *curve.low[late & np.isfinite(curve.low)],
             *curve.high[late & np.isfinite(curve.high)],
         ]
-    margin = 0.08 * (max(values) - min(values) or 0.1)
-    return min(values) - margin, max(values) + margin
+    margin = 0.08 * (max(seen) - min(seen) or 0.1)
+    return min(seen) - margin, max(seen) + margin
 
 
 def _draw_end(where: str, comparison: Comparison, some: list[Difference], output: Path, name: str) -> list[Path]:
@@ -94,6 +96,7 @@ def _draw_end(where: str, comparison: Comparison, some: list[Difference], output
         if one.paper is not None:
             axis.plot([one.paper], [place], label="paper" if place == 0 else None, **PAPER)
     axis.axvline(0, color="#000000", linewidth=0.8)
+    axis.set_ylim(-0.6, len(ended) - 0.4)
     axis.set_yticks(range(len(ended)), [f"{one.setting} ({len(one.seeds)})" for one in reversed(ended)], fontsize=8)
     finish(axis, where, f"nats a token more than {comparison.baseline}, 95% intervals", "")
     handles, labels = axis.get_legend_handles_labels()

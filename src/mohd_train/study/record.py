@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import datetime
 import json
+import math
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -40,9 +42,12 @@ def write_record(study: Study, folder: Path, name: str | None = None) -> list[Pa
     per_token = bytes_per_token(data) if measured and data.is_dir() else None
     content = _content(study, trained, per_token)
     folder.mkdir(parents=True, exist_ok=True)
-    figures = [path for path in draw_study(study, folder / name) if path.suffix == ".png"]
-    for path in (folder / name).glob("*.pdf"):
-        path.unlink()  # the page shows pictures; make a PDF with scripts/study.py figures
+    figures = []
+    for path in draw_study(study, folder / name):
+        if path.suffix == ".png":
+            figures.append(path)
+        else:  # the page shows pictures; scripts/study.py figures makes PDFs
+            path.unlink()
     page = folder / f"{name}.md"
     write_atomic(folder / f"{name}.json", (json.dumps(content, indent=1, allow_nan=False) + "\n").encode())
     write_atomic(page, _page(study, content, name, figures).encode())
@@ -82,7 +87,7 @@ def _content(study: Study, runs: list[StudyRun], per_token: dict[str, float] | N
         "code": _every(runs, "code"),
         "versions": _every(runs, "versions"),
         "data": _every(runs, "data", "sha256"),
-        "hardware": [one for run in runs for one in _hardware(run)][:1] if runs else [],
+        "hardware": _distinct(one for run in runs for one in _hardware(run)),
         "runs": [_run(run, {k: v for k, v in configs[run.name].items() if k not in same}, per_token) for run in runs],
         "comparisons": [_compared(compare(study, one)) for one in study.comparisons],
         "notes": list(dict.fromkeys(study.notes)),
@@ -91,10 +96,13 @@ def _content(study: Study, runs: list[StudyRun], per_token: dict[str, float] | N
 
 def _every(runs: list[StudyRun], key: str, within: str | None = None) -> list[Any]:
     """The distinct values in the runs' records."""
+    values = ((run.record or {}).get(key) for run in runs)
+    return _distinct(value.get(within) if within and isinstance(value, dict) else value for value in values)
+
+
+def _distinct(values: Iterable[Any]) -> list[Any]:
     found: list[Any] = []
-    for run in runs:
-        value = (run.record or {}).get(key)
-        value = value.get(within) if within and isinstance(value, dict) else value
+    for value in values:
         if value is not None and value not in found:
             found.append(value)
     return found
@@ -110,7 +118,7 @@ def _run(run: StudyRun, config: dict[str, Any], per_token: dict[str, float] | No
     sizes = (run.record or {}).get("parameters") or {}
     entry |= {"sessions": len((run.record or {}).get("sessions", []))}
     entry |= {key: sizes[key] for key in ("activated", "total") if key in sizes}
-    entry["curve"] = {"tokens": run.tokens.tolist(), "loss": [round(float(loss), 6) for loss in run.losses]}
+    entry["curve"] = {"tokens": run.tokens.tolist(), "loss": _rounded(run.losses)}
     if run.measured is not None:
         entry["measured"] = {
             "loss": run.measured.loss,
@@ -150,11 +158,13 @@ def _interval(one: Interval | None) -> dict[str, Any] | None:
 def _curve(one: Curve | None) -> dict[str, Any] | None:
     if one is None:
         return None
+    bands = {name: _rounded(getattr(one, name)) for name in ("mean", "low", "high")}
+    return {"tokens": one.tokens.tolist(), **bands}
 
-    def plain(values: Any) -> list[float | None]:
-        return [round(float(value), 6) if value == value else None for value in values]
 
-    return {"tokens": one.tokens.tolist(), "mean": plain(one.mean), "low": plain(one.low), "high": plain(one.high)}
+def _rounded(values: Any) -> list[float | None]:
+    """To six digits; JSON has no NaN or infinity, which become null."""
+    return [round(float(value), 6) if math.isfinite(value) else None for value in values]
 
 
 def _page(study: Study, content: dict[str, Any], name: str, figures: list[Path]) -> str:
@@ -167,8 +177,8 @@ def _page(study: Study, content: dict[str, Any], name: str, figures: list[Path])
         f"{duration(seconds)} of training",
         f"scale {study.scale}; commit {commits}; data {', '.join(one[:12] for one in content['data']) or '–'}",
     ]
-    if content["hardware"]:
-        facts.append(", ".join(f"{key} {value}" for key, value in content["hardware"][0].items() if value is not None))
+    for hardware in content["hardware"]:
+        facts.append(", ".join(f"{key} {value}" for key, value in hardware.items() if value is not None))
     rows = []
     for run in runs:
         measured = run.get("measured")
@@ -181,7 +191,7 @@ def _page(study: Study, content: dict[str, Any], name: str, figures: list[Path])
                 run["state"] if run["state"] != "finished" else "–",
                 f"{run['curve']['tokens'][-1] / 1e6:.2f}M",
                 f"{final:.4f}",
-                f"{2.718281828459045**final:.2f}",
+                f"{math.exp(final):.2f}",
                 f"{per_byte:.4f}" if per_byte else "–",
                 duration(run["seconds"]),
             )
