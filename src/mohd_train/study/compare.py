@@ -62,11 +62,11 @@ class Difference:
 
     @property
     def direction(self) -> str:
-        """Whether the effect ``grows``, ``fades`` or is ``steady`` over the second half; needs two seeds or more."""
+        """Whether the effect ``grows`` or ``fades`` over the second half, or that ``can't be told``; needs two seeds or more."""
         if self.trend is None or self.trend.low is None or self.at_end is None:
             return "–"
         if not self.trend.excludes_zero:
-            return "steady"
+            return "can't be told"
         return "grows" if (self.trend.mean > 0) == (self.at_end.mean > 0) else "fades"
 
 
