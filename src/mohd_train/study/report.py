@@ -30,7 +30,8 @@ EXPLANATION = (
     "Differences of validation loss to the baseline in nats a token, paired by seed (the same initialization seed, batches and "
     "order): above 0, the setting is worse. Over seeds: Student's t of the pairs. Over documents: bootstrap of validation "
     "documents within their domains, for these trained models as they are. In the 2nd half of the tokens the difference grows "
-    "or fades, or that can't be told. Paper: ln of the ratio of its perplexities. Sign: whether the paper's holds, by the interval over seeds; "
+    "or fades, or that can't be told. Paper: ln of the ratio of its perplexities. "
+    "Sign: whether the paper's holds, by the interval over seeds; "
     "intervals are not widened for the number of comparisons."
 )
 
