@@ -8,7 +8,7 @@ export PYTHONNOUSERSITE := 1
 export PATH := $(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-faults check format data train eval tables benchmark clean
+.PHONY: help setup demo test test-faults check format data train eval tables benchmark study study-status study-stop clean
 
 help:  ## this list
 	@echo "mohd_train: pretraining MoHD (Mixture of Hidden Dimensions) transformers on MosaicML Composer"
@@ -59,6 +59,24 @@ tables: setup  ## Table 2 from results beside the paper's: [RESULTS="folder ..."
 
 benchmark: setup  ## time MoHD against LLaMA on this machine's GPU, or CPU (6 minutes), into benchmarks/ [OUT= ARGS=]
 	$(PY) scripts/benchmark.py --record "$(or $(OUT),benchmarks)" $(ARGS)
+
+# One launcher at a time holds the lock; what it starts survives the terminal, at low priority. A second `make study` after it
+# ended, was stopped or was killed goes on with what is not finished.
+STUDY_SCALE := $(or $(SCALE),small)
+STUDY_OUT := $(or $(OUT),runs/sweep/$(or $(SWEEP),study)-$(STUDY_SCALE))
+study: need-DATA setup  ## train the study in the background, resuming: DATA= [SCALE=small PARALLEL=2 SWEEP=study OUT= ARGS=]
+	@mkdir -p "$(STUDY_OUT)"; flock -n "$(STUDY_OUT)/launcher.lock" true || { echo "under way: make study-status"; exit 0; }; \
+	OMP_NUM_THREADS=$(or $(OMP_NUM_THREADS),1) setsid nohup nice -n 10 sh scripts/study.sh "$(PY)" "configs/sweep/$(or $(SWEEP),study).yaml" \
+	    "$(STUDY_SCALE)" "$(STUDY_OUT)" --data "$(DATA)" --parallel $(or $(PARALLEL),2) $(ARGS) </dev/null >>"$(STUDY_OUT)/launcher.log" 2>&1 & \
+	echo "started, see $(STUDY_OUT)/launcher.log; make study-status shows what it has shown so far, make study-stop stops it"
+
+study-status: setup  ## what the study has done, and what it has shown so far: [SCALE=small SWEEP=study OUT=]
+	@$(PY) scripts/sweep.py status "$(STUDY_OUT)" --once || true # 1: some run failed, which the table says
+	@$(PY) scripts/study.py status "$(STUDY_OUT)"
+
+study-stop:  ## stop the study: its runs save and end, `make study` goes on: [SCALE=small SWEEP=study OUT=]
+	@test -f "$(STUDY_OUT)/launcher.pid" && ! flock -n "$(STUDY_OUT)/launcher.lock" true || { echo "not under way"; exit 1; }
+	@kill -TERM $$(cat "$(STUDY_OUT)/launcher.pid") && echo "stopping; its runs save first (about a minute at most)"
 
 clean:  ## remove caches (never data, runs or the environment)
 	rm -rf .pytest_cache .ruff_cache .mypy_cache .hypothesis build dist

@@ -4,7 +4,8 @@ Usage:
     python scripts/demo.py run [--out runs/demo] [--raw DIR] [--tokenizer FILE] [--eval-data DIR] [--limit N]
                                [--max-duration 100ba]
     python scripts/demo.py corpus DIR                      text of this Python installation as RedPajama-style rows
-    python scripts/demo.py tokenizer RAW_DIR MODEL_FILE    a small sentencepiece tokenizer learned from rows
+    python scripts/demo.py tokenizer RAW_DIR MODEL_FILE [--vocab-size 4096]
+                                                           a small sentencepiece tokenizer learned from rows
     python scripts/demo.py curves RUN_DIR... --output PNG  loss curves of runs
 
 `make demo` is `run`. A second one reuses what is whole and goes on with what is not.
@@ -30,6 +31,7 @@ def main() -> None:
     tokenizer = subparsers.add_parser("tokenizer")
     tokenizer.add_argument("raw", type=Path)
     tokenizer.add_argument("model", type=Path)
+    tokenizer.add_argument("--vocab-size", type=int, default=4096, help="pieces (default: %(default)s)")
     curves = subparsers.add_parser("curves")
     curves.add_argument("runs", type=Path, nargs="+")
     curves.add_argument("--output", type=Path, required=True)

@@ -17,7 +17,7 @@ from pathlib import Path
 from mohd_train.errors import run_cli
 from mohd_train.storage import path_or_uri, refuse_remote
 from mohd_train.sweep.commands import COMMANDS, LAUNCHERS, Request
-from mohd_train.sweep.scale import SCALES
+from mohd_train.sweep.scale import PURPOSES, SCALES
 
 
 def _positive(text: str) -> int:
@@ -42,14 +42,16 @@ def _parse() -> tuple[str, Request]:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="config of every run")
     parser.add_argument("--only", nargs="+", default=[], help="runs, settings or models; patterns such as '*x2*'")
     parser.add_argument("--seeds", nargs="+", type=_seed, help="in place of the file's")
-    parser.add_argument("--scale", choices=SCALES, help="default: paper; tiny: an eighth as wide, on two cores")
-    parser.add_argument("--out", type=path_or_uri, help="default: runs/sweep/NAME[-tiny]")
+    parser.add_argument("--scale", choices=SCALES, help=f"default: paper; {PURPOSES}")
+    parser.add_argument("--out", type=path_or_uri, help="default: runs/sweep/NAME[-SCALE]")
     parser.add_argument("--data", help="prepared data, for all runs")
     parser.add_argument("--raw", help="or raw rows, prepared once into OUT/data,")
     parser.add_argument("--tokenizer", help="with this tokenizer")
     parser.add_argument("--launcher", choices=LAUNCHERS, default="local", help="default: %(default)s")
     parser.add_argument("--parallel", type=_positive, help="runs at once; default: 1 locally, as many as fit on SLURM")
-    parser.add_argument("--processes", type=_positive, help="GPUs (or CPU processes) a run; default: 8, tiny 1")
+    parser.add_argument(
+        "--processes", type=_positive, help="GPUs (or CPU processes) a run; default: 8, 1 below the paper's scale"
+    )
     parser.add_argument("--submit-args", default="", help="more words for sbatch or kubectl apply, in quotes")
     parser.add_argument("--template", type=Path, help="of the jobs; default: in scripts/launch")
     parser.add_argument("--image", help="k8s: container image")

@@ -28,6 +28,7 @@ MAY_IMPORT = {
     "benchmark": {"config", "kernels", "model"},
     "estimate": {"config", "kernels", "model", "data", "train"},
     "demo": {"config", "checkpoint", "data", "train", "evaluate", "run_folder"},
+    "study": {"config", "data", "run_folder", "analysis", "sweep"},
 }
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from mohd_train.demo import corpus
-from mohd_train.demo.commands import _texts
+from mohd_train.demo.commands import _texts, tokenizer
 from mohd_train.demo.tokenizer import load_tokenizer, train_tokenizer
 from mohd_train.errors import UserError
 
@@ -95,3 +95,9 @@ def test_tokenizer_bad_input(tmp_path: Path) -> None:
     for name in ("x.model", "y.model"):
         with pytest.raises(UserError, match="no sentencepiece model"):
             load_tokenizer(tmp_path / name)
+
+
+def test_the_tokenizer_s_size_is_an_option(raw: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tokenizer(raw, tmp_path / "small.model", 1024)
+    assert load_tokenizer(tmp_path / "small.model").get_piece_size() == 1024
+    assert "1024 pieces" in capsys.readouterr().out

@@ -68,6 +68,19 @@ def test_likelihood_of_known_probabilities() -> None:
     assert uniform.perplexity == pytest.approx(3)
 
 
+def test_likelihood_of_each_document() -> None:
+    """Two samples of one stream, 2 ends a document: the second document runs on from one sample into the next, whose first token
+    is not predicted; the last holds nothing predicted yet."""
+    batches = [{"input_ids": torch.tensor([[0, 1, 2, 0], [1, 1, 2, 0], [1, 0, 0, 2]])}]
+    found = likelihood(Constant([0.5, 0.25, 0.25]), batches, eos_id=2)
+    assert found.documents is not None
+    assert found.documents.tokens == [2, 3, 4]
+    half, quarter = math.log(2), math.log(4)
+    assert found.documents.nll == pytest.approx([2 * quarter, half + 2 * quarter, 3 * half + quarter])
+    assert sum(found.documents.nll) == pytest.approx(found.nll)
+    assert sum(found.documents.tokens) == found.tokens
+
+
 def test_total_weighs_tokens_not_domains() -> None:
     whole = total({"a": Likelihood(10, 20.0), "b": Likelihood(30, 30.0)})
     assert whole.loss == pytest.approx(50 / 40)
@@ -91,6 +104,12 @@ def test_whole_path_equals_transformers_own_loss(llama: Path, prepared: Path, tm
         assert len(losses) == manifest.samples(domain, "val") > 0
         assert stored["domains"][domain]["tokens"] == 31 * len(losses)
         assert stored["domains"][domain]["loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-5)
+        documents = stored["domains"][domain]["documents"]
+        assert (
+            len(documents["tokens"]) >= manifest.domains[domain]["val"].documents - 1
+        )  # the tail that fills no sample is cut
+        assert sum(documents["tokens"]) == stored["domains"][domain]["tokens"]
+        assert sum(documents["nll"]) == pytest.approx(stored["domains"][domain]["nll"])
         everything = Likelihood(everything.tokens + 31 * len(losses), everything.nll + 31 * sum(losses))
     assert manifest.samples("cc", "val") > 3  # more than a batch
     assert stored["total"]["perplexity"] == pytest.approx(everything.perplexity, rel=1e-5)

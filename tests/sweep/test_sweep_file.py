@@ -12,7 +12,7 @@ from mohd_train.errors import UserError
 from mohd_train.model.count import count
 from mohd_train.sweep.expand import Choice, expand, total_batches
 from mohd_train.sweep.file import CONFIGS, all_sweeps, read_sweep
-from mohd_train.sweep.scale import tiny_model
+from mohd_train.sweep.scale import SCALES, paper_name, scaled_model
 
 
 def runs_of(name: str, scale: str = "paper", **choice: object) -> list:
@@ -21,7 +21,18 @@ def runs_of(name: str, scale: str = "paper", **choice: object) -> list:
 
 def test_the_issue_s_sweeps_are_there() -> None:
     names = {sweep.name for sweep in all_sweeps()}
-    assert names == {"table2", "table4", "table5", "fig12a", "fig12b", "readings", "routing", "balance_weight"}
+    assert names == {
+        "table2",
+        "table4",
+        "table5",
+        "fig12a",
+        "fig12b",
+        "readings",
+        "routing",
+        "balance_weight",
+        "study",
+        "study_lr",
+    }
     assert all(sweep.path.stem == sweep.name for sweep in all_sweeps())
 
 
@@ -77,22 +88,37 @@ def test_routing_alternatives() -> None:
     assert plans["x2-specialized-only"].ffn.shared == 0
 
 
+@pytest.mark.parametrize("scale", ["tiny", "small", "medium"])
 @pytest.mark.parametrize("name", ["table2", "fig12b"])
-def test_tiny_keeps_every_ratio(name: str) -> None:
-    for paper, tiny in zip(runs_of(name), runs_of(name, "tiny"), strict=True):
-        a, b = paper.plan, tiny.plan
+def test_every_scale_keeps_every_ratio(name: str, scale: str) -> None:
+    for paper, small in zip(runs_of(name), runs_of(name, scale), strict=True):
+        a, b = paper.plan, small.plan
         for width in ("hidden_size", "base_hidden_size", "intermediate_size", "query_width", "key_value_width"):
-            assert getattr(a, width) == 8 * getattr(b, width), width
+            assert getattr(a, width) == SCALES[scale].narrower * getattr(b, width), width
+        assert b.num_hidden_layers == a.num_hidden_layers // SCALES[scale].shallower
+        assert b.vocab_size == SCALES[scale].vocab_size
         for one, other in ((a.attention, b.attention), (a.ffn, b.ffn)):
             assert (one is None) == (other is None)
             if one and other:
                 assert (one.sub_dims, one.top_k, one.shared) == (other.sub_dims, other.top_k, other.shared)
-        assert tiny.name == f"tiny-{paper.name}"
+        assert b.name == f"{scale}-{a.name}"
+        assert small.name == f"{scale}-{paper.name}"
+        assert paper_name(small.model) == paper.model
+
+
+@pytest.mark.parametrize(("scale", "activated"), [("small", 753_664), ("medium", 6_029_312)])
+def test_scales_for_evidence_see_13_tokens_for_every_activated_parameter(scale: str, activated: int) -> None:
+    for run in runs_of("table4", scale):
+        batches, counts = total_batches(run.config), count(run.plan)
+        assert counts.activated == activated
+        assert batches is not None
+        assert batches * run.config.global_train_batch_size * run.config.max_seq_len >= 13 * counts.activated
+        assert all(part.width >= 8 for part in run.plan.components)
 
 
 def test_tiny_refuses_what_does_not_divide() -> None:
     with pytest.raises(UserError, match=r"hidden_size of odd is 100, no multiple of 8"):
-        tiny_model(ModelConfig("odd", 100, 64, 2, 8, 8, 32))
+        scaled_model(ModelConfig("odd", 100, 64, 2, 8, 8, 32), SCALES["tiny"])
 
 
 def test_a_run_is_the_command_line_that_it_shows() -> None:
@@ -115,6 +141,106 @@ def test_seeds_only_and_overrides(sweep_file: Path) -> None:
         UserError, match=r"small.yaml: 355m, dense: override 'optimizer.lrr=1': unknown key 'optimizer.lrr'"
     ):
         expand(sweep, Choice(overrides=("optimizer.lrr=1",)), Path("out"))
+
+
+def test_blocks_may_have_seeds_keys_and_a_suffix(sweep_file: Path) -> None:
+    sweep_file.write_text(
+        sweep_file.read_text()
+        + """
+  - models: [355m]
+    seeds: [4, 5]
+    suffix: slow
+    label: half the rate
+    set: {optimizer.lr: 1.0e-3, mohd.fusion: monarch}
+    settings: [x2, {name: x2-no-fusion, base: x2, set: {mohd.fusion: none}}]
+comparisons:
+  - {title: fusion, baseline: x2, paper: 10.25, rows: {x2-no-fusion: 10.47}, variants: [null, slow]}
+  - {title: rates, rows: [x2]}
+"""
+    )
+    sweep = read_sweep(sweep_file)
+    runs = {run.name: run for run in expand(sweep, Choice("small"), Path("out"))}
+    assert list(runs)[3:] == [f"small-355m-{name}-slow-s{seed}" for seed in (4, 5) for name in ("x2", "x2-no-fusion")]
+    slow = runs["small-355m-x2-slow-s4"]
+    assert (slow.label, slow.seed, slow.config.optimizer.lr) == ("x2, half the rate", 4, 1e-3)
+    assert (slow.plan.fusion, slow.plan.name) == ("monarch", "small-355m-x2-slow")
+    assert runs["small-355m-x2-no-fusion-slow-s5"].plan.fusion == "none"  # the setting's own word counts
+    assert runs["small-355m-x2-s1"].config.optimizer.lr == 2e-3
+    assert sweep.seeds == (1, 4, 5)
+    assert {run.seed for run in expand(sweep, Choice("small", (9,)), Path("out"))} == {9}
+    again = sweep_file.read_text().replace(
+        "comparisons:", "  - {models: [355m], seeds: [6], settings: [x2]}\ncomparisons:"
+    )
+    sweep_file.write_text(again)
+    more = expand(
+        read_sweep(sweep_file), Choice("small", (9,)), Path("out")
+    )  # x2 of two blocks that differ in their seeds: once
+    assert [run.name for run in more].count("small-355m-x2-s9") == 1
+    fusion, rates = sweep.comparisons
+    assert (fusion.baseline, fusion.paper, fusion.rows) == ("x2", 10.25, {"x2-no-fusion": 10.47})
+    assert (fusion.variants, rates.variants, rates.baseline) == (("", "slow"), ("",), None)
+
+
+@pytest.mark.parametrize(
+    ("comparison", "message"),
+    [
+        ("{title: a, baseline: x3, rows: [x2]}", r"comparisons\[0\] compares 'x3', which no entry of runs has"),
+        ("{title: a, rows: [x2-nofusion]}", r"compares 'x2-nofusion'.*did you mean 'x2-no-fusion'"),
+        ("{title: a, rows: [x2], variants: [slow]}", r"compares 'x2-slow'"),
+        ("{title: a, rows: {x2: ten}}", r"comparisons\[0\].rows.x2 is 'ten'; it must be a perplexity"),
+        ("{title: a, rows: {x2: 0.5}}", r"is 0.5; it must be a perplexity"),
+        ("{title: a, row: [x2]}", r"unknown key 'comparisons\[0\].row' \(did you mean 'rows'"),
+        ("{rows: [x2]}", r"comparisons\[0\].title is missing"),
+    ],
+)
+def test_bad_comparisons_are_named(sweep_file: Path, comparison: str, message: str) -> None:
+    sweep_file.write_text(f"{sweep_file.read_text()}comparisons: [{comparison}]\n")
+    with pytest.raises(UserError, match=message):
+        read_sweep(sweep_file)
+
+
+def test_the_study_carries_the_paper_s_perplexities(root: Path) -> None:
+    paper = yaml.safe_load((root / "eval/paper/results.yaml").read_text())
+    table4 = {row["method"]: row["perplexity"] for row in paper["table4_ablation"]["rows"]}
+    theirs = {"x2": table4["MoHD x2 -710M"], "dense": table4["LLaMA2-355M"]}
+    theirs |= {run.setting: table4[run.label] for run in runs_of("table4") if run.label in table4}
+    for row in paper["table5_decoupled"]["rows"]:
+        attention, ffn = row["attention"].rstrip("%"), row["ffn"].rstrip("%")
+        theirs[model_name("355m", attention, ffn).removeprefix("355m-")] = row["perplexity"]
+    assert len(theirs) == 13
+    said = 0
+    for comparison in read_sweep(CONFIGS / "sweep" / "study.yaml").comparisons:
+        if comparison.paper is not None:
+            assert comparison.paper == theirs[comparison.baseline], comparison.title
+            assert comparison.rows == {name: theirs[name] for name in comparison.rows}, comparison.title
+            said += len(comparison.rows)
+    assert said == 17
+
+
+def test_the_study_has_every_run_once_and_all_that_the_paper_s_tables_want() -> None:
+    runs = runs_of("study", "small")
+    computed = {
+        yaml.safe_dump({**run.plan.to_dict(), "name": None, "seed": run.seed, "lr": run.config.optimizer.lr})
+        for run in runs
+    }
+    assert len(computed) == len(runs) == 115  # none of them computes what another does
+    by_seed = {seed: {run.setting for run in runs if run.seed == seed} for seed in (17, 18, 19)}
+    for name in ("table4", "table5", "fig12a"):
+        wanted = {run.setting for run in runs_of(name)} - {"x2-shared0"}  # x2-no-shared
+        assert all(wanted <= settings for settings in by_seed.values()), name
+    assert all({"50", "75", "x3", "x4"} <= settings for settings in by_seed.values())
+    assert {run.config.data.shuffle_seed for run in runs if run.seed == 18} == {18}  # paired by seed
+    assert {(run.plan.init, run.plan.router_init_std) for run in runs} == {
+        (i, s) for i in ("torch", "normal") for s in (None, 0.1)
+    }
+
+
+def test_learning_rates_are_tried_for_three_models_under_both_initializations() -> None:
+    tried: dict[tuple[str, str], list[float]] = {}
+    for run in runs_of("study_lr", "small"):
+        tried.setdefault((run.setting.partition("-")[0], run.plan.init), []).append(run.config.optimizer.lr)
+    assert tried.keys() == {(name, init) for name in ("dense", "x2", "50") for init in ("torch", "normal")}
+    assert all(sorted(rates) == [1e-3, 2e-3, 4e-3, 8e-3] for rates in tried.values())
 
 
 def test_own_files_stand_beside_the_sweep(tmp_path: Path, sweep_file: Path) -> None:

@@ -13,7 +13,7 @@ from sweep.sweep_support import SMALL, request, starts
 
 from mohd_train.errors import UserError
 from mohd_train.sweep import local
-from mohd_train.sweep.commands import Request, launch, resume, run, show, status
+from mohd_train.sweep.commands import Request, launch, list_sweeps, resume, run, show, status
 from mohd_train.sweep.folder import Lock, SweepFolder
 from mohd_train.sweep.status import run_status
 
@@ -94,6 +94,11 @@ def test_gpus_are_dealt_out(monkeypatch: pytest.MonkeyPatch) -> None:
     assert local.slots(2, 2, on_cpu=False) == [{"CUDA_VISIBLE_DEVICES": "0,1"}, {"CUDA_VISIBLE_DEVICES": "2,5"}]
     with pytest.raises(UserError, match=r"3 run\(s\) at once on 2 GPU\(s\) each need 6, and there are 4"):
         local.slots(2, 3, on_cpu=False)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    shared = local.slots(1, 6, on_cpu=False, share_gpus=True)  # small models: more runs than GPUs
+    assert [slot["CUDA_VISIBLE_DEVICES"] for slot in shared] == ["0", "1", "2", "5", "0", "1"]
+    with pytest.raises(UserError, match="lower --processes or --parallel"):
+        local.slots(2, 3, on_cpu=False, share_gpus=True)  # a GPU takes one process of a run
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert len(local.slots(1, 2, on_cpu=False)) == 2
 
@@ -213,6 +218,23 @@ def test_show_prints_commands_that_train_takes(
     words = shlex.split(commands[2])
     assert words[:4] == ["composer", "-n", "1", "scripts/train.py"]
     assert load_config(*split_arguments(words[4:])).mohd.fusion == "none"
+
+
+def test_list_counts_the_data_s_vocabulary(
+    sweep_file: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    list_sweeps(Request(target=sweep_file, scale="small", only=("dense",)))
+    said = capsys.readouterr().out
+    assert "vocabulary 1,024" in said  # what the scale is meant for, where there is no data yet
+    assert "1.016M" in said
+    list_sweeps(request(sweep_file, data, scale="small", only=("dense",), overrides=()))
+    said = capsys.readouterr().out
+    assert "vocabulary 64 (of the data)" in said
+    assert "0.770M" in said  # 753,664 of the blocks and 2 x 64 x 128
+    list_sweeps(Request(target=sweep_file, only=("dense",)))
+    assert "vocabulary 32,000" in capsys.readouterr().out
+    with pytest.raises(UserError, match="no data folder"):
+        launch(request(sweep_file, tmp_path / "none", scale="small"))
 
 
 def test_trains_for_real(sweep_file: Path, data: Path, root: Path) -> None:

@@ -40,11 +40,11 @@ def corpus(folder: Path) -> None:
         print(f"{domain:<8} {entry['documents']:>5} documents {entry['bytes'] / 1e6:6.2f} MB  {folder / domain}")
 
 
-def tokenizer(raw: Path, model: Path) -> None:
-    """Learns a tokenizer from the rows below ``raw``, all domains alike."""
+def tokenizer(raw: Path, model: Path, vocab_size: int) -> None:
+    """Learns a tokenizer of ``vocab_size`` pieces from the rows below ``raw``, all domains alike."""
     from mohd_train.demo.tokenizer import train_tokenizer
 
-    pieces = train_tokenizer(_texts(raw), model)
+    pieces = train_tokenizer(_texts(raw), model, vocab_size=vocab_size)
     print(f"{model}: {pieces.get_piece_size()} pieces, BPE with byte fallback")
 
 

@@ -44,11 +44,20 @@ TOTAL = "total"
 
 
 @dataclass(frozen=True)
+class Documents:
+    """Each document of a split, in order: its predicted tokens and their summed negative log-likelihood, nats."""
+
+    tokens: list[int]
+    nll: list[float]
+
+
+@dataclass(frozen=True)
 class Likelihood:
     """What a model made of one domain."""
 
     tokens: int  # predicted
     nll: float  # summed, nats
+    documents: Documents | None = None  # where it was asked for
 
     @property
     def loss(self) -> float:
@@ -62,17 +71,36 @@ class Likelihood:
 
 
 @torch.inference_mode()
-def likelihood(model: nn.Module, batches: Any) -> Likelihood:
-    """Over batches of `{"input_ids": int64 [B,T]}`: each token after a sample's first is predicted from those before it."""
+def likelihood(model: nn.Module, batches: Any, eos_id: int | None = None) -> Likelihood:
+    """Over batches of `{"input_ids": int64 [B,T]}`: each token after a sample's first is predicted from those before it.
+
+    Args:
+        eos_id: ends each document; given, losses are kept for each document too. The samples must be the split's, in order: a
+            document runs on from one into the next.
+    """
     device = next(model.parameters()).device
-    tokens, nll = 0, torch.zeros((), dtype=torch.float64, device=device)
+    tokens, ended = 0, 0
+    document, nll = [], []  # of every predicted token
     for batch in batches:
         ids_BT = batch["input_ids"].to(device)
         logits_BTV = model(input_ids=ids_BT).logits
         for ids_T, logits_TV in zip(ids_BT, logits_BTV, strict=True):  # a sample at a time: float32 logits are large
-            nll += nn.functional.cross_entropy(logits_TV[:-1].float(), ids_T[1:], reduction="sum").double()
+            loss_T = nn.functional.cross_entropy(logits_TV[:-1].float(), ids_T[1:], reduction="none")
+            if eos_id is None:
+                nll.append(loss_T.double().sum(0, keepdim=True))
+                continue
+            nll.append(loss_T.double())
+            ends_T = (ids_T == eos_id).cumsum(0) + ended
+            document.append(ends_T[:-1])
+            ended = int(ends_T[-1])
         tokens += ids_BT[:, 1:].numel()
-    return Likelihood(tokens, float(nll))
+    every = torch.cat(nll) if nll else torch.zeros(0, dtype=torch.float64)
+    if not document:
+        return Likelihood(tokens, float(every.sum()))
+    index = torch.cat(document)
+    sums = torch.zeros(int(index[-1]) + 1, dtype=torch.float64, device=device).index_add_(0, index, every)
+    documents = Documents(torch.bincount(index).tolist(), sums.tolist())
+    return Likelihood(tokens, float(every.sum()), documents)
 
 
 def total(parts: dict[str, Likelihood]) -> Likelihood:
@@ -113,7 +141,10 @@ def run_perplexity(options: PerplexityOptions, console: Console | None = None) -
     if parts is None:
         check_writable(path.parent)
         loaders = build_eval_loaders(data, manifest, device_batch_size=options.batch_size)
-        parts = {name: _measure(name, loader, loaded.model, options.limit, console) for name, loader in loaders.items()}
+        parts = {
+            name: _measure(name, loader, loaded.model, options.limit, console, manifest.tokenizer.eos_id)
+            for name, loader in loaders.items()
+        }
         _store(path, settings, loaded.info, parts, options.data)
         output.send(path)
     else:
@@ -145,11 +176,13 @@ def _data_config(options: PerplexityOptions, manifest: Manifest, loaded: checkpo
     return data
 
 
-def _measure(name: str, loader: DataLoader[Any], model: nn.Module, limit: int | None, console: Console) -> Likelihood:
+def _measure(
+    name: str, loader: DataLoader[Any], model: nn.Module, limit: int | None, console: Console, eos_id: int
+) -> Likelihood:
     batches = len(loader) if limit is None else min(limit, len(loader))
     counted = (batch for _, batch in zip(range(batches), loader, strict=False))
     shown = track(counted, name, total=batches, console=console, transient=True, disable=not console.is_terminal)
-    found = likelihood(model, shown if console.is_terminal else counted)
+    found = likelihood(model, shown if console.is_terminal else counted, eos_id)
     if math.isnan(found.nll):
         raise UserError(
             f"{name}: the model's log-likelihood is not a number (NaN); its training diverged, or --dtype can't hold its "
@@ -184,7 +217,11 @@ def _store(
     path: Path, settings: dict[str, Any], model: dict[str, Any], parts: dict[str, Likelihood], folder: Path
 ) -> None:
     every = {**parts, TOTAL: total(parts)}
-    numbers = {name: {**asdict(p), "loss": p.loss, "perplexity": p.perplexity} for name, p in every.items()}
+    numbers: dict[str, Any] = {}
+    for name, part in every.items():
+        numbers[name] = {"tokens": part.tokens, "nll": part.nll, "loss": part.loss, "perplexity": part.perplexity}
+        if part.documents is not None:  # for intervals over documents (mohd_train.study)
+            numbers[name]["documents"] = asdict(part.documents)
     record = {
         "format": FORMAT,
         "settings": settings,

@@ -17,6 +17,7 @@ from mohd_train.evaluate.perplexity import FORMAT as PERPLEXITY_FORMAT
 from mohd_train.evaluate.perplexity import TOTAL
 from mohd_train.evaluate.suite import load_suite
 from mohd_train.sweep.folder import RECORD, SweepFolder
+from mohd_train.sweep.scale import paper_name
 from mohd_train.sweep.status import RunStatus, run_status
 
 RESULTS = "eval"  # folder of a sweep that run_eval.py --sweep fills
@@ -70,8 +71,8 @@ class RunResult:
 
     @property
     def base(self) -> str:
-        """The paper's model that it stands for: ``355m``, at the tiny scale too."""
-        return self.model.removeprefix("tiny-")
+        """The paper's model that it stands for: ``355m``, whatever the scale."""
+        return paper_name(self.model)
 
     def series(self, key: str) -> tuple[list[float], list[float]]:
         """(tokens, values) of a logged metric."""

@@ -16,6 +16,7 @@ from rich.table import Table
 
 from mohd_train.config.plan import SubDimPlan
 from mohd_train.config.schema import Config
+from mohd_train.data.manifest import MANIFEST
 from mohd_train.errors import UserError
 from mohd_train.sweep import cluster
 from mohd_train.sweep.data import DataSource, check_once, data_words, ensure_data
@@ -28,7 +29,6 @@ from mohd_train.sweep.status import RunStatus, render, run_status
 from mohd_train.sweep.worker import run_one
 
 LAUNCHERS = ("local", "slurm", "k8s")
-PROCESSES = {"paper": 8, "tiny": 1}  # the paper trained on 8 GPUs
 WATCH = 5.0  # seconds between two looks
 
 
@@ -103,6 +103,10 @@ def _part(part: SubDimPlan | None) -> str:
     return f"{part.top_k}/{part.sub_dims}, {part.shared} shared" if part else "dense"
 
 
+def _millions(count: int) -> str:
+    return f"{count / 1e6:,.1f}M" if count >= 1e7 else f"{count / 1e6:.3f}M"
+
+
 def list_sweeps(request: Request) -> None:
     """The sweeps of ``configs/sweep``; or, with a file, its runs."""
     if request.target is None:
@@ -110,22 +114,37 @@ def list_sweeps(request: Request) -> None:
         for head in ("file", "runs", "recipe", "what"):
             table.add_column(head)
         for sweep in all_sweeps():
-            runs = len(sweep.seeds) * sum(len(block.models) * len(block.settings) for block in sweep.blocks)
-            table.add_row(f"configs/sweep/{sweep.path.name}", str(runs), sweep.recipe.stem, sweep.title)
+            size = sum(len(block.seeds) * len(block.models) * len(block.settings) for block in sweep.blocks)
+            table.add_row(f"configs/sweep/{sweep.path.name}", str(size), sweep.recipe.stem, sweep.title)
         _console().print(table)
         return
     from mohd_train.model.count import count  # needs torch
 
     sweep, folder, scale = _open(request)
-    table = Table(title=f"{sweep.title} · --scale {scale}", title_justify="left", box=box.SIMPLE_HEAD)
+    runs, of_data = _with_data(request, sweep, folder, scale)
+    vocabulary = " and ".join(sorted({f"{run.plan.vocab_size:,}" for run in runs}))
+    title = f"{sweep.title} · --scale {scale} · vocabulary {vocabulary}{' (of the data)' if of_data else ''}"
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
     for head in ("run", "what", "hidden", "attention", "ffn", "activated", "total", "batches"):
         table.add_column(head)
-    for run in expand(sweep, _choice(request, scale), folder.path):
+    for run in runs:
         counts, plan = count(run.plan), run.plan
         shape = (str(plan.hidden_size), _part(plan.attention), _part(plan.ffn))
-        sizes = (f"{counts.activated / 1e6:,.1f}M", f"{counts.total / 1e6:,.1f}M")
+        sizes = (_millions(counts.activated), _millions(counts.total))
         table.add_row(run.name, run.label, *shape, *sizes, str(total_batches(run.config) or "–"))
     _console().print(table)
+
+
+def _with_data(request: Request, sweep: SweepFile, folder: SweepFolder, scale: str) -> tuple[list[SweepRun], bool]:
+    """The runs on the data that was named or launched with, and whether there is any yet: their vocabulary is the data's then."""
+    choice, source = _choice(request, scale), _source(request, folder)
+    runs = expand(sweep, choice, folder.path)
+    if not source.given:
+        return runs, False
+    place = source.place(folder.path)
+    prepared = place.exists() if source.folder else (place / MANIFEST).exists()
+    words = data_words(place, runs[0].config, scale) if prepared else (f"data.local={place}",)
+    return expand(sweep, dataclasses.replace(choice, data=words), folder.path), prepared
 
 
 def _choice(request: Request, scale: str, data: tuple[str, ...] = ()) -> Choice:
@@ -135,14 +154,8 @@ def _choice(request: Request, scale: str, data: tuple[str, ...] = ()) -> Choice:
 def show(request: Request) -> None:
     """Each run as the command that trains it by itself."""
     sweep, folder, scale = _open(request)
-    source = _source(request, folder)
-    processes = request.processes or PROCESSES[scale]
-    choice = _choice(request, scale)
-    runs = expand(sweep, choice, folder.path)
-    if source.given:
-        place = source.place(folder.path)
-        words = data_words(place, runs[0].config, scale) if place.exists() else (f"data.local={place}",)
-        runs = expand(sweep, dataclasses.replace(choice, data=words), folder.path)
+    processes = request.processes or SCALES[scale].processes
+    runs, _ = _with_data(request, sweep, folder, scale)
     print(f"# {sweep.title} ({sweep.path}), in {folder.path}")
     for run in runs:
         print(f"\n# {run.name}: {run.label}")
@@ -172,7 +185,7 @@ def _launch(
     request: Request, sweep: SweepFile, folder: SweepFolder, choice: Choice, known: set[str] | None = None
 ) -> int:
     source, scale = _source(request, folder), choice.scale
-    processes = request.processes or PROCESSES[scale]
+    processes = request.processes or SCALES[scale].processes
     folder.refuse_other(sweep, choice, source)
     first = expand(sweep, choice, folder.path)  # every config, before minutes go into the data
     place = ensure_data(source, folder.path, seq_len=_seq_len(first), scale=scale)
@@ -230,9 +243,14 @@ def _hand_over(
         given = [f"--{word.replace('_', '-')}" for word in cluster_words if getattr(request, word)]
         if given:
             raise UserError(f"{given[0]} is for --launcher slurm or k8s")
-        return LocalLauncher(folder, processes=processes, parallel=request.parallel or 1, on_cpu=on_cpu).run(
-            names, shown
+        launcher = LocalLauncher(
+            folder,
+            processes=processes,
+            parallel=request.parallel or 1,
+            on_cpu=on_cpu,
+            share_gpus=SCALES[folder.record["scale"]].fits_data,
         )
+        return launcher.run(names, shown)
     options = cluster.ClusterOptions(
         processes,
         request.parallel,

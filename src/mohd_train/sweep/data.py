@@ -11,8 +11,7 @@ from mohd_train.config.schema import Config
 from mohd_train.data.domains import shares
 from mohd_train.data.manifest import MANIFEST, Manifest, load_manifest
 from mohd_train.errors import UserError
-
-VAL_TOKENS = {"paper": 2_000_000, "tiny": 200_000}
+from mohd_train.sweep.scale import SCALES
 
 
 @dataclass(frozen=True)
@@ -66,12 +65,12 @@ def ensure_data(source: DataSource, sweep_folder: Path, *, seq_len: int, scale: 
 
     place.parent.mkdir(parents=True, exist_ok=True)
     assert source.tokenizer is not None
-    prepare(Request(source.raw, str(place), source.tokenizer, seq_len=seq_len, val_tokens=VAL_TOKENS[scale]))
+    prepare(Request(source.raw, str(place), source.tokenizer, seq_len=seq_len, val_tokens=SCALES[scale].val_tokens))
     return place
 
 
 def data_words(folder: Path, config: Config, scale: str) -> tuple[str, ...]:
-    """``key=value`` words that fit a config to the prepared data: its folder and, at the tiny scale, vocabulary and mix.
+    """``key=value`` words that fit a config to the prepared data: its folder and, but for the paper's scale, vocabulary and mix.
 
     Args:
         folder: prepared data.
@@ -83,7 +82,7 @@ def data_words(folder: Path, config: Config, scale: str) -> tuple[str, ...]:
     manifest = load_manifest(folder)
     words = [f"data.local={folder}"]
     missing = [name for name in config.data.domains if name not in (*manifest.domains, *config.data.optional_domains)]
-    if scale == "paper":
+    if not SCALES[scale].fits_data:
         if missing:
             raise UserError(
                 f"{folder} lacks {', '.join(missing)} of the recipe's domains (it has {', '.join(sorted(manifest.domains))}); "

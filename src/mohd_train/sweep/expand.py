@@ -18,7 +18,7 @@ from mohd_train.config.plan import ModelPlan, SubDimPlan, make_plan
 from mohd_train.config.schema import Config, ModelConfig
 from mohd_train.errors import UserError
 from mohd_train.sweep.file import CONFIGS, Setting, SweepFile
-from mohd_train.sweep.scale import SCALES, TINY_RECIPE, tiny_model
+from mohd_train.sweep.scale import SCALES, scaled_model
 from mohd_train.utils.text import nearest
 
 # What makes a run this run of this sweep; a user's override of it would put two runs in one folder.
@@ -30,7 +30,7 @@ class Choice:
     """What a user chooses of a sweep.
 
     Attributes:
-        scale: ``paper`` or ``tiny``.
+        scale: one of ``SCALES``.
         seeds: in place of the file's.
         only: patterns of run names (``*x2*``), settings or models.
         overrides: ``key=value`` for every run.
@@ -82,7 +82,7 @@ def total_batches(config: Config) -> int | None:
 
 
 def expand(sweep: SweepFile, choice: Choice, folder: Path) -> list[SweepRun]:
-    """Every run that ``choice`` leaves, in the file's order, seed after seed.
+    """Every run that ``choice`` leaves, block after block of the file, within it seed after seed.
 
     Args:
         folder: the sweep's, in which each run gets a folder of its own name.
@@ -95,11 +95,13 @@ def expand(sweep: SweepFile, choice: Choice, folder: Path) -> list[SweepRun]:
     _refuse_ours(choice.overrides)
     runs: dict[str, SweepRun] = {}
     bases: dict[Path, ModelConfig] = {}
-    for seed in choice.seeds or sweep.seeds:
-        for block in sweep.blocks:
+    for block in sweep.blocks:
+        for seed in choice.seeds or block.seeds:
             for model in block.models:
                 for setting in block.settings:
                     run = _run(sweep, choice, folder, model, setting, seed, bases)
+                    if choice.seeds and run.name in runs and runs[run.name].config == run.config:
+                        continue  # blocks that differ in their seeds alone, which are set aside here
                     if run.name in runs:
                         raise UserError(f"{sweep.path}: two runs are called {run.name}; name their settings apart")
                     runs[run.name] = run
@@ -147,12 +149,13 @@ def _run(
     seed: int,
     bases: dict[Path, ModelConfig],
 ) -> SweepRun:
-    recipe = sweep.recipe if choice.scale == "paper" else CONFIGS / "recipe" / f"{TINY_RECIPE}.yaml"
+    scale = SCALES[choice.scale]
+    recipe = CONFIGS / "recipe" / f"{scale.recipe}.yaml" if scale.recipe else sweep.recipe
     files = [_shown(path) for path in (recipe, model, setting.base)]
     where = f"{sweep.path}: {model.stem}, {setting.name}"
     try:
         base = bases.get(model) or bases.setdefault(model, load_config(files).model)
-        scaled = {f"model.{key}": value for key, value in tiny_model(base).items()} if choice.scale == "tiny" else {}
+        scaled = {f"model.{key}": value for key, value in scaled_model(base, scale).items()}
         words = _words(scaled) + _setting_words(setting, files[1])
         name = scaled.get("model.name", base.name)
         full = f"{name}-{setting.name}-s{seed}"

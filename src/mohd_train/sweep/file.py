@@ -10,11 +10,26 @@
           - x2                             # configs/mohd/x2.yaml
           - {name: x2-no-fusion, base: x2, label: without group fusion, set: {mohd.fusion: none}}
 
-A name that ends in `.yaml` is a path, relative to the sweep file.
+A name that ends in `.yaml` is a path, relative to the sweep file. An entry of `runs` may also hold, for all of its settings:
+
+        seeds: [17, 18]                    # in place of the file's
+        suffix: torch                      # its settings are called x2-torch, ...: a variant of those without it
+        label: torch's initialization      # in words, after the settings' own
+        set: {model.init: torch}           # keys of the config
+
+and `comparisons` says which of the runs are to be compared (scripts/study.py):
+
+    comparisons:
+      - title: "Table 4"
+        baseline: x2
+        paper: 10.25                       # the paper's perplexity of the baseline, where it has one
+        rows: {x2-no-fusion: 10.47, x2-random: null}
+        variants: [null, torch]            # suffixes; default: [null], the runs without one
 """
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,10 +75,35 @@ class Setting:
 
 @dataclass(frozen=True)
 class Block:
-    """Every model with every setting."""
+    """Every model with every setting and seed."""
 
     models: tuple[Path, ...]
     settings: tuple[Setting, ...]
+    seeds: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Settings to be set against a baseline, within each variant.
+
+    Attributes:
+        title: in words.
+        baseline: the setting; None: the rows' losses are shown side by side, a column for each variant (a grid of learning rates).
+        paper: the baseline's perplexity in the paper; None where it has none.
+        rows: setting -> its perplexity in the paper, or None.
+        variants: suffixes of settings; an empty one is the settings without.
+    """
+
+    title: str
+    baseline: str | None
+    paper: float | None
+    rows: dict[str, float | None]
+    variants: tuple[str, ...]
+
+
+def variant_name(setting: str, variant: str) -> str:
+    """``x2-torch``: what a setting is called in a variant."""
+    return f"{setting}-{variant}" if variant else setting
 
 
 @dataclass(frozen=True)
@@ -74,8 +114,13 @@ class SweepFile:
     name: str
     title: str
     recipe: Path
-    seeds: tuple[int, ...]
     blocks: tuple[Block, ...]
+    comparisons: tuple[Comparison, ...] = ()
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        """Every seed of any block."""
+        return tuple(dict.fromkeys(seed for block in self.blocks for seed in block.seeds))
 
 
 class _Reader:
@@ -150,9 +195,7 @@ class _Reader:
         both = self.sub_dimensions(mapping.get("both") or {}, f"{key}.both")
         if both and (parts["attention"] or parts["ffn"]):
             raise self.fail(f"{key}.both", "and attention or ffn exclude each other; give one of them")
-        overrides = mapping.get("set") or {}
-        if not isinstance(overrides, dict):
-            raise self.fail(f"{key}.set", f"is {overrides!r}; it must be a mapping of dotted config keys to values")
+        overrides = self.config_keys(mapping, key)
         base = self.config("mohd", mapping.get("base", "dense"), f"{key}.base")
         setting = Setting(
             name, base, str(mapping.get("label") or name), both, parts["attention"], parts["ffn"], overrides
@@ -161,21 +204,68 @@ class _Reader:
             raise self.fail(key, f"differs from {base.stem} in nothing; give set, both, attention or ffn")
         return setting
 
-    def seeds(self, value: Any) -> tuple[int, ...]:
-        seeds = self.sequence(value, "seeds")
+    def config_keys(self, mapping: dict[str, Any], key: str) -> dict[str, Any]:
+        values = mapping.get("set") or {}
+        if not isinstance(values, dict):
+            raise self.fail(f"{key}.set", f"is {values!r}; it must be a mapping of dotted config keys to values")
+        return values
+
+    def seeds(self, value: Any, key: str = "seeds") -> tuple[int, ...]:
+        seeds = self.sequence(value, key)
         for seed in seeds:
             if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
-                raise self.fail("seeds", f"holds {seed!r}; a seed is a whole number, 0 or more")
+                raise self.fail(key, f"holds {seed!r}; a seed is a whole number, 0 or more")
         return tuple(dict.fromkeys(seeds))
 
-    def block(self, value: Any, key: str) -> Block:
-        mapping = self.mapping(value, key, ("models", "settings"), ("models", "settings"))
+    def block(self, value: Any, key: str, seeds: tuple[int, ...]) -> Block:
+        known = ("models", "settings", "seeds", "suffix", "label", "set")
+        mapping = self.mapping(value, key, known, ("models", "settings"))
         models = self.sequence(mapping["models"], f"{key}.models")
-        settings = self.sequence(mapping["settings"], f"{key}.settings")
+        values = self.sequence(mapping["settings"], f"{key}.settings")
+        settings = [self.setting(setting, f"{key}.settings[{i}]") for i, setting in enumerate(values)]
+        suffix = self.word(mapping["suffix"], f"{key}.suffix") if mapping.get("suffix") is not None else ""
+        label, ours = mapping.get("label"), self.config_keys(mapping, key)
         return Block(
             tuple(self.config("model", model, f"{key}.models") for model in models),
-            tuple(self.setting(setting, f"{key}.settings[{i}]") for i, setting in enumerate(settings)),
+            tuple(
+                dataclasses.replace(
+                    one,
+                    name=variant_name(one.name, suffix),
+                    label=f"{one.label}, {label}" if label else one.label,
+                    overrides=ours | one.overrides,
+                )
+                for one in settings
+            ),
+            self.seeds(mapping["seeds"], f"{key}.seeds") if mapping.get("seeds") is not None else seeds,
         )
+
+    def comparison(self, value: Any, key: str, settings: set[str]) -> Comparison:
+        known = ("title", "baseline", "paper", "rows", "variants")
+        mapping = self.mapping(value, key, known, ("title", "rows"))
+        rows = mapping["rows"]
+        if not isinstance(rows, dict):
+            rows = dict.fromkeys(self.sequence(rows, f"{key}.rows"))
+        numbers = {"paper": mapping.get("paper"), **{f"rows.{name}": number for name, number in rows.items()}}
+        for name, number in numbers.items():
+            if number is not None and (not isinstance(number, int | float) or isinstance(number, bool) or number <= 1):
+                raise self.fail(f"{key}.{name}", f"is {number!r}; it must be a perplexity, or null where there is none")
+        baseline = self.word(mapping["baseline"], f"{key}.baseline") if mapping.get("baseline") is not None else None
+        variants = self.sequence(mapping.get("variants", [None]), f"{key}.variants")
+        found = Comparison(
+            str(mapping["title"]),
+            baseline,
+            mapping.get("paper"),
+            {self.word(name, f"{key}.rows"): number for name, number in rows.items()},
+            tuple("" if one is None else self.word(one, f"{key}.variants") for one in variants),
+        )
+        for variant in found.variants:
+            for name in [*([baseline] if baseline else []), *found.rows]:
+                full = variant_name(name, variant)
+                if full not in settings:
+                    raise self.fail(
+                        key, f"compares {full!r}, which no entry of runs has{nearest(full, sorted(settings))}"
+                    )
+        return found
 
 
 def read_sweep(path: str | Path) -> SweepFile:
@@ -199,16 +289,21 @@ def read_sweep(path: str | Path) -> SweepFile:
         mark = getattr(error, "problem_mark", None)
         where = f" at line {mark.line + 1}" if mark else ""
         raise UserError(f"{path}: broken YAML{where}: {getattr(error, 'problem', None) or error}") from None
-    known_keys = ("name", "title", "recipe", "seeds", "runs")
+    known_keys = ("name", "title", "recipe", "seeds", "runs", "comparisons")
     mapping = reader.mapping(content, "", known_keys, ("name", "recipe", "runs"))
-    blocks = [reader.block(value, f"runs[{i}]") for i, value in enumerate(reader.sequence(mapping["runs"], "runs"))]
+    seeds = reader.seeds(mapping.get("seeds", [17]))
+    blocks = [
+        reader.block(value, f"runs[{i}]", seeds) for i, value in enumerate(reader.sequence(mapping["runs"], "runs"))
+    ]
+    settings = {setting.name for block in blocks for setting in block.settings}
+    compared = reader.sequence(mapping["comparisons"], "comparisons") if mapping.get("comparisons") else []
     return SweepFile(
         path=path,
         name=reader.word(mapping["name"], "name"),
         title=str(mapping.get("title") or mapping["name"]),
         recipe=reader.config("recipe", mapping["recipe"], "recipe"),
-        seeds=reader.seeds(mapping.get("seeds", [17])),
         blocks=tuple(blocks),
+        comparisons=tuple(reader.comparison(one, f"comparisons[{i}]", settings) for i, one in enumerate(compared)),
     )
 
 

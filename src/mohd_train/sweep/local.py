@@ -35,16 +35,21 @@ def visible_gpus() -> list[str]:
     return done.stdout.split() if done.returncode == 0 else []
 
 
-def slots(processes: int, parallel: int, on_cpu: bool) -> list[dict[str, str]]:
+def slots(processes: int, parallel: int, on_cpu: bool, *, share_gpus: bool = False) -> list[dict[str, str]]:
     """The environment of each of the ``parallel`` places where a run can train: its own GPUs, its share of the cores.
 
+    Args:
+        share_gpus: runs of one process may share a GPU, dealt out in turn: small models don't fill one.
+
     Raises:
-        UserError: fewer GPUs than ``processes * parallel``.
+        UserError: fewer GPUs than ``processes * parallel``, where they aren't shared.
     """
     gpus = [] if on_cpu else visible_gpus()
+    cores = {} if "OMP_NUM_THREADS" in os.environ else {"OMP_NUM_THREADS": threads(processes * parallel)}
     if not gpus:
-        share = {} if "OMP_NUM_THREADS" in os.environ else {"OMP_NUM_THREADS": threads(processes * parallel)}
-        return [dict(share) for _ in range(parallel)]
+        return [dict(cores) for _ in range(parallel)]
+    if share_gpus and processes == 1 and parallel > len(gpus):
+        return [cores | {"CUDA_VISIBLE_DEVICES": gpus[i % len(gpus)]} for i in range(parallel)]
     if processes * parallel > len(gpus):
         raise UserError(
             f"{parallel} run(s) at once on {processes} GPU(s) each need {processes * parallel}, and there are {len(gpus)}; "
@@ -77,11 +82,14 @@ class LocalLauncher:
         processes: of each run.
         parallel: runs at once.
         on_cpu: leave GPUs alone.
+        share_gpus: as in :func:`slots`.
     """
 
-    def __init__(self, folder: SweepFolder, *, processes: int, parallel: int, on_cpu: bool = False) -> None:
+    def __init__(
+        self, folder: SweepFolder, *, processes: int, parallel: int, on_cpu: bool = False, share_gpus: bool = False
+    ) -> None:
         self.folder, self.processes = folder, processes
-        self.free = slots(processes, parallel, on_cpu)
+        self.free = slots(processes, parallel, on_cpu, share_gpus=share_gpus)
         self.console = Console(file=sys.stdout, highlight=False, soft_wrap=True)
         self._at_work: list[tuple[Worker, dict[str, str]]] = []
         self._failed: list[str] = []

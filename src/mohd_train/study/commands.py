@@ -1,0 +1,37 @@
+"""The commands of `scripts/study.py`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from rich.console import Console
+
+from mohd_train.study.report import show
+from mohd_train.study.runs import read_study
+
+
+def status(folder: Path) -> None:
+    """How many runs stand how, and every comparison on what there is so far."""
+    study = read_study(folder)
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 170)
+    states = [run.state for run in study.runs]
+    counts = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
+    console.print(f"{study.title} · --scale {study.scale} · {counts}", soft_wrap=True)
+    console.print(show(study))
+
+
+def figures(folder: Path, output: Path | None) -> None:
+    """Draws every comparison."""
+    from mohd_train.study.figures import draw_study
+
+    for path in draw_study(read_study(folder), output or folder / "figures"):
+        print(path)
+
+
+def record(folder: Path, output: Path, name: str | None) -> None:
+    """Writes the record, and prints the files."""
+    from mohd_train.study.record import write_record
+
+    for path in write_record(read_study(folder), output, name):
+        print(path)
