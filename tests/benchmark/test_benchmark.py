@@ -11,7 +11,7 @@ import torch
 
 from mohd_train.benchmark.run import add_arguments, main
 from mohd_train.errors import UserError
-from mohd_train.kernels import spans
+from mohd_train.kernels.grouped import sorted_spans
 
 
 def run(root: Path, *words: str) -> int:
@@ -67,8 +67,8 @@ def test_sweep_gives_a_row_a_point(root: Path, tmp_path: Path, capsys: pytest.Ca
 def test_no_figure_for_a_backend_that_is_wrong(
     root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    right = spans.down
-    monkeypatch.setattr(spans, "down", lambda *inputs: right(*inputs) * 1.01)
+    right = sorted_spans.down
+    monkeypatch.setattr(sorted_spans, "down", lambda *inputs: right(*inputs) * 1.01)
     with pytest.raises(UserError, match="tiny:x2: backend differs from the reference"):
         run(root, "--models", "tiny:x2", "--mode", "decode")
     assert "tiny:x2" not in capsys.readouterr().out
