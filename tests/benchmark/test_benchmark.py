@@ -1,4 +1,4 @@
-"""The benchmark on the tiny model: its JSON, its refusals, and that a wrong backend gets no figure."""
+"""The benchmark on the tiny model: its JSON, its error messages, and that a wrong backend is not timed."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_a_measured_peak_is_measured_again_after_the_rounds(
 ) -> None:
     """One taken while the machine was busy showed an MFU of 125%."""
     found = iter([1e9, 4e9])
-    monkeypatch.setattr("mohd_train.benchmark.measure._fastest_product", lambda settings: next(found))
+    monkeypatch.setattr("mohd_train.benchmark.measure._fastest_product", lambda workload: next(found))
     file = tmp_path / "out.json"
     run(root, "--models", "tiny:x2", "--mode", "layer", "--json", str(file))
     result = json.loads(file.read_text(encoding="utf-8"))
