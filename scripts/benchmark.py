@@ -1,10 +1,10 @@
-"""MoHD against LLaMA of equal activated size, timed in turn in one process; each backend is checked before it is timed.
+"""Times MoHD against LLaMA of equal activated size, in turn in one process. Each backend is first checked for correctness.
 
 python scripts/benchmark.py --models 355m:dense,355m:50,355m:x2 --mode layer --device cpu --threads 1 --tokens 2048
 python scripts/benchmark.py --models 355m:x4 --mode decode --batch 1 --tokens 256 --json benchmarks/decode.json
 python scripts/benchmark.py --models 355m:x4 --mode projections --layers 4
 python scripts/benchmark.py --models 355m:x4 --sweep tokens=512,1024,2048 --profile
-python scripts/benchmark.py --record benchmarks   # what benchmarks/ holds, on this machine
+python scripts/benchmark.py --record benchmarks   # everything that benchmarks/ holds, measured on this machine
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The benchmark on the tiny model: its JSON, its refusals, and that a wrong backend gets no figure."""
+"""The benchmark on the tiny model: its JSON, its error messages, and that a wrong backend is not timed."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 
 from mohd_train.benchmark.run import add_arguments, main
 from mohd_train.errors import UserError
-from mohd_train.kernels import spans
+from mohd_train.kernels.grouped import sorted_spans
 
 
 def run(root: Path, *words: str) -> int:
@@ -41,7 +41,7 @@ def test_a_measured_peak_is_measured_again_after_the_rounds(
 ) -> None:
     """One taken while the machine was busy showed an MFU of 125%."""
     found = iter([1e9, 4e9])
-    monkeypatch.setattr("mohd_train.benchmark.measure._fastest_product", lambda settings: next(found))
+    monkeypatch.setattr("mohd_train.benchmark.measure._fastest_product", lambda workload: next(found))
     file = tmp_path / "out.json"
     run(root, "--models", "tiny:x2", "--mode", "layer", "--json", str(file))
     result = json.loads(file.read_text(encoding="utf-8"))
@@ -67,8 +67,8 @@ def test_sweep_gives_a_row_a_point(root: Path, tmp_path: Path, capsys: pytest.Ca
 def test_no_figure_for_a_backend_that_is_wrong(
     root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    right = spans.down
-    monkeypatch.setattr(spans, "down", lambda *inputs: right(*inputs) * 1.01)
+    right = sorted_spans.down
+    monkeypatch.setattr(sorted_spans, "down", lambda *inputs: right(*inputs) * 1.01)
     with pytest.raises(UserError, match="tiny:x2: backend differs from the reference"):
         run(root, "--models", "tiny:x2", "--mode", "decode")
     assert "tiny:x2" not in capsys.readouterr().out

@@ -8,7 +8,8 @@ from support.dispatch import HostSyncs, host_syncs
 from support.plans import small_plan
 from support.routing import choose, component, operands
 
-from mohd_train.kernels import loss, ops, token_order
+from mohd_train.kernels import loss, ops
+from mohd_train.kernels.grouped import token_order
 from mohd_train.model.llama import Transformer
 
 SIZES = [(8, 4, 3), (16, 12, 9), (13, 6, 1), (4, 4, 4)]

@@ -29,16 +29,16 @@ def test_take_slots_is_a_gather(tokens: int, n: int, k: int, s: int) -> None:
     indices = choose(tokens, n, k, s)
     scores = torch.randn(tokens, n, dtype=torch.float64, requires_grad=True)
     slope = torch.randn(tokens, k, dtype=torch.float64)
-    got, want = ops.take_slots(scores, indices), scores.gather(1, indices)
+    got, want = ops.gather_scores(scores, indices), scores.gather(1, indices)
     assert torch.equal(got, want)
     assert torch.equal(*(torch.autograd.grad(part, scores, slope)[0] for part in (got, want)))
     with torch.no_grad():
-        assert torch.equal(ops.take_slots(scores, indices), want)
+        assert torch.equal(ops.gather_scores(scores, indices), want)
 
 
 def test_take_slots_traced() -> None:
     indices, scores = choose(13, 8, 4, 3), torch.randn(13, 8, requires_grad=True)
-    run = torch.compile(lambda scores: ops.take_slots(scores, indices).square(), fullgraph=True, backend="aot_eager")
+    run = torch.compile(lambda scores: ops.gather_scores(scores, indices).square(), fullgraph=True, backend="aot_eager")
     want = scores.gather(1, indices).square()
     assert torch.equal(run(scores), want)
     got, want = (torch.autograd.grad(part.sum(), scores)[0] for part in (run(scores), want))

@@ -1,1 +1,1 @@
-"""MoHD's speed against LLaMA of equal activated size, measured side by side."""
+"""How fast MoHD is beside LLaMA of equal activated size, measured side by side in one process."""

@@ -1,4 +1,4 @@
-"""What is measured: one step of a model (or of one of its blocks), as a function that can be called again and again."""
+"""What is timed: one step of a model, or of one of its blocks, as a function to call repeatedly."""
 
 from __future__ import annotations
 
@@ -25,15 +25,16 @@ Step = Callable[[], list[Tensor]]
 
 
 @dataclass(frozen=True)
-class Settings:
-    """How to measure.
+class Workload:
+    """What a step does, and where.
 
     Attributes:
-        mode: train (loss and gradients of the whole model), forward, decode (one more token on a cache), layer (one block,
-            output and gradients), projections (decode's products of the blocks alone, the choices given).
-        tokens: tokens of a step; for decode the context that the cache holds.
-        seq_len: tokens of a sequence.
+        mode: train (loss and gradients of the whole model), forward (its loss), layer (output and gradients of one block), decode
+            (one more token on a cache), projections (only the products of decode's blocks, with given choices).
+        tokens: tokens in a step; for decode the length of the cache.
+        seq_len: tokens in a sequence.
         batch: sequences decoded at once.
+        layers: how many layers the models are cut to.
     """
 
     mode: str
@@ -47,11 +48,11 @@ class Settings:
     layers: int | None = None
 
 
-def read_plan(name: str, configs: Path, settings: Settings, overrides: list[str] | None = None) -> ModelPlan:
+def read_plan(name: str, configs: Path, workload: Workload, overrides: list[str] | None = None) -> ModelPlan:
     """The plan of `355m:x2`: configs/model/355m.yaml with configs/mohd/x2.yaml.
 
     Raises:
-        UserError: not of that form, or no such file.
+        UserError: the name has another form, or a file is missing.
     """
     model, _, mohd = name.partition(":")
     files = [configs / "model" / f"{model}.yaml", configs / "mohd" / f"{mohd}.yaml"]
@@ -59,68 +60,68 @@ def read_plan(name: str, configs: Path, settings: Settings, overrides: list[str]
         if not file.is_file():
             known = ", ".join(sorted(path.stem for path in file.parent.glob("*.yaml")))
             raise UserError(f"--models {name}: no {file}; {file.parent.name} is one of {known} (as in 355m:x2)")
-    more = [f"max_seq_len={max(settings.seq_len, settings.tokens) + 4096}", *(overrides or [])]
-    if settings.layers:
-        more.append(f"model.num_hidden_layers={settings.layers}")
+    more = [f"max_seq_len={max(workload.seq_len, workload.tokens) + 4096}", *(overrides or [])]
+    if workload.layers:
+        more.append(f"model.num_hidden_layers={workload.layers}")
     return load_model_plan([str(file) for file in files], more)
 
 
-def flops(plan: ModelPlan, settings: Settings) -> float:
-    """Arithmetic of one step by `count`: a backward pass is twice the forward; of one block in mode layer."""
-    counts = count(plan, settings.seq_len)
+def flops(plan: ModelPlan, workload: Workload) -> float:
+    """FLOPs of one step by `count`, with a backward pass as two forward passes. In mode layer, those of one block."""
+    counts = count(plan, workload.seq_len)
     per_token = float(counts.flops_per_token)
-    if settings.mode == "layer":
+    if workload.mode == "layer":
         per_token = (per_token - 2 * counts.head) / plan.num_hidden_layers
-    if settings.mode == "projections":
-        return (per_token - 2 * counts.head) * settings.batch
-    if settings.mode == "decode":
-        return per_token * settings.batch
-    return per_token * settings.tokens * (3 if settings.mode in ("train", "layer") else 1)
+    if workload.mode == "projections":
+        return (per_token - 2 * counts.head) * workload.batch
+    if workload.mode == "decode":
+        return per_token * workload.batch
+    return per_token * workload.tokens * (3 if workload.mode in ("train", "layer") else 1)
 
 
-def build(plan: ModelPlan, settings: Settings) -> tuple[Step, nn.Module, Callable[[nn.Module], Step]]:
-    """(the step to time, the module it runs, a function that gives the same step, eager, of another such module)."""
+def build(plan: ModelPlan, workload: Workload) -> tuple[Step, nn.Module, Callable[[nn.Module], Step]]:
+    """(the step to time, the module it runs, a function that makes the same step, eager, of another such module)."""
     torch.manual_seed(0)
-    with torch.device(settings.device):
-        model = Transformer(plan, settings.kernels, seed=0)
+    with torch.device(workload.device):
+        model = Transformer(plan, workload.kernels, seed=0)
     module: nn.Module = model
-    if settings.mode == "layer":
+    if workload.mode == "layer":
         block = model.blocks[0]
         assert isinstance(block, Block)
         module = block
-    if settings.mode in ("decode", "projections"):
-        model.to(settings.dtype).lay_out_for_decoding()  # as `generate` does
-    make = {"layer": _layer, "decode": _decode, "projections": _projections}.get(settings.mode, _whole)
+    if workload.mode in ("decode", "projections"):
+        model.to(workload.dtype).lay_out_for_decoding()  # as `generate` does
+    make = {"layer": _layer, "decode": _decode, "projections": _projections}.get(workload.mode, _whole)
 
     def step_of(other: nn.Module, compiled: bool = False) -> Step:
-        return make(other, plan, settings, compiled)
+        return make(other, plan, workload, compiled)
 
-    return step_of(module, settings.compile and settings.mode not in ("decode", "projections")), module, step_of
-
-
-def _autocast(settings: Settings) -> torch.autocast:
-    return torch.autocast(settings.device.type, settings.dtype, enabled=settings.dtype != torch.float32)
+    return step_of(module, workload.compile and workload.mode not in ("decode", "projections")), module, step_of
 
 
-def _random(shape: tuple[int, ...], settings: Settings) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(settings.device)
+def _autocast(workload: Workload) -> torch.autocast:
+    return torch.autocast(workload.device.type, workload.dtype, enabled=workload.dtype != torch.float32)
 
 
-def _ids(shape: tuple[int, int], plan: ModelPlan, settings: Settings) -> Tensor:
+def _random(shape: tuple[int, ...], workload: Workload) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(workload.device)
+
+
+def _ids(shape: tuple[int, int], plan: ModelPlan, workload: Workload) -> Tensor:
     generator = torch.Generator().manual_seed(1)
-    return torch.randint(0, plan.vocab_size, shape, generator=generator).to(settings.device)
+    return torch.randint(0, plan.vocab_size, shape, generator=generator).to(workload.device)
 
 
-def _layer(block: nn.Module, plan: ModelPlan, settings: Settings, compiled: bool) -> Step:
-    shape = (settings.tokens // settings.seq_len, settings.seq_len, plan.hidden_size)
-    x, slope = _random(shape, settings).requires_grad_(), _random(shape, settings)
-    positions = torch.arange(settings.seq_len, device=settings.device)[None]
+def _layer(block: nn.Module, plan: ModelPlan, workload: Workload, compiled: bool) -> Step:
+    shape = (workload.tokens // workload.seq_len, workload.seq_len, plan.hidden_size)
+    x, slope = _random(shape, workload).requires_grad_(), _random(shape, workload)
+    positions = torch.arange(workload.seq_len, device=workload.device)[None]
     context = ForwardContext(rotary_table(positions, plan.head_dim, plan.rope_theta, x.dtype))
     run = torch.compile(block, fullgraph=True, dynamic=False) if compiled else block
     wanted = [x, *block.parameters()]
 
     def step() -> list[Tensor]:
-        with _autocast(settings):
+        with _autocast(workload):
             out, routing = run(x, context)
         balance = [part.balance_loss for part in (routing.attention, routing.ffn) if part is not None]
         ends, slopes = [out, *balance], [slope, *map(torch.ones_like, balance)]
@@ -129,28 +130,28 @@ def _layer(block: nn.Module, plan: ModelPlan, settings: Settings, compiled: bool
     return step
 
 
-def _whole(model: nn.Module, plan: ModelPlan, settings: Settings, compiled: bool) -> Step:
-    ids = _ids((settings.tokens // settings.seq_len, settings.seq_len), plan, settings)
+def _whole(model: nn.Module, plan: ModelPlan, workload: Workload, compiled: bool) -> Step:
+    ids = _ids((workload.tokens // workload.seq_len, workload.seq_len), plan, workload)
     run = torch.compile(model, dynamic=False) if compiled else model
     wanted = list(model.parameters())
 
     def train() -> list[Tensor]:
-        with _autocast(settings):
+        with _autocast(workload):
             out = run(ids, labels_BT=ids, logits=False)
         loss = out.cross_entropy + out.balance_loss
         return [loss.detach(), *torch.autograd.grad(loss, wanted, allow_unused=True, materialize_grads=True)]
 
     @torch.no_grad()
     def forward() -> list[Tensor]:
-        with _autocast(settings):
+        with _autocast(workload):
             return [run(ids, labels_BT=ids, logits=False).cross_entropy]
 
-    return train if settings.mode == "train" else forward
+    return train if workload.mode == "train" else forward
 
 
-def _decode(model: nn.Module, plan: ModelPlan, settings: Settings, compiled: bool) -> Step:
-    """One token for each sequence on a cache of `tokens` positions, which is cut back to that length after the step."""
-    ids = _ids((settings.batch, settings.tokens + 1), plan, settings)
+def _decode(model: nn.Module, plan: ModelPlan, workload: Workload, compiled: bool) -> Step:
+    """One new token for each sequence. The cache is cut back to `tokens` positions after the step."""
+    ids = _ids((workload.batch, workload.tokens + 1), plan, workload)
     cache = DynamicCache()
     with torch.no_grad():
         model(ids[:, :-1], cache=cache, logits=False)
@@ -158,16 +159,16 @@ def _decode(model: nn.Module, plan: ModelPlan, settings: Settings, compiled: boo
     @torch.no_grad()
     def step() -> list[Tensor]:
         logits = model(ids[:, -1:], cache=cache).logits
-        cache.crop(settings.tokens)
+        cache.crop(workload.tokens)
         return [logits]
 
     return step
 
 
-def _projections(model: nn.Module, plan: ModelPlan, settings: Settings, compiled: bool) -> Step:
-    """What decode multiplies by in its blocks, and nothing else: q, k, v, o, gate, up and down of one token a sequence."""
-    x_TD = _random((settings.batch, plan.hidden_size), settings).to(settings.dtype)
-    h_TA = _random((settings.batch, plan.query_width), settings).to(settings.dtype)
+def _projections(model: nn.Module, plan: ModelPlan, workload: Workload, compiled: bool) -> Step:
+    """The products of decode's blocks and nothing else: q, k, v, o, gate, up and down for one token a sequence."""
+    x_TD = _random((workload.batch, plan.hidden_size), workload).to(workload.dtype)
+    h_TA = _random((workload.batch, plan.query_width), workload).to(workload.dtype)
     parts = [part for block in model.blocks for part in (block.attention, block.ffn)]  # type: ignore[union-attr]
     with torch.no_grad():
         routed = [part.sub_dimensions and part.sub_dimensions.route(x_TD) for part in parts]

@@ -1,4 +1,4 @@
-"""Timing in turns, the check that the timed thing is right, and what else a step costs."""
+"""Timing steps in turn, checking them against the reference, and what else a step costs."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mohd_train.benchmark.cases import Settings, Step
+from mohd_train.benchmark.cases import Step, Workload
 from mohd_train.errors import UserError
 
-# Relative error of a tensor's norm that a step may differ by from the same step on the reference backend. float32: sums of
-# some thousand terms in another order. bfloat16: a few roundings of 2^-9 on the way, more for a gradient.
+# The relative error, in norm, that a tensor of a step may have against the same step on the reference backend. float32: sums
+# of some thousand terms in another order. bfloat16: a few roundings of 2^-9, more for a gradient.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 6e-2, torch.float16: 1e-2}
-# What the kernels' own accelerators reach in dense bfloat16, TFLOP/s (vendors' data sheets).
+# Dense bfloat16 peaks, TFLOP/s (the vendor's data sheets)
 PEAKS = {"H200": 989.0, "H100": 989.0, "A100": 312.0}
 
 
 def keep_pages() -> bool:
-    """Has glibc keep freed memory instead of handing each large block back, which costs a page fault per 4 KiB at the next
-    allocation (for blocks over 32 MiB always). Allocators in use for CPU training (jemalloc, tcmalloc) do the same.
+    """Makes glibc keep freed memory, as the allocators used for CPU training (jemalloc, tcmalloc) do. By default it returns every
+    block over 32 MiB to the system, and the next allocation costs a page fault for each 4 KiB.
 
     Returns:
         Whether the C library has that setting.
@@ -35,40 +35,40 @@ def keep_pages() -> bool:
     return mallopt is not None and bool(mallopt(mmap_threshold, 1 << 30) and mallopt(trim_threshold, -1))
 
 
-def clock_of(settings: Settings) -> tuple[str, Callable[[], float]]:
-    """(name, clock): processor time of this process for one CPU thread, which a busy machine disturbs less; else wall time."""
-    if settings.device.type == "cpu" and torch.get_num_threads() == 1:
+def clock_of(workload: Workload) -> tuple[str, Callable[[], float]]:
+    """(name, clock): the processor time of this process for one CPU thread, as a busy machine affects it less; else wall time."""
+    if workload.device.type == "cpu" and torch.get_num_threads() == 1:
         return "process_time", time.process_time
     return "perf_counter", time.perf_counter
 
 
-def rounds(steps: dict[str, Step], count: int, settings: Settings) -> dict[str, list[float]]:
-    """Seconds of every step, `count` rounds in which each takes its turn, after two rounds of warm-up."""
-    _, clock = clock_of(settings)
+def rounds(steps: dict[str, Step], count: int, workload: Workload) -> dict[str, list[float]]:
+    """Seconds of every step in `count` rounds, after two rounds of warm-up. In a round the steps take turns."""
+    _, clock = clock_of(workload)
     times: dict[str, list[float]] = {name: [] for name in steps}
     for index in range(count + 2):
         for name, step in steps.items():
-            _synchronize(settings)
+            _synchronize(workload)
             start = clock()
             step()
-            _synchronize(settings)
+            _synchronize(workload)
             if index >= 2:
                 times[name].append(clock() - start)
     return times
 
 
-def _synchronize(settings: Settings) -> None:
-    if settings.device.type == "cuda":
+def _synchronize(workload: Workload) -> None:
+    if workload.device.type == "cuda":
         torch.cuda.synchronize()
 
 
 def check_against_reference(
-    name: str, step: Step, module: nn.Module, step_of: Callable[[nn.Module], Step], settings: Settings
+    name: str, step: Step, module: nn.Module, step_of: Callable[[nn.Module], Step], workload: Workload
 ) -> float:
-    """Largest relative error of the timed step's outputs and gradients against the reference backend's.
+    """The largest relative error of the step's outputs and gradients against those of the reference backend.
 
     Raises:
-        UserError: beyond the tolerance; no figure is printed for such a backend.
+        UserError: the error is above the tolerance; such a backend is not timed.
     """
     other = copy.deepcopy(module)
     for part in other.modules():
@@ -79,14 +79,14 @@ def check_against_reference(
         error = (got.float() - want.float()).norm() / want.float().norm().clamp(min=1e-20)
         if want.float().norm() > 0 or got.float().norm() > 0:
             worst = max(worst, error.item())
-    limit = TOLERANCE[settings.dtype]
+    limit = TOLERANCE[workload.dtype]
     if not worst <= limit:
         raise UserError(f"{name}: backend differs from the reference by {worst:.1e} (limit {limit:.0e}); not timed")
     return worst
 
 
 def activation_bytes(step: Step, module: nn.Module) -> int:
-    """Bytes that a step keeps for its backward pass, each storage once, parameters not counted."""
+    """Bytes that a step saves for its backward pass: each storage once, without parameters."""
     own = {parameter.untyped_storage().data_ptr() for parameter in module.parameters()}
     kept: dict[int, int] = {}
 
@@ -101,9 +101,9 @@ def activation_bytes(step: Step, module: nn.Module) -> int:
     return sum(kept.values())
 
 
-def peak_memory(step: Step, settings: Settings) -> int | None:
-    """Most bytes allocated on the accelerator during a step; None on a CPU, where the allocator doesn't tell."""
-    if settings.device.type != "cuda":
+def peak_memory(step: Step, workload: Workload) -> int | None:
+    """The most bytes allocated on the GPU during a step; None on a CPU, whose allocator keeps no such record."""
+    if workload.device.type != "cuda":
         return None
     torch.cuda.reset_peak_memory_stats()
     step()
@@ -112,38 +112,38 @@ def peak_memory(step: Step, settings: Settings) -> int | None:
 
 @dataclass
 class Peak:
-    """The FLOP/s that MFU is a share of, and where the number is from."""
+    """The FLOP/s that MFU is a share of, and where the number comes from."""
 
     flops: float
     source: str
     measured: bool = False
 
-    def again(self, settings: Settings) -> None:
-        """Measures once more where it was measured: a peak taken while the machine was busy would flatter every MFU."""
+    def remeasure(self, workload: Workload) -> None:
+        """Measures a measured peak once more: one taken while the machine was busy would make every MFU too high."""
         if self.measured:
-            self.flops = max(self.flops, _fastest_product(settings))
+            self.flops = max(self.flops, _fastest_product(workload))
 
 
-def peak_flops(settings: Settings, given: float | None) -> Peak:
-    """What the user states, the data sheet's, or on a CPU large matrix products measured here.
+def peak_flops(workload: Workload, given: float | None) -> Peak:
+    """The peak that the user gives, the data sheet's, or on a CPU that of large matrix products, measured here.
 
     Raises:
-        UserError: an accelerator that is not in the list, and no peak given.
+        UserError: no peak given, and none is known for the GPU.
     """
     if given is not None:
         return Peak(given * 1e12, "given")
-    if settings.device.type == "cuda":
+    if workload.device.type == "cuda":
         name = torch.cuda.get_device_name()
         for key, value in PEAKS.items():
             if key in name:
                 return Peak(value * 1e12, f"data sheet, {key}, dense bfloat16")
         raise UserError(f"no peak known for {name}; give --peak-tflops")
-    return Peak(_fastest_product(settings), "measured before and after the rounds, 2048 x 2048 matrix products", True)
+    return Peak(_fastest_product(workload), "measured before and after the rounds, 2048 x 2048 matrix products", True)
 
 
-def _fastest_product(settings: Settings) -> float:
-    a, size = torch.randn(2048, 2048).to(settings.dtype), 2048
-    _, clock = clock_of(settings)
+def _fastest_product(workload: Workload) -> float:
+    a, size = torch.randn(2048, 2048).to(workload.dtype), 2048
+    _, clock = clock_of(workload)
     best, spent = float("inf"), 0.0
     while spent < 1.0:  # seconds
         start = clock()
@@ -154,10 +154,10 @@ def _fastest_product(settings: Settings) -> float:
 
 
 @contextmanager
-def profiled(settings: Settings) -> Iterator[Any]:
+def profiled(workload: Workload) -> Iterator[Any]:
     """A profiler over the device's activities."""
     kinds = [torch.profiler.ProfilerActivity.CPU]
-    if settings.device.type == "cuda":
+    if workload.device.type == "cuda":
         kinds.append(torch.profiler.ProfilerActivity.CUDA)
     with torch.profiler.profile(activities=kinds) as profile:
         yield profile

@@ -1,17 +1,16 @@
-"""The benchmark of record: everything that is wanted of a machine, each part in a process of its own, into one folder."""
+"""The benchmark of record: everything that benchmarks/ holds of a machine, each part in its own process, into one folder."""
 
 from __future__ import annotations
 
 import re
 import subprocess
 import sys
-from datetime import datetime, timezone
 from pathlib import Path
 
 from rich.console import Console
 
-from mohd_train.benchmark.report import device_name
 from mohd_train.errors import UserError
+from mohd_train.utils.environment import hardware, now
 
 ALL_355M = "355m:50,355m:75,355m:x2,355m:x3,355m:x4"
 LAYER = ("--mode", "layer", "--threads", "1", "--tokens", "2048", "--rounds", "8")
@@ -22,20 +21,21 @@ PROJECTIONS = (*X4, "--mode", "projections", "--layers", "3", "--threads", "1", 
 
 
 def _on_cuda() -> dict[str, tuple[str, ...]]:
-    """Tokens such that 80 GB should do, reckoned: activations, one model's gradients, the weights of all models of a part."""
+    """With as many tokens as should fit 80 GB: activations and gradients of one model, weights of all models in a part. This is an
+    estimate, not a measurement."""
     parts: dict[str, tuple[str, ...]] = {}
     for kernels in ("grouped", "triton"):
-        words = (*TRAIN, "--kernels", kernels)
-        parts[f"train-355m-{kernels}"] = ("--models", ALL_355M, *words, "--tokens", "16384")
+        args = (*TRAIN, "--kernels", kernels)
+        parts[f"train-355m-{kernels}"] = ("--models", ALL_355M, *args, "--tokens", "16384")
         for kind in ("50", "x2", "x4"):
-            parts[f"train-1.13b-{kind}-{kernels}"] = ("--models", f"1.13b:{kind}", *words, "--tokens", "8192")
+            parts[f"train-1.13b-{kind}-{kernels}"] = ("--models", f"1.13b:{kind}", *args, "--tokens", "8192")
     for mode in ("decode", "projections"):
         for batch in ("1", "8"):
             parts[f"{mode}-x4-batch-{batch}"] = (*DECODE, "--mode", mode, "--batch", batch)
     return parts
 
 
-PARTS: dict[str, dict[str, tuple[str, ...]]] = {  # device: name of a part: words of its command line
+PARTS: dict[str, dict[str, tuple[str, ...]]] = {  # by device, then by name of the part: its arguments
     "cuda": _on_cuda(),
     "cpu": {
         "1-thread-layer": ("--models", ALL_355M, *LAYER),
@@ -46,34 +46,35 @@ PARTS: dict[str, dict[str, tuple[str, ...]]] = {  # device: name of a part: word
 
 
 def record(script: Path, folder: Path, device: str) -> int:
-    """Runs every part of `device` by `script` (scripts/benchmark.py); results and plots go to `folder`, none over another's.
+    """Runs every part for `device` with `script` (scripts/benchmark.py). Results and plots go to `folder` and overwrite nothing.
 
     Returns:
-        0, or 1 where a part failed; the others are there all the same.
+        0, or 1 if a part failed; it doesn't stop the others.
 
     Raises:
-        UserError: `folder` can't be written to.
+        UserError: `folder` can't be created.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--record {folder}: {error.strerror}") from error
     console, failed = Console(stderr=True), []
-    machine = re.sub(r"[^a-z0-9]+", "-", re.sub(r"\((r|tm)\)", "", device_name(device).lower())).strip("-")
-    for number, (name, words) in enumerate(PARTS[device].items(), 1):
-        file = _free(folder, f"{datetime.now(timezone.utc):%Y-%m-%d}-{machine}-{name}")
+    name = hardware(device)["device"].lower()
+    machine = re.sub(r"[^a-z0-9]+", "-", re.sub(r"\((r|tm)\)", "", name)).strip("-")
+    for number, (name, args) in enumerate(PARTS[device].items(), 1):
+        file = _unused(folder, f"{now()[:10]}-{machine}-{name}")
         console.print(f"part {number} of {len(PARTS[device])}, {name}: {file}", highlight=False)
         plot = ("--plot", str(file.with_suffix(".png")))
-        command = [sys.executable, str(script), "--device", device, *words, "--json", str(file), *plot]
+        command = [sys.executable, str(script), "--device", device, *args, "--json", str(file), *plot]
         if (code := subprocess.run(command).returncode) != 0:
             failed.append(f"{name} (exit {code})")
     if failed:
-        console.print(f"failed: {', '.join(failed)}; what it said stands above. The other parts are in {folder}")
+        console.print(f"failed: {', '.join(failed)}; see the messages above. The other parts are in {folder}")
     return 1 if failed else 0
 
 
-def _free(folder: Path, stem: str) -> Path:
-    """A name that nothing has yet."""
+def _unused(folder: Path, stem: str) -> Path:
+    """A file name that is not taken yet."""
     count, file = 1, folder / f"{stem}.json"
     while file.exists():
         count += 1

@@ -1,4 +1,4 @@
-"""From times to rows: ratios, throughput, utilization; JSON and a table."""
+"""From times to rows (ratios, throughput, utilization), as JSON, a table and a plot."""
 
 from __future__ import annotations
 
@@ -6,24 +6,24 @@ import json
 import os
 import platform
 import statistics
-import subprocess
 import sys
 from dataclasses import dataclass
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.table import Table
 
-from mohd_train.benchmark.cases import Settings
+from mohd_train.benchmark.cases import Workload
 from mohd_train.benchmark.measure import Peak, clock_of
 from mohd_train.errors import UserError
+from mohd_train.utils.environment import code_version, hardware, now
+from mohd_train.utils.files import atomic_path, write_json
 
 
 @dataclass(frozen=True)
 class Measured:
-    """One model's figures before it is compared."""
+    """What was measured of one model."""
 
     times: list[float]
     flops: float
@@ -33,20 +33,20 @@ class Measured:
     error: float
 
 
-def row(name: str, baseline: str, models: dict[str, Measured], settings: Settings, peak: float) -> dict[str, Any]:
-    """A model against its baseline; ratios are of times within the same round, so that both met the same machine."""
+def row(name: str, baseline: str, models: dict[str, Measured], workload: Workload, peak: float) -> dict[str, Any]:
+    """A model's row: its figures, and ratios to its baseline of times in the same round, when both met the same conditions."""
     own, base = models[name], models[baseline]
     ratios = [a / b for a, b in zip(own.times, base.times, strict=True)]
     seconds = min(own.times)
-    tokens = settings.batch if settings.mode in ("decode", "projections") else settings.tokens
+    tokens = workload.batch if workload.mode in ("decode", "projections") else workload.tokens
     both = own.activation_bytes and base.activation_bytes
     return {
         "model": name,
         "baseline": baseline,
-        "mode": settings.mode,
-        "tokens": settings.tokens,
-        "seq_len": settings.seq_len,
-        "batch": settings.batch,
+        "mode": workload.mode,
+        "tokens": workload.tokens,
+        "seq_len": workload.seq_len,
+        "batch": workload.batch,
         "backend": own.backend,
         "ratio_min": min(ratios),
         "ratio_median": statistics.median(ratios),
@@ -63,74 +63,58 @@ def row(name: str, baseline: str, models: dict[str, Measured], settings: Setting
     }
 
 
-def environment(settings: Settings, peak: Peak) -> dict[str, Any]:
+def environment(workload: Workload, peak: Peak) -> dict[str, Any]:
     """What the figures depend on."""
-    git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
     return {
         "command": _command(),
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "commit": git.stdout.strip() or None,
+        "date": now(),
+        "commit": code_version()["commit"],
         "torch": torch.__version__,
         "python": platform.python_version(),
-        "device": device_name(settings.device.type),
+        "device": hardware(workload.device.type)["device"],
         "threads": torch.get_num_threads(),
         "load_average": os.getloadavg()[0],
-        "dtype": str(settings.dtype).removeprefix("torch."),
-        "compile": settings.compile,
-        "clock": clock_of(settings)[0],
+        "dtype": str(workload.dtype).removeprefix("torch."),
+        "compile": workload.compile,
+        "clock": clock_of(workload)[0],
         "peak_tflops": peak.flops / 1e12,
         "peak_source": peak.source,
     }
 
 
 def _command() -> str:
-    """What was typed, but for where the record and its plot went: they move."""
-    words = [Path(sys.argv[0]).name, *sys.argv[1:]]
+    """The command line, without the paths of the record and its plot: those files get moved."""
+    args = [Path(sys.argv[0]).name, *sys.argv[1:]]
     for option in ("--json", "--plot"):
-        if option in words:
-            place = words.index(option)
-            words = words[:place] + words[place + 2 :]
-    return "python scripts/" + " ".join(words)
+        if option in args:
+            index = args.index(option)
+            args = args[:index] + args[index + 2 :]
+    return "python scripts/" + " ".join(args)
 
 
-def device_name(kind: str) -> str:
-    """What the GPU or the processor calls itself."""
-    if kind == "cuda":
-        return torch.cuda.get_device_name()
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
+def write_results(path: Path, env: dict[str, Any], rows: list[dict[str, Any]]) -> None:
+    """Writes a results file."""
+    write_json(path, {"environment": env, "rows": rows})
 
 
-def write_json(path: Path, env: dict[str, Any], rows: list[dict[str, Any]]) -> None:
-    """The results file, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps({"environment": env, "rows": rows}, indent=1) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A results file.
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a results file.
 
     Raises:
-        UserError: not there, or not one.
+        UserError: the file is missing, or not a results file.
     """
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        assert isinstance(found["rows"], list)
+        rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
+        assert isinstance(rows, list)
     except (OSError, ValueError, KeyError, TypeError, AssertionError) as error:
-        raise UserError(f"{path}: no results of a benchmark ({error!r}); give a file that --json wrote") from None
-    return dict(found)
+        raise UserError(f"{path}: not the results of a benchmark ({error!r}); give a file that --json wrote") from None
+    return rows
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
-    """Each model's ratio to its baseline, of the two fastest rounds and in the median of pairs, beside the arithmetic's.
+    """Draws each model's ratio to its baseline: by arithmetic, of both models' fastest rounds, and the median over rounds.
 
-    Not the least of the pairs: one slow round of the baseline makes it.
+    Not the smallest ratio of a round, which one slow round of the baseline decides.
     """
     import matplotlib
 
@@ -139,26 +123,24 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
 
     shown = [entry for entry in rows if entry["model"] != entry["baseline"]]
     figure, axes = pyplot.subplots(figsize=(1.4 * len(shown) + 2, 3.6))
-    places = range(len(shown))
+    xs = range(len(shown))
     for shift, key, label in ((-0.27, "arithmetic_ratio", "arithmetic"), (0, "ratio_of_minima", "fastest rounds")):
-        axes.bar([place + shift for place in places], [entry[key] for entry in shown], 0.25, label=label)
-    axes.bar([place + 0.27 for place in places], [entry["ratio_median"] for entry in shown], 0.25, label="median")
+        axes.bar([x + shift for x in xs], [entry[key] for entry in shown], 0.25, label=label)
+    axes.bar([x + 0.27 for x in xs], [entry["ratio_median"] for entry in shown], 0.25, label="median")
     axes.axhline(1, color="black", linewidth=0.8)
-    axes.set_xticks(list(places), [f"{entry['model']}\n{entry.get('sweep', '')}".strip() for entry in shown])
+    axes.set_xticks(list(xs), [f"{entry['model']}\n{entry.get('sweep', '')}".strip() for entry in shown])
     axes.set_ylabel("time of a step / LLaMA's")
     axes.legend(frameon=False, ncols=3, loc="upper left", fontsize="small")
     axes.set_ylim(top=1.2 * max(entry["ratio_median"] for entry in shown))
     figure.tight_layout()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary)
     pyplot.close(figure)
 
 
 def render(rows: list[dict[str, Any]]) -> Table:
-    """The rows for a terminal."""
-    table = Table(
-        title="Time of a step over the baseline's, rounds in turn: least and median of pairs, of the fastest rounds"
-    )
+    """The rows as a table for a terminal."""
+    table = Table(title="Time of a step / the baseline's: least and median over rounds, ratio of the fastest rounds")
     titles = ("model", "backend", "tokens", "least", "median", "fastest", "arith.", "ms", "tokens/s", "MFU", "kept")
     for title in titles:
         table.add_column(title, justify="left" if title in ("model", "backend") else "right", no_wrap=True)

@@ -1,9 +1,10 @@
 """Group fusion and residual of the `grouped` backend, from the compact layout (eqs. 9, 17).
 
-Shapes: T tokens, D hidden, N sub-dimensions, K active, S shared, C = D / N. `mixing` here is [N (from), N (to), C]:
-B_j[i, n] = mixing[n, i, j], so that every step runs along the contiguous place j.
-Under torch.compile the steps are pointwise reads and sums that become one loop each; in eager mode they run in blocks of
+Under torch.compile each step is written as pointwise reads and sums, which become one loop; in eager mode it runs in blocks of
 tokens that stay in cache.
+
+Shapes: T tokens, D hidden, N sub-dimensions, K active, S shared, C = D / N. `mixing` here is [N (from), N (to), C]:
+B_j[i, n] = mixing[n, i, j], so that every step runs along the contiguous dim j.
 """
 
 from __future__ import annotations
@@ -13,21 +14,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mohd_train.kernels.grouped import runs
+from mohd_train.kernels.grouped.gathered_runs import runs
 from mohd_train.kernels.selection import TILE, Selection, tiles
 
-BLOCK_ELEMENTS = 1 << 17  # floats of a block of the full width: half a megabyte, within a core's second-level cache
-ELSEWHERE_ELEMENTS = 1 << 25  # of a block on a GPU: few launches, and 128 MiB of float32 beside a step's activations
-# Neighbouring tokens of a partial sum. Gathered ones (TILE) are fewer, as each is a stream of its own to read.
+BLOCK_ELEMENTS = 1 << 17  # a block on a CPU: half a megabyte of float32, within a core's second-level cache
+GPU_BLOCK_ELEMENTS = 1 << 25  # a block on a GPU: 128 MiB of float32, for few launches
+# Adjacent tokens in a partial sum. Of gathered ones (TILE) it takes fewer, as each is another stream to read.
 SUMMED = 16
 
 
 def fuse_residual(z_TKC: Tensor, mixing_NNC: Tensor, selection: Selection, residual: Tensor) -> Tensor:
     """``residual + y'``, y'_{i,j} = sum_k mixing[idx_k, i, j] z_{k,j}. Returns [T, D] in the residual's dtype."""
     s = selection
-    if not torch.is_grad_enabled():  # spares decoding the cost of autograd's bookkeeping
+    if not torch.is_grad_enabled():  # saves decoding the cost of autograd's bookkeeping
         return _forward(z_TKC, mixing_NNC, s.indices_TK, s.shared, residual)
-    # Traced code sums in tiles and takes the ends where they are; blocks take them from the host
+    # Traced code sums in tiles, with the ends on the device; blocks need them on the host
     ends = s.ends if torch.compiler.is_compiling() else s.host_ends
     return _Fuse.apply(z_TKC, mixing_NNC, residual, s.indices_TK, s.pairs, ends, s.shared)
 
@@ -90,7 +91,7 @@ def _outer_sum(grad_TNC: Tensor, z_TSC: Tensor) -> Tensor:
     if count:
         grad = grad_TNC[:whole].reshape(count, SUMMED, 1, sub_dims, width)
         sums.append((grad * z_TSC[:whole].reshape(count, SUMMED, slots, 1, width)).sum(1).sum(0))
-    if whole < tokens or not count:  # an empty rest would keep all of z from the forward pass on
+    if whole < tokens or not count:  # slicing an empty rest would save all of z for the backward pass
         sums.append((grad_TNC[whole:].unsqueeze(1) * z_TSC[whole:].unsqueeze(2)).sum(0))
     return sums[0] if len(sums) == 1 else sums[0] + sums[1]
 
@@ -100,12 +101,12 @@ def _outer_sum_runs(grad_TNC: Tensor, z_rows: Tensor, pairs: Tensor, ends: Tenso
     (_, sub_dims, width), specialized = grad_TNC.shape, ends.shape[0]
     if pairs.shape[0] == 0:
         return grad_TNC.new_zeros(specialized, sub_dims, width)
-    tile_pairs, place = tiles(pairs, ends)
+    tile_pairs, tile_runs = tiles(pairs, ends)
     flat = tile_pairs.clamp(min=0).view(-1)
     z = z_rows.index_select(0, flat).view(-1, TILE, 1, width)
     z = torch.where(tile_pairs.view(-1, TILE, 1, 1) >= 0, z, 0)
     partial = (grad_TNC.index_select(0, flat // active).view(-1, TILE, sub_dims, width) * z).sum(1)
-    onehot = (place == torch.arange(specialized, device=place.device).unsqueeze(1)).to(partial.dtype)
+    onehot = (tile_runs == torch.arange(specialized, device=tile_runs.device).unsqueeze(1)).to(partial.dtype)
     return (onehot @ partial.flatten(1)).view(specialized, sub_dims, width)
 
 
@@ -148,6 +149,6 @@ def _backward_blocks(
 
 
 def blocks(rows: int, width: int, device: torch.device) -> list[tuple[int, int]]:
-    """(start, stop) of blocks of rows of this width: on a CPU such that they stay in cache, elsewhere large."""
-    step = max(1, (BLOCK_ELEMENTS if device.type == "cpu" else ELSEWHERE_ELEMENTS) // width)
+    """(start, stop) of blocks of rows of this width: small enough for a CPU's cache, large on a GPU."""
+    step = max(1, (BLOCK_ELEMENTS if device.type == "cpu" else GPU_BLOCK_ELEMENTS) // width)
     return [(start, min(start + step, rows)) for start in range(0, rows, step)]

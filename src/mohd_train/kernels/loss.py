@@ -1,4 +1,4 @@
-"""Cross-entropy from hidden states and the head's weight: the [T, V] logits never exist at once.
+"""Cross-entropy from hidden states and the head's weight, without ever holding all [T, V] logits.
 
 Shapes: T tokens, D hidden, V vocabulary.
 """
@@ -15,17 +15,17 @@ from torch import Tensor
 
 from mohd_train.errors import UserError
 
-CHUNK_LOGITS = 1 << 25  # logits of a chunk: 128 MiB in float32, 1024 tokens at V = 32768
-SUM = 2  # aten's number for reduction="sum"
-LEAST_LIGER = "0.6.2"  # the first that sums the head's gradient in a dtype of the caller's choice
+CHUNK_LOGITS = 1 << 25  # logits in a chunk: 128 MiB in float32, 1024 tokens at V = 32768
+SUM = 2  # aten's code for reduction="sum"
+LEAST_LIGER = "0.6.2"  # the first version that lets the caller choose the dtype in which the head's gradient is summed
 
 
-@torch.compiler.assume_constant_result  # asked at every call; traced code keeps the answer
+@torch.compiler.assume_constant_result  # called at every step; traced code keeps the answer
 def loss_name(kind: str, dtype: torch.dtype) -> str:
     """What computes the loss on a device of this kind ("cuda", "cpu") for hidden states of this dtype: "liger 0.8.5" or "chunked".
 
     Raises:
-        UserError: a `liger-kernel` is installed whose sum of the head's gradient is rounded to bfloat16 at every chunk.
+        UserError: the installed `liger-kernel` rounds its sum of the head's gradient to bfloat16 after every chunk.
     """
     version = _liger_version() if kind == "cuda" and dtype != torch.float64 else None
     if version is None:
@@ -38,19 +38,14 @@ def loss_name(kind: str, dtype: torch.dtype) -> str:
 
 
 def linear_cross_entropy(
-    hidden_TD: Tensor,
-    head_VD: Tensor,
-    labels_T: Tensor,
-    *,
-    ignore_index: int = -100,
-    chunk_tokens: int | None = None,
+    hidden_TD: Tensor, head_VD: Tensor, labels_T: Tensor, *, ignore_index: int = -100, chunk_tokens: int | None = None
 ) -> Tensor:
     """Mean of ``cross_entropy(hidden @ head.T, labels)`` over the labels that are not `ignore_index`; NaN if there are none.
 
-    Liger's fused kernel on CUDA where `liger-kernel` is installed (`loss_name`), chunks of `chunk_tokens` elsewhere.
-    Under autocast the product runs in its dtype and the softmax in float32, as `F.linear` and `F.cross_entropy` would.
-    Both compute the gradients in the forward pass: a chunk's logits are made once and dropped, and the head's gradient is summed
-    over the chunks in float32.
+    Liger's fused kernel on CUDA where `liger-kernel` is installed (`loss_name`), otherwise chunks of `chunk_tokens`.
+    Under autocast the product runs in autocast's dtype and the softmax in float32, as with `F.linear` and `F.cross_entropy`.
+    Both compute the gradients in the forward pass: a chunk's logits are computed once and dropped, and the head's gradient is
+    summed over the chunks in float32.
 
     Returns:
         A scalar, float32 (float64 for float64 input).
@@ -71,7 +66,7 @@ def linear_cross_entropy(
 
 @functools.cache
 def _liger_version() -> str | None:
-    """None where the package is not installed (it is an extra: `pip install mohd_train[gpu]`)."""
+    """None where the package (the `gpu` extra) is not installed."""
     try:
         return importlib.metadata.version("liger-kernel")
     except importlib.metadata.PackageNotFoundError:
@@ -79,7 +74,7 @@ def _liger_version() -> str | None:
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
-    """Gradients are worked out with the loss and only scaled in the backward pass."""
+    """The gradients are computed along with the loss; the backward pass only scales them."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, head: Tensor, labels: Tensor, ignore_index: int, step: int) -> Tensor:
@@ -97,7 +92,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 total += loss
                 if grad_hidden is None and grad_head is None:
                     continue
-                # As autograd would: no scatter, which deterministic mode sorts on CUDA
+                # Autograd's own ops rather than a scatter, which becomes a sort on CUDA in deterministic mode
                 slope = torch.ops.aten.nll_loss_backward(1 / count, logs, label, None, SUM, ignore_index, counted)
                 slope = torch.ops.aten._log_softmax_backward_data(slope, logs, 1, wide).to(hidden.dtype)
                 if grad_hidden is not None:

@@ -1,60 +1,89 @@
-"""RMSNorm and the router's logits of one component in torch (eqs. 6-7): what `triton_norm` fuses.
+"""RMSNorm and the router's logits of one component (eqs. 6-7), and the active inputs recomputed in the backward pass.
 
-Kept for the backward pass: x, which the residual stream keeps anyway, and ``1 / rms(x)``. The normalized x is had back from them.
-Shapes: T tokens, D hidden, N sub-dimensions.
+Only x, which the residual stream keeps anyway, and ``1 / rms(x)`` are saved for the backward pass. The normalized x, and its
+active sub-dimensions where the products need them, are recomputed from those two.
+
+Shapes: T tokens, D hidden, N sub-dimensions, K active ones a token, C = D / N.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from mohd_train.kernels import reference
+from mohd_train.kernels.fusion import blocks
+from mohd_train.kernels.slots import as_rows
 
-def reference(x_TD: Tensor, gain_D: Tensor, centroids_ND: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """``n = x / rms(x) * gain`` [T, D] in x's dtype, ``E n`` [T, N] in float32 or wider, from n before it is rounded, and
-    ``1 / rms(x)`` [T] without a gradient."""
-    dtype = torch.promote_types(x_TD.dtype, torch.float32)
-    with torch.autocast(x_TD.device.type, enabled=False):
-        x = x_TD.to(dtype)
-        rstd = (x.square().mean(-1, keepdim=True) + eps).rsqrt()
-        normed = x * rstd * gain_D.to(dtype)
-        return normed.to(x_TD.dtype), normed @ centroids_ND.to(dtype).t(), rstd.detach().squeeze(-1)
+
+class NormInputs(NamedTuple):
+    """What a normalized input is recomputed from: ``n = x * rstd * norm_weight``."""
+
+    x_TD: Tensor
+    rstd_T: Tensor  # 1 / rms(x), in float32 or wider
+    norm_weight_D: Tensor
 
 
 class _NormRouter(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x_TD: Tensor, gain_D: Tensor, centroids_ND: Tensor, eps: float
+        ctx: Any, x_TD: Tensor, norm_weight_D: Tensor, centroids_ND: Tensor, eps: float
     ) -> tuple[Tensor, Tensor, Tensor]:
-        dtype = torch.promote_types(x_TD.dtype, torch.float32)
-        x = x_TD.to(dtype)
-        rstd = (x.square().mean(-1, keepdim=True) + eps).rsqrt()
-        normed = x * rstd * gain_D.to(dtype)
-        kept = rstd.squeeze(-1)
-        ctx.save_for_backward(x_TD, gain_D, centroids_ND, kept)
-        ctx.mark_non_differentiable(kept)
-        return normed.to(x_TD.dtype), normed @ centroids_ND.to(dtype).t(), kept
+        n_TD, logits_TN, rstd_T = reference.norm_router(x_TD, norm_weight_D, centroids_ND, eps)
+        ctx.save_for_backward(x_TD, norm_weight_D, centroids_ND, rstd_T)
+        ctx.mark_non_differentiable(rstd_T)
+        return n_TD, logits_TN, rstd_T
 
     @staticmethod
     def backward(
         ctx: Any, grad_normed: Tensor, grad_logits: Tensor, unused: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, None]:
-        x_TD, gain_D, centroids_ND, kept = ctx.saved_tensors
-        rstd, dtype = kept.unsqueeze(-1), kept.dtype
-        unit, gain = x_TD.to(dtype) * rstd, gain_D.to(dtype)
+        x_TD, norm_weight_D, centroids_ND, rstd_T = ctx.saved_tensors
+        rstd, dtype = rstd_T.unsqueeze(-1), rstd_T.dtype
+        unit, norm_weight = x_TD.to(dtype) * rstd, norm_weight_D.to(dtype)
         grad = grad_normed.to(dtype) + grad_logits @ centroids_ND.to(dtype)
-        grad_centroids = grad_logits.t() @ unit * gain
-        grad_gain = (grad * unit).sum(0)
-        grad = grad * gain
+        grad_centroids = grad_logits.t() @ unit * norm_weight
+        grad_weight = (grad * unit).sum(0)
+        grad = grad * norm_weight
         grad_x = rstd * (grad - unit * (grad * unit).mean(-1, keepdim=True))
-        return grad_x.to(x_TD.dtype), grad_gain.to(gain_D.dtype), grad_centroids.to(centroids_ND.dtype), None
+        return grad_x.to(x_TD.dtype), grad_weight.to(norm_weight_D.dtype), grad_centroids.to(centroids_ND.dtype), None
 
 
-def norm_router(x_TD: Tensor, gain_D: Tensor, centroids_ND: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """As `reference`, with a backward pass of its own."""
-    if not torch.is_grad_enabled():  # spares decoding the cost of autograd's bookkeeping
-        return reference(x_TD, gain_D, centroids_ND, eps)
-    with torch.autocast(x_TD.device.type, enabled=False):
-        return _NormRouter.apply(x_TD, gain_D, centroids_ND, eps)
+def norm_router(x_TD: Tensor, norm_weight_D: Tensor, centroids_ND: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """As `reference.norm_router`, with a backward pass that recomputes the normalized x."""
+    if not torch.is_grad_enabled():  # saves decoding the cost of autograd's bookkeeping
+        return reference.norm_router(x_TD, norm_weight_D, centroids_ND, eps)
+    return _NormRouter.apply(x_TD, norm_weight_D, centroids_ND, eps)
+
+
+def recompute_active(norm_inputs: NormInputs, rows: Tensor, sub_dims: int, dtype: torch.dtype) -> Tensor:
+    """The normalized x on the active sub-dimensions, [T, K, C]: computed and rounded to x's dtype as in the norm, then cast to
+    `dtype`. In blocks of rows, like the fusion.
+
+    `rows` int64 [T*K]: token * N + sub-dimension, in the order wanted.
+    """
+    x_rows, norm_weight_NC = _as_rows(norm_inputs, sub_dims)
+    out = x_rows.new_empty(rows.shape[0], x_rows.shape[1])
+    for start, stop in blocks(rows.shape[0], out.shape[1], out.device):
+        out[start:stop] = _recompute_rows(x_rows, norm_inputs.rstd_T, norm_weight_NC, rows[start:stop])
+    return out.to(dtype).unflatten(0, (norm_inputs.x_TD.shape[0], -1))
+
+
+def recompute_active_traced(norm_inputs: NormInputs, rows: Tensor, sub_dims: int, dtype: torch.dtype) -> Tensor:
+    """The same for torch.compile, which turns it into one loop."""
+    x_rows, norm_weight_NC = _as_rows(norm_inputs, sub_dims)
+    active = _recompute_rows(x_rows, norm_inputs.rstd_T, norm_weight_NC, rows).to(x_rows.dtype)
+    return active.to(dtype).unflatten(0, (norm_inputs.x_TD.shape[0], -1))
+
+
+def _as_rows(norm_inputs: NormInputs, sub_dims: int) -> tuple[Tensor, Tensor]:
+    norm_weight = norm_inputs.norm_weight_D.to(norm_inputs.rstd_T.dtype)
+    return as_rows(norm_inputs.x_TD, sub_dims), norm_weight.view(sub_dims, -1)
+
+
+def _recompute_rows(x_rows: Tensor, rstd_T: Tensor, norm_weight_NC: Tensor, rows: Tensor) -> Tensor:
+    tokens = rows // norm_weight_NC.shape[0]
+    scaled = x_rows.index_select(0, rows).to(rstd_T.dtype) * rstd_T.index_select(0, tokens).unsqueeze(1)
+    return scaled * norm_weight_NC.index_select(0, rows - tokens * norm_weight_NC.shape[0])

@@ -1,7 +1,8 @@
-"""The mathematics of a MoHD component, written with masks over the full width: slow, any float dtype, the truth.
+"""The mathematics of a MoHD component, written with masks over the full width: slow, in any float dtype.
+
+Every other backend is tested against this one, outputs and gradients (arXiv:2412.05644, eqs. 3-9, 17).
 
 Shapes: T tokens, D hidden, N sub-dimensions, K active ones, S shared ones, C = D / N, F inner width, O an output width.
-Every other backend is tested against this one, outputs and gradients (arXiv:2412.05644, eqs. 3-5, 8, 9, 17).
 """
 
 from __future__ import annotations
@@ -13,10 +14,24 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
+def norm_router(x_TD: Tensor, norm_weight_D: Tensor, centroids_ND: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """RMSNorm and the router's logits (eqs. 6-7).
+
+    ``n = x / rms(x) * norm_weight`` [T, D] in x's dtype; ``E n`` [T, N] in float32 or wider, from n before it is rounded;
+    and ``1 / rms(x)`` [T] without a gradient.
+    """
+    dtype = torch.promote_types(x_TD.dtype, torch.float32)
+    with torch.autocast(x_TD.device.type, enabled=False):
+        x = x_TD.to(dtype)
+        rstd = (x.square().mean(-1, keepdim=True) + eps).rsqrt()
+        normed = x * rstd * norm_weight_D.to(dtype)
+        return normed.to(x_TD.dtype), normed @ centroids_ND.to(dtype).t(), rstd.detach().squeeze(-1)
+
+
 def up_projection(
     x_TD: Tensor, weights: Sequence[Tensor], indices_TK: Tensor, sub_dims: int, input_weights_TK: Tensor | None
 ) -> tuple[Tensor, ...]:
-    """``W x~`` for every ``W`` [O, D], x~ = x on the active sub-dimensions, 0 elsewhere (eqs. 3-5). [T, O] each."""
+    """``W x~`` for every ``W`` [O, D]; x~ is x on the active sub-dimensions, 0 elsewhere (eqs. 3-5). [T, O] each."""
     gate_TN = x_TD.new_zeros(x_TD.shape[0], sub_dims)
     if input_weights_TK is None:
         gate_TN = gate_TN.scatter(1, indices_TK, 1.0)
@@ -27,7 +42,7 @@ def up_projection(
 
 
 def down_projection(h_TF: Tensor, weight_DF: Tensor, indices_TK: Tensor, sub_dims: int, weights_TK: Tensor) -> Tensor:
-    """Active slices of ``W h`` times their routing weights (eq. 8 and activation scaling), compact: [T, K*C]."""
+    """The active slices of ``W h`` times their routing weights (eq. 8, activation scaling). Compact: [T, K*C]."""
     y_TNC = F.linear(h_TF, weight_DF).unflatten(1, (sub_dims, -1))
     y_TKC = y_TNC.gather(1, indices_TK.unsqueeze(-1).expand(-1, -1, y_TNC.shape[-1]))
     return (y_TKC * weights_TK.unsqueeze(-1)).to(y_TKC.dtype).flatten(1)
@@ -36,7 +51,8 @@ def down_projection(h_TF: Tensor, weight_DF: Tensor, indices_TK: Tensor, sub_dim
 def fuse_residual(
     z_TKC: Tensor, mixing_CNN: Tensor | None, indices_TK: Tensor, sub_dims: int, residual_TD: Tensor
 ) -> Tensor:
-    """``residual + y'``, y'_{i,j} = sum_k B_j[i, idx_k] z_{k,j} (eqs. 9, 17); without mixing, y' is z in its place."""
+    """``residual + y'``, y'_{i,j} = sum_k B_j[i, idx_k] z_{k,j} (eqs. 9, 17). Without mixing, each slice of z is added to its own
+    sub-dimension."""
     tokens, active = indices_TK.shape
     z_TKC = z_TKC.view(tokens, active, -1)
     if mixing_CNN is not None:

@@ -1,7 +1,7 @@
-"""What one component's routing chose, and the sort that lets tokens of one specialized sub-dimension share a GEMM.
+"""What one component's router chose, the path its products take, and the sorts that let tokens share a GEMM.
 
 Shapes: T tokens, N sub-dimensions, K active ones a token, S shared ones, P = K - S specialized choices a token.
-A (token, slot) pair is the row ``token * K + slot`` of a compact tensor [T*K, C].
+A (token, slot) pair is the row ``token * K + slot`` of a compact tensor [T*K, C]. A run is the pairs of one sub-dimension.
 """
 
 from __future__ import annotations
@@ -12,51 +12,53 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mohd_train.kernels import few_tokens, token_order
-from mohd_train.kernels.host import ends_to_host
+from mohd_train.kernels.grouped import few_tokens, token_order
 from mohd_train.kernels.slots import slots_of
-from mohd_train.kernels.token_order import TokenOrder
 
-# Pairs in a tile: a tile holds pairs of one sub-dimension, so that reductions over a run need no data-dependent shape.
+# Pairs in a tile. All pairs of a tile belong to one run, so that a reduction over a run needs no data-dependent shape.
 TILE = 8
 
 
 class Selection(NamedTuple):
-    """The sub-dimensions one component's router chose, with what the backends derive from them."""
+    """The sub-dimensions that one component's router chose, with what the backends derive from them."""
 
     indices_TK: Tensor  # int64; columns 0..S-1 hold 0..S-1, the rest the specialized ids, ascending
     sub_dims: int  # N
     shared: int  # S
     path: str  # see `choose_path`
     rows: Tensor  # int64 [T*K]: token * N + sub-dimension, rows of a full-width tensor seen as [T*N, C]
-    slots_TN: Tensor  # int64: the slot that holds a sub-dimension, -1 when it is inactive
+    slots_TN: Tensor  # int64: the slot that holds a sub-dimension, -1 where it is inactive
     pairs: Tensor  # int64 [T*P]: specialized pairs (token * K + slot), by sub-dimension, then by token
-    ends: Tensor  # int64 [N-S]: where each specialized sub-dimension's run of `pairs` ends
-    host_ends: Tensor | None = None  # for grouped: the same in host memory
-    pair_places_TP: Tensor | None = None  # int64, for gathered_runs: where in `pairs` each of a token's pairs stands
-    tile_tokens: Tensor | None = None  # int64 [M, B], for triton: tiles of tokens with the same choice, -1 fills up
-    order: TokenOrder | None = None  # for sorted_spans
-    choices: few_tokens.Choices | None = None  # for few_tokens, in place of any sort
+    ends: Tensor  # int64 [N-S]: where the run of each specialized sub-dimension ends in `pairs`
+    host_ends: Tensor | None = None  # for grouped: `ends` in host memory
+    pair_positions_TP: Tensor | None = None  # int64, for gathered_runs: the position in `pairs` of each pair of a token
+    tile_tokens: Tensor | None = None  # int64 [M, B], for triton: tiles of tokens with the same choice, padded with -1
+    order: token_order.TokenOrder | None = None  # for sorted_spans
+    choices: few_tokens.Choices | None = None  # for few_tokens, which sorts nothing
+
+
+def is_eager_inference() -> bool:
+    """Without autograd and outside torch.compile, as in decoding: a registered op would cost tens of microseconds there."""
+    return not (torch.compiler.is_compiling() or torch.is_grad_enabled())
 
 
 def choose_path(backend: str, tokens: int, sub_dims: int, active: int, shared: int) -> str:
-    """What runs a selection's products: the only place where that is decided.
+    """The path that a selection's products take; nothing else decides it.
 
-    ``reference`` and ``triton`` are backends of one path. ``grouped`` has three: ``few_tokens`` where no gradient is wanted of a
-    few tokens (decoding), ``sorted_spans`` where there are few choices to sort tokens by, ``gathered_runs`` for the rest.
+    ``reference`` and ``triton`` have one path each. ``grouped`` has three: ``few_tokens`` for a few tokens without gradients
+    (decoding), ``sorted_spans`` where there are few possible choices to sort tokens by, ``gathered_runs`` otherwise.
     """
     if backend != "grouped":
         return backend
-    decoding = not (torch.is_grad_enabled() or torch.compiler.is_compiling())
-    if decoding and tokens <= few_tokens.MOST_TOKENS:
+    if is_eager_inference() and tokens <= few_tokens.MOST_TOKENS:
         return "few_tokens"
     return "sorted_spans" if token_order.supports(sub_dims, active, shared) else "gathered_runs"
 
 
 def select(indices_TK: Tensor, sub_dims: int, shared: int, path: str, tile: int | None = None) -> Selection:
-    """A selection with what `path` needs: stable sorts, run ends as a tensor. `tile`: tokens in a tile, for triton.
+    """The selection with what `path` needs. `tile`: tokens in a tile, for triton.
 
-    Host sync on CUDA: one on the paths of ``grouped`` (the group ends, or the choices of a few tokens), none for ``triton``.
+    On CUDA every path of ``grouped`` waits for the device once (for the ends, or the choices of a few tokens), ``triton`` never.
     """
     (tokens, active), device = indices_TK.shape, indices_TK.device
     chosen = active - shared
@@ -80,23 +82,47 @@ def select(indices_TK: Tensor, sub_dims: int, shared: int, path: str, tile: int 
     elif path == "sorted_spans":
         order = token_order.token_order(indices_TK, sub_dims, shared)
         group_ends, more["host_ends"] = ends_to_host(order.ends, ends)
-        more["order"] = TokenOrder(order.tokens, order.places, order.pairs, order.pair_places, group_ends)
+        more["order"] = token_order.TokenOrder(
+            order.tokens, order.positions, order.pairs, order.pair_positions, group_ends
+        )
     elif path == "gathered_runs":
-        places = token_order.inverse(by_id) if chosen else pairs
-        more["pair_places_TP"] = places.view(tokens, chosen)
+        positions = token_order.inverse(by_id) if chosen else pairs
+        more["pair_positions_TP"] = positions.view(tokens, chosen)
         (more["host_ends"],) = ends_to_host(ends)
     return Selection(indices_TK, sub_dims, shared, path, rows, slots_TN, pairs, ends, **more)
 
 
-def same_choice(indices_TK: Tensor, sub_dims: int, shared: int, size: int) -> Tensor:
-    """Tokens in tiles of `size`, all of a tile with the same active sub-dimensions: int64 [M, size], -1 fills a tile up.
+@torch.library.custom_op("mohd::ends_to_host", mutates_args=())
+def _ends_to_host(ends: Tensor) -> Tensor:
+    return ends.to("cpu", copy=True)
 
-    M = T // size + min(T, choices there are): from shapes alone.
+
+_ends_to_host.register_fake(lambda ends: torch.empty(ends.shape, dtype=ends.dtype, device="cpu"))
+
+
+def ends_to_host(*ends: Tensor) -> tuple[Tensor, ...]:
+    """Each int64 tensor in host memory, where GEMMs read their sizes. On CUDA one copy for all of them waits for the device;
+    turning the results into lists waits no more.
+
+    One explicit op a selection, whose result every GEMM takes as an argument and autograd saves like any other input. Caching
+    the ends on a tensor would be wrong: inductor reuses the memory of one component's ends for the next one's, under the same
+    Python object and unnoticed by autograd's version counter.
+    """
+    if ends[0].is_cpu and is_eager_inference():
+        return ends
+    together = ends[0] if len(ends) == 1 else torch.cat(ends)
+    return torch.split(_ends_to_host(together), [part.shape[0] for part in ends])
+
+
+def same_choice(indices_TK: Tensor, sub_dims: int, shared: int, size: int) -> Tensor:
+    """Tiles of `size` tokens with the same active sub-dimensions: int64 [M, size], padded with -1.
+
+    M = T // size + min(T, number of possible choices) follows from shapes alone.
     """
     tokens, active = indices_TK.shape
     keys = _choice_keys(indices_TK[:, shared:], sub_dims)
     order = torch.arange(tokens, device=indices_TK.device)
-    for key in reversed(keys):  # by the last first, each sort stable: by all of them in the end
+    for key in reversed(keys):  # stable sorts, the least significant key first
         order = order.index_select(0, torch.sort(key.index_select(0, order), stable=True).indices)
     differs = torch.zeros_like(order[1:], dtype=torch.bool)
     for key in keys:
@@ -109,7 +135,7 @@ def same_choice(indices_TK: Tensor, sub_dims: int, shared: int, size: int) -> Te
 
 
 def _choice_keys(chosen_TP: Tensor, sub_dims: int) -> list[Tensor]:
-    """int64 [T] each, which together tell choices apart: as many as it takes for none to overflow (256 to the 8th is 2^64)."""
+    """int64 [T] each, which together identify a choice: as many as it takes for none to overflow (256 to the 8th is 2^64)."""
     digits = max(1, int(62 // math.log2(max(2, sub_dims))))
     keys = []
     for start in range(0, chosen_TP.shape[1], digits):
@@ -121,17 +147,17 @@ def _choice_keys(chosen_TP: Tensor, sub_dims: int) -> list[Tensor]:
 
 
 def tiles(pairs: Tensor, ends: Tensor, size: int = TILE) -> tuple[Tensor, Tensor]:
-    """Rows in tiles of one run each: ([M, size] of `pairs`, -1 where a tile is not full; [M] the tile's run).
+    """Pairs in tiles of one run each: ([M, size] of `pairs`, padded with -1; [M] the run of each tile).
 
-    M = len(pairs) // size + len(ends) is static: each run wastes less than a tile. An empty tile belongs to the last run.
+    M = len(pairs) // size + len(ends) follows from shapes: each run wastes less than a tile. Empty tiles belong to the last run.
     """
     count = pairs.shape[0] // size + ends.shape[0]
     starts = torch.cat([ends.new_zeros(1), ends[:-1]])
     tile_ends = ((ends - starts + size - 1) // size).cumsum(0)
     tile_starts = torch.cat([ends.new_zeros(1), tile_ends[:-1]])
-    place = torch.searchsorted(tile_ends, torch.arange(count, device=pairs.device), right=True)
-    place = place.clamp(max=ends.shape[0] - 1)
-    first = starts[place] + (torch.arange(count, device=pairs.device) - tile_starts[place]) * size
+    run = torch.searchsorted(tile_ends, torch.arange(count, device=pairs.device), right=True)
+    run = run.clamp(max=ends.shape[0] - 1)
+    first = starts[run] + (torch.arange(count, device=pairs.device) - tile_starts[run]) * size
     position = first.unsqueeze(1) + torch.arange(size, device=pairs.device)
-    inside = position < ends[place].unsqueeze(1)
-    return torch.where(inside, pairs[position.clamp(max=pairs.shape[0] - 1)], -1), place
+    inside = position < ends[run].unsqueeze(1)
+    return torch.where(inside, pairs[position.clamp(max=pairs.shape[0] - 1)], -1), run

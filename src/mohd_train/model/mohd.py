@@ -74,11 +74,11 @@ class Normed(NamedTuple):
 
     Attributes:
         logits_TN: the router's logits, float32 or wider.
-        source: what x was normalized from, so that the backward pass can recompute it; None: x is kept.
+        inputs: what x was normalized from, so that the backward pass can recompute it; None: x is kept.
     """
 
     logits_TN: Tensor
-    source: ops.Source | None
+    inputs: ops.NormInputs | None
 
 
 def select(scores_TN: Tensor, top_k: int, shared: int) -> Tensor:
@@ -164,7 +164,7 @@ def activation_weights(scores_TN: Tensor, indices_TK: Tensor, scaling: str) -> T
     Returns:
         [T, K], in the scores' dtype. Gradients reach the scores through alpha too.
     """
-    g_TK = ops.take_slots(scores_TN, indices_TK)
+    g_TK = ops.gather_scores(scores_TN, indices_TK)
     if scaling == "none":
         return g_TK
     n, k, mass_T1 = scores_TN.shape[1], indices_TK.shape[1], g_TK.sum(dim=-1, keepdim=True)
@@ -289,28 +289,29 @@ class SubDimensions(nn.Module):
         """
         routing, selection = self.route(x_TD, context, normed)  # one selection ...
         weights, into_DF, backend = [linear.weight for linear in up], self.fusion.fold(down.weight), self.backend(x_TD)
-        gates_TK, source = self.input_weights(routing), None if normed is None else normed.source
+        gates_TK, norm_inputs = self.input_weights(routing), None if normed is None else normed.inputs
         if inner is swiglu:
             gate, up_proj = weights
             z_TKC = ops.swiglu_ffn(
                 x_TD, gate, up_proj, into_DF, selection, routing.weights,
-                input_weights_TK=gates_TK, source=source, backend=backend,
+                input_weights_TK=gates_TK, norm_inputs=norm_inputs, backend=backend,
             )  # fmt: skip
         else:
             parts = ops.up_projection(
-                x_TD, weights, selection, input_weights_TK=gates_TK, source=source, backend=backend
+                x_TD, weights, selection, input_weights_TK=gates_TK, norm_inputs=norm_inputs, backend=backend
             )  # ... for what is read (eqs. 3-5) ...
             h_TF = inner(*parts)
             z_TKC = ops.down_projection(h_TF, into_DF, selection, routing.weights, backend=backend)  # ... and written
         stream_TD = ops.fuse_residual(z_TKC, self.fusion.blocks, selection, residual_TD, backend=backend)
         return stream_TD, routing
 
-    def normalize(self, x_TD: Tensor, gain_D: Tensor, eps: float) -> tuple[Tensor, Normed]:
+    def normalize(self, x_TD: Tensor, norm_weight_D: Tensor, eps: float) -> tuple[Tensor, Normed]:
         """RMSNorm and the router's logits together: the backward pass then needs no normalized x."""
         if self.readings.router_input == "residual":
-            return F.rms_norm(x_TD, gain_D.shape, gain_D, eps), Normed(self.router.logits(x_TD), None)
-        n_TD, logits_TN, rstd_T = ops.norm_router(x_TD, gain_D, self.router.centroids, eps, backend=self.backend(x_TD))
-        return n_TD, Normed(logits_TN, ops.Source(x_TD, rstd_T, gain_D))
+            return F.rms_norm(x_TD, norm_weight_D.shape, norm_weight_D, eps), Normed(self.router.logits(x_TD), None)
+        centroids, backend = self.router.centroids, self.backend(x_TD)
+        n_TD, logits_TN, rstd_T = ops.norm_router(x_TD, norm_weight_D, centroids, eps, backend=backend)
+        return n_TD, Normed(logits_TN, ops.NormInputs(x_TD, rstd_T, norm_weight_D))
 
     def route(
         self, x_TD: Tensor, context: ForwardContext | None = None, normed: Normed | None = None
@@ -344,7 +345,7 @@ class SubDimensions(nn.Module):
 
     def input_weights(self, routing: Routing) -> Tensor | None:
         """``g`` of the active inputs [T, K] where the input is gated (``gate_input``); by default it is not."""
-        return ops.take_slots(routing.scores, routing.indices) if self.readings.gate_input else None
+        return ops.gather_scores(routing.scores, routing.indices) if self.readings.gate_input else None
 
     def backend(self, x: Tensor) -> str:
         """The kernels that run for ``x``."""

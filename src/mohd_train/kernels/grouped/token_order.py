@@ -1,9 +1,9 @@
-"""Tokens in an order in which GEMMs need neither gather nor scatter rows of the wide side.
+"""An order of the tokens in which GEMMs neither gather nor scatter rows of the wide side.
 
-Tokens with the same choice of specialized sub-dimensions form a group. Groups follow one another so that each choice differs
-from the one before in one sub-dimension (a revolving-door order of combinations), and a sub-dimension keeps its slot while it
-stays chosen. So the tokens of a sub-dimension are a few spans of neighbours in one slot: with 3 of 7 chosen, 35 groups and 37
-spans in place of 7 gathered runs of 3/7 of the tokens each. With one chosen, groups and spans are the runs.
+Tokens with the same choice of specialized sub-dimensions form a group. Each group's choice differs from the previous one's in
+one sub-dimension (the revolving-door order of combinations), and a sub-dimension keeps its slot while it stays chosen. So the
+tokens of a sub-dimension form a few spans, each contiguous and in one slot: with 3 of 7 chosen, 35 groups and 37 spans instead
+of 7 gathered runs of 3/7 of the tokens each. With one chosen, every group is a span and a run.
 
 Shapes: T tokens, N sub-dimensions, K active, S shared, P = K - S chosen of M = N - S; G groups.
 """
@@ -17,19 +17,19 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mohd_train.kernels.layout import as_rows
+from mohd_train.kernels.slots import as_rows
 
-MOST_GROUPS = 64  # more would leave a few tokens a group: the runs are gathered then
+MOST_GROUPS = 64  # with more, a group would hold too few tokens, and runs are gathered instead
 
 
 class TokenOrder(NamedTuple):
-    """The order of one component's tokens. "Sorted" tensors hold token `tokens[i]` in row i."""
+    """The order of one component's tokens. Row i of a sorted tensor is token `tokens[i]`."""
 
     tokens: Tensor  # int64 [T]
-    places: Tensor  # int64 [T]: its inverse
-    pairs: Tensor  # int64 [T*K]: compact row (token * K + slot) that a sorted compact tensor holds in each of its rows
-    pair_places: Tensor  # int64 [T*K]: its inverse
-    ends: Tensor  # int64 [G]: where each group ends; in host memory once `selection.select` has brought it there
+    positions: Tensor  # int64 [T]: its inverse
+    pairs: Tensor  # int64 [T*K]: the compact row (token * K + slot) that each row of a sorted compact tensor holds
+    pair_positions: Tensor  # int64 [T*K]: its inverse
+    ends: Tensor  # int64 [G]: where each group ends; `selection.select` replaces it by a copy in host memory
 
 
 @functools.cache
@@ -43,7 +43,7 @@ def _choices(count: int, chosen: int) -> tuple[tuple[int, ...], ...]:
 
 @functools.cache
 def _slots(count: int, chosen: int) -> tuple[tuple[int, ...], ...]:
-    """For each group the choice held by slot 0, 1, ...: what stays chosen stays in its slot."""
+    """For each group what slots 0, 1, ... hold: a sub-dimension that stays chosen keeps its slot."""
     slots = [list(_choices(count, chosen)[0])]
     for choice in _choices(count, chosen)[1:]:
         new = [i for i in choice if i not in slots[-1]]
@@ -53,7 +53,7 @@ def _slots(count: int, chosen: int) -> tuple[tuple[int, ...], ...]:
 
 @functools.cache
 def spans(count: int, chosen: int) -> tuple[tuple[int, int, int, int], ...]:
-    """(choice, slot, first group, last group): where a choice stays in a slot, by first group."""
+    """(sub-dimension, slot, first group, last group) of every span, ordered by first group."""
     found = []
     for slot, held in enumerate(zip(*_slots(count, chosen), strict=True)):
         first = 0
@@ -66,9 +66,9 @@ def spans(count: int, chosen: int) -> tuple[tuple[int, int, int, int], ...]:
 
 @functools.cache
 def _rank_terms(count: int, chosen: int) -> list[list[int]]:
-    """[P, M]: what each place of an ascending choice adds to its rank in revolving-door order, by the sub-dimension there.
+    """[P, M]: what sub-dimension m, as element p of an ascending choice, adds to the choice's rank in revolving-door order.
 
-    The rank of c_1 < ... < c_P, counted from 1, is the sum of (-1)^(P-i) C(c_i, i), less one where P is odd.
+    The rank of c_1 < ... < c_P, counted from 1, is the sum of (-1)^(P-i) C(c_i, i), minus one where P is odd.
     """
     terms = [[(-1) ** (chosen - i) * math.comb(c, i) for c in range(1, count + 1)] for i in range(1, chosen + 1)]
     terms[0] = [term - chosen % 2 for term in terms[0]]
@@ -77,55 +77,55 @@ def _rank_terms(count: int, chosen: int) -> list[list[int]]:
 
 @functools.cache
 def _slot_tables(count: int, chosen: int) -> list[list[list[int]]]:
-    """[2, G, P]: for each group and slot the place that the slot's choice has in ascending order, and the inverse."""
+    """[2, G, P]: for each group the ascending index of what each slot holds, and the inverse."""
     ascending = [[sorted(slots).index(i) for i in slots] for slots in _slots(count, chosen)]
-    return [ascending, [[places.index(i) for i in range(chosen)] for places in ascending]]
+    return [ascending, [[indices.index(i) for i in range(chosen)] for indices in ascending]]
 
 
-# Constants on their device, by what they were made from: an upload waits for the device, so each takes place once.
+# Constants on their device, by what determines them: an upload waits for the device, so each constant is uploaded once.
 _UPLOADED: dict[tuple[str, int, int, torch.device], Tensor] = {}
 
 
-@torch.compiler.assume_constant_result  # traced code takes the uploaded tensor in, rather than uploading it each time it runs
+@torch.compiler.assume_constant_result  # so that traced code holds the uploaded tensor and uploads nothing when it runs
 def _constant(name: str, count: int, chosen: int, device: torch.device) -> Tensor:
     key = (name, count, chosen, device)
     if key not in _UPLOADED:
-        made = {"rank terms": _rank_terms, "slot tables": _slot_tables}[name](count, chosen)
+        values = {"rank terms": _rank_terms, "slot tables": _slot_tables}[name](count, chosen)
         with torch.inference_mode(False):
-            tensor = torch.tensor(made, dtype=torch.int64, device=device)
-        if type(tensor) is not Tensor:  # a fake one means nothing to the next caller
+            tensor = torch.tensor(values, dtype=torch.int64, device=device)
+        if type(tensor) is not Tensor:  # a fake tensor is of no use to the next caller
             return tensor
         _UPLOADED[key] = tensor
     return _UPLOADED[key]
 
 
 def supports(sub_dims: int, active: int, shared: int) -> bool:
-    """Whether there are few enough groups, and something to choose."""
+    """Whether there is something to choose, and few enough groups."""
     return active > shared and math.comb(sub_dims - shared, active - shared) <= MOST_GROUPS
 
 
 def token_order(indices_TK: Tensor, sub_dims: int, shared: int) -> TokenOrder:
-    """The order of tokens with these choices [T, K]: a stable sort, and a second one for its inverse. No host sync."""
+    """The order of tokens with these choices [T, K]: a stable sort, and another for its inverse. Never waits for the device."""
     (tokens, active), device = indices_TK.shape, indices_TK.device
     count, chosen = sub_dims - shared, active - shared
     ranks = group_ranks(indices_TK[:, shared:] - shared, count)
     by_rank, order = torch.sort(ranks, stable=True)
-    places = inverse(order)
+    positions = inverse(order)
     ends = torch.searchsorted(by_rank, torch.arange(math.comb(count, chosen), device=device), right=True)
     if chosen == 1:
-        held = found = torch.arange(active, device=device).expand(tokens, active)
+        sorted_slots = slots = torch.arange(active, device=device).expand(tokens, active)
     else:
         tables = _constant("slot tables", count, chosen, device)
         always = torch.arange(shared, device=device).expand(tokens, shared)
-        held = torch.cat([always, tables[0].index_select(0, by_rank) + shared], 1)
-        found = torch.cat([always, tables[1].index_select(0, ranks) + shared], 1)
-    pairs = (order.unsqueeze(1) * active + held).reshape(-1)
-    pair_places = (places.unsqueeze(1) * active + found).reshape(-1)
-    return TokenOrder(order, places, pairs, pair_places, ends)
+        sorted_slots = torch.cat([always, tables[0].index_select(0, by_rank) + shared], 1)
+        slots = torch.cat([always, tables[1].index_select(0, ranks) + shared], 1)
+    pairs = (order.unsqueeze(1) * active + sorted_slots).reshape(-1)
+    pair_positions = (positions.unsqueeze(1) * active + slots).reshape(-1)
+    return TokenOrder(order, positions, pairs, pair_positions, ends)
 
 
 def group_ranks(chosen_TP: Tensor, count: int) -> Tensor:
-    """int64 [T]: the group of each token's choice, P of `count`, ascending from 0."""
+    """int64 [T]: the group of each token's choice. `chosen_TP`: P of 0 .. count - 1, ascending."""
     chosen = chosen_TP.shape[1]
     if chosen == 1:
         return chosen_TP[:, 0]
@@ -139,7 +139,7 @@ def group_ranks(chosen_TP: Tensor, count: int) -> Tensor:
 
 
 def inverse(permutation: Tensor) -> Tensor:
-    """A sort: writing by index would be one too in deterministic mode on CUDA, and wait for the host."""
+    """By a sort: in deterministic mode CUDA would sort for a write by index too, and wait for the host besides."""
     return torch.argsort(permutation)
 
 
@@ -155,17 +155,17 @@ class _Permute(torch.autograd.Function):
 
 
 def permute(x: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
-    """Rows of x in the order `index`; the gradient is a read through its inverse, not a scatter."""
+    """Rows of x in the order `index`. The gradient is a read through the inverse, not a scatter."""
     if not torch.is_grad_enabled():
         return x.index_select(0, index)
     return _Permute.apply(x, index, inverse)
 
 
 def sort_compact(x_TKC: Tensor, order: TokenOrder, active: int) -> Tensor:
-    """[T, K*C] to [T, K, C] in the tokens' order, slots as the spans want them. K and C stay apart, see `as_rows`."""
-    return permute(as_rows(x_TKC, active), order.pairs, order.pair_places).unflatten(0, (-1, active))
+    """[T, K*C] to sorted [T, K, C], with the slots of the spans. K and C stay separate dims, see `as_rows`."""
+    return permute(as_rows(x_TKC, active), order.pairs, order.pair_positions).unflatten(0, (-1, active))
 
 
 def unsort_compact(x_TKC: Tensor, order: TokenOrder) -> Tensor:
-    """The way back: [T, K, C] to [T, K*C]."""
-    return permute(x_TKC.flatten(0, 1), order.pair_places, order.pairs).unflatten(0, x_TKC.shape[:2]).flatten(1)
+    """The inverse of `sort_compact`: [T, K, C] to [T, K*C]."""
+    return permute(x_TKC.flatten(0, 1), order.pair_positions, order.pairs).unflatten(0, x_TKC.shape[:2]).flatten(1)

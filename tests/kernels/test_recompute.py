@@ -1,4 +1,4 @@
-"""Active inputs that are made again in the backward pass: the same gradients, and no copy of them kept."""
+"""Active inputs recomputed in the backward pass: the same gradients, and no copy of them is kept."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ EPS = 1e-5
 def inputs(tokens: int, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
     torch.manual_seed(0)
     shapes = {
-        "x": (tokens, N * C), "gain": (N * C,), "centroids": (N, N * C), "q": (F, N * C), "k": (F + 2, N * C),
+        "x": (tokens, N * C), "norm_weight": (N * C,), "centroids": (N, N * C), "q": (F, N * C), "k": (F + 2, N * C),
         "gate": (F, N * C), "up": (F, N * C), "down": (N * C, F),
     }  # fmt: skip
     return {name: torch.randn(shape, dtype=dtype).requires_grad_() for name, shape in shapes.items()}
@@ -28,11 +28,11 @@ def inputs(tokens: int, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]
 
 def forward(v: dict[str, Tensor], indices: Tensor, shared: int, backend: str, gated: bool = False) -> list[Tensor]:
     """Everything that reads the norm, down to outputs that its gradient comes from."""
-    normed, logits, rstd = ops.norm_router(v["x"], v["gain"], v["centroids"], EPS, backend=backend)
-    source = ops.Source(v["x"], rstd, v["gain"])
+    normed, logits, rstd = ops.norm_router(v["x"], v["norm_weight"], v["centroids"], EPS, backend=backend)
+    norm_inputs = ops.NormInputs(v["x"], rstd, v["norm_weight"])
     chosen = ops.make_selection(indices, sub_dims=N, shared=shared, backend=backend)
     weights = logits.softmax(-1).gather(1, indices)
-    more = {"source": source, "backend": backend, "input_weights_TK": weights if gated else None}
+    more = {"norm_inputs": norm_inputs, "backend": backend, "input_weights_TK": weights if gated else None}
     qk = ops.up_projection(normed, (v["q"], v["k"]), chosen, **more)
     z = ops.swiglu_ffn(normed, v["gate"], v["up"], v["down"], chosen, weights, **more)
     return [logits, *qk, z]
@@ -62,17 +62,21 @@ def test_traced_without_a_graph_break() -> None:
         torch.testing.assert_close(a, b)
 
 
-def test_made_again_as_they_were_in_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Under autocast, weights' gradients are those of kept inputs, bit for bit; in blocks of a few rows too."""
+def test_recomputed_bit_for_bit_in_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under autocast, weight gradients equal those of kept inputs bit for bit, also in blocks of a few rows."""
     monkeypatch.setattr("mohd_train.kernels.fusion.BLOCK_ELEMENTS", 5 * C)
     values, indices = inputs(37, torch.float32), choose(37, N, 4, 3)
     chosen = ops.make_selection(indices, sub_dims=N, shared=3, backend="grouped")
 
-    def gradients(with_source: bool) -> tuple[Tensor, ...]:
+    def gradients(recompute: bool) -> tuple[Tensor, ...]:
         with torch.autocast("cpu", torch.bfloat16):
-            normed, _, rstd = ops.norm_router(values["x"], values["gain"], values["centroids"], EPS, backend="grouped")
-            source = ops.Source(values["x"], rstd, values["gain"]) if with_source else None
-            q, k = ops.up_projection(normed, (values["q"], values["k"]), chosen, source=source, backend="grouped")
+            normed, _, rstd = ops.norm_router(
+                values["x"], values["norm_weight"], values["centroids"], EPS, backend="grouped"
+            )
+            norm_inputs = ops.NormInputs(values["x"], rstd, values["norm_weight"]) if recompute else None
+            q, k = ops.up_projection(
+                normed, (values["q"], values["k"]), chosen, norm_inputs=norm_inputs, backend="grouped"
+            )
         return torch.autograd.grad(q.sum() + k.sum(), [values["q"], values["k"], values["x"]])
 
     for a, b in zip(gradients(True), gradients(False), strict=True):
@@ -90,10 +94,12 @@ def test_no_copy_is_kept() -> None:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        normed, _, rstd = ops.norm_router(values["x"], values["gain"], values["centroids"], EPS, backend="grouped")
-        source = ops.Source(values["x"], rstd, values["gain"])
+        normed, _, rstd = ops.norm_router(
+            values["x"], values["norm_weight"], values["centroids"], EPS, backend="grouped"
+        )
+        norm_inputs = ops.NormInputs(values["x"], rstd, values["norm_weight"])
         chosen = ops.make_selection(indices, sub_dims=N, shared=3, backend="grouped")
-        ops.up_projection(normed, (values["q"], values["k"]), chosen, source=source, backend="grouped")
+        ops.up_projection(normed, (values["q"], values["k"]), chosen, norm_inputs=norm_inputs, backend="grouped")
     assert set(kept) == {(37,)}  # 1 / rms(x) alone
 
 
@@ -107,11 +113,13 @@ def test_generated_code_moves_whole_rows() -> None:
     shapes = ((tokens, N * width), (N * width,), (5, N * width), (N * width, 5), (tokens, active))
     inputs = [torch.randn(shape, requires_grad=True) for shape in shapes]
 
-    def run(x: Tensor, gain: Tensor, up: Tensor, down: Tensor, weights: Tensor) -> Tensor:
+    def run(x: Tensor, norm_weight: Tensor, up: Tensor, down: Tensor, weights: Tensor) -> Tensor:
         rstd = (x.square().mean(-1) + EPS).rsqrt().detach()
         chosen = ops.make_selection(indices, sub_dims=N, shared=1, backend="grouped")
-        source = ops.Source(x, rstd, gain)
-        (h,) = ops.up_projection(x * rstd[:, None] * gain, (up,), chosen, source=source, backend="grouped")
+        norm_inputs = ops.NormInputs(x, rstd, norm_weight)
+        (h,) = ops.up_projection(
+            x * rstd[:, None] * norm_weight, (up,), chosen, norm_inputs=norm_inputs, backend="grouped"
+        )
         return ops.down_projection(h, down, chosen, weights, backend="grouped")
 
     wants = torch.autograd.grad(run(*inputs), inputs, slope)

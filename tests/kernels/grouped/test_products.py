@@ -10,8 +10,7 @@ from support.routing import choose, component, operands
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from mohd_train.kernels import fusion, ops
-from mohd_train.kernels.selection import TILE, select, tiles
+from mohd_train.kernels import ops
 
 SHAPES = [  # tokens, N, K, S, C
     pytest.param(37, 8, 4, 3, 4, id="x2"),
@@ -89,10 +88,9 @@ def test_every_token_in_one_group_and_the_others_empty() -> None:
 
 @pytest.mark.parametrize("pages", [1, 1 << 20])
 def test_wide_slices(pages: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mohd_train.kernels.grouped.NARROW", 0)
-    monkeypatch.setattr("mohd_train.kernels.spans.NARROW", 0)
-    monkeypatch.setattr("mohd_train.kernels.spans.NARROW_OUTPUT", 0)
-    monkeypatch.setattr("mohd_train.kernels.spans.PAGES", pages)
+    monkeypatch.setattr("mohd_train.kernels.grouped.gathered_runs.NARROW", 0)
+    monkeypatch.setattr("mohd_train.kernels.grouped.sorted_spans.NARROW_OUTPUT", 0)
+    monkeypatch.setattr("mohd_train.kernels.grouped.sorted_spans.PAGES", pages)
     for tokens, n, k, s in ((37, 16, 12, 9), (21, 13, 6, 1), (5, 16, 12, 9)):
         indices = choose(tokens, n, k, s)
         compare(component, indices, n, s, operands(indices, n, 4))
@@ -102,14 +100,6 @@ def test_blocks_of_several_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mohd_train.kernels.fusion.BLOCK_ELEMENTS", 5 * 32)
     indices = choose(37, 8, 4, 3)
     compare(component, indices, 8, 3, operands(indices, 8, 4))
-
-
-def test_a_gpu_takes_few_blocks() -> None:
-    """Each is some ten launches: those of a CPU's cache would be a thousand for the tokens of a step."""
-    found = fusion.blocks(32768, 4096, torch.device("cuda"))
-    assert len(found) == 4
-    assert found[-1] == (24576, 32768)
-    assert len(fusion.blocks(32768, 4096, torch.device("cpu"))) == 1024
 
 
 def test_non_contiguous_inputs() -> None:
@@ -163,7 +153,7 @@ def test_bit_for_bit_from_run_to_run() -> None:
 @pytest.mark.parametrize("tokens", [1, 8, 40])
 @pytest.mark.parametrize(("n", "k", "s"), [(8, 4, 3), (16, 12, 9), (13, 6, 1), (5, 1, 0), (4, 4, 4)])
 def test_without_gradients_the_same_output(tokens: int, n: int, k: int, s: int) -> None:
-    """Few tokens take a way of their own."""
+    """Up to 16 tokens take the path `few_tokens`."""
     indices = choose(tokens, n, k, s)
     inputs = operands(indices, n, 4)
     with torch.no_grad():
@@ -207,26 +197,3 @@ def test_autocast_multiplies_in_bfloat16_and_keeps_the_residual_in_float32(backe
         grad = inputs[name].grad
         assert grad is not None
         assert grad.dtype == torch.float32
-
-
-def test_runs_are_sorted_by_sub_dimension_then_token() -> None:
-    indices = choose(50, 16, 12, 9)
-    selection = select(indices, 16, 9, "gathered_runs")
-    ids = indices.reshape(-1)[selection.pairs]
-    tokens = selection.pairs // 12
-    assert (ids[1:] >= ids[:-1]).all()
-    assert ((tokens[1:] > tokens[:-1]) | (ids[1:] > ids[:-1])).all()
-    assert selection.ends.tolist() == [(ids <= i).sum().item() for i in range(9, 16)]
-    assert (selection.slots_TN.gather(1, indices) == torch.arange(12)).all()
-    assert ((selection.slots_TN >= 0).sum(1) == 12).all()
-
-
-@pytest.mark.parametrize("tokens", [1, TILE, 100])
-def test_a_tile_holds_one_sub_dimension_and_all_tiles_hold_every_pair_once(tokens: int) -> None:
-    indices = choose(tokens, 12, 4, 2)
-    selection = select(indices, 12, 2, "gathered_runs")
-    tile_pairs, place = tiles(selection.pairs, selection.ends)
-    kept = tile_pairs >= 0
-    assert torch.equal(tile_pairs[kept], selection.pairs)
-    ids = indices.reshape(-1)[tile_pairs.clamp(min=0)]
-    assert (ids == place.unsqueeze(1) + 2)[kept].all()

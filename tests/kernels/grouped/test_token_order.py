@@ -9,7 +9,7 @@ import pytest
 import torch
 from support.routing import choose
 
-from mohd_train.kernels import token_order
+from mohd_train.kernels.grouped import token_order
 
 
 @pytest.mark.parametrize(("count", "chosen"), [(1, 1), (5, 1), (7, 3), (6, 2), (4, 4)])
@@ -40,8 +40,8 @@ def test_a_constant_outlives_inference_mode() -> None:
 def test_a_span_holds_the_pairs_of_its_sub_dimension(tokens: int, n: int, k: int, s: int) -> None:
     indices = choose(tokens, n, k, s)
     order = token_order.token_order(indices, n, s)
-    assert torch.equal(order.tokens[order.places], torch.arange(tokens))
-    assert torch.equal(order.pairs[order.pair_places], torch.arange(tokens * k))
+    assert torch.equal(order.tokens[order.positions], torch.arange(tokens))
+    assert torch.equal(order.pairs[order.pair_positions], torch.arange(tokens * k))
     assert torch.equal(order.pairs.view(tokens, k) // k, order.tokens.unsqueeze(1).expand(tokens, k))
     held = indices.reshape(-1)[order.pairs].view(tokens, k)
     assert torch.equal(held[:, :s], torch.arange(s).expand(tokens, s))

@@ -1,7 +1,9 @@
-"""The products of a few tokens, as in decoding: bound by the bytes of the weights read, so each slice is read once, in place.
+"""The products of a few tokens without gradients, as in decoding.
 
-No sort: the choices are on the host already (`Selection.choices`). Without gradients.
-Shapes: T tokens, D hidden, N sub-dimensions, K active, S shared, C = D / N, O and F widths.
+They are bound by the bytes of the weights, so each chosen slice is read once, in place. Nothing is sorted: the choices are read
+back to the host when the selection is made (`Selection.choices`).
+
+Shapes: T tokens, D hidden, N sub-dimensions, K active, S shared, C = D / N, O and F widths. Compact tensors are [T, K*C].
 """
 
 from __future__ import annotations
@@ -15,18 +17,18 @@ Choices = tuple[tuple[int, tuple[int, ...], tuple[int, ...]], ...]
 
 
 def choices_of(indices_TK: Tensor, shared: int) -> Choices:
-    """(sub-dimension, tokens, their slots) of each specialized sub-dimension that is chosen. On CUDA waits for the device."""
-    found: dict[int, list[tuple[int, int]]] = {}
+    """(sub-dimension, its tokens, their slots) for each specialized sub-dimension that was chosen. Waits for the device on CUDA."""
+    chosen: dict[int, list[tuple[int, int]]] = {}
     for token, row in enumerate(indices_TK[:, shared:].tolist()):
-        for place, i in enumerate(row):
-            found.setdefault(i, []).append((token, shared + place))
-    return tuple((i, tuple(t for t, _ in pairs), tuple(k for _, k in pairs)) for i, pairs in found.items())
+        for slot, i in enumerate(row, shared):
+            chosen.setdefault(i, []).append((token, slot))
+    return tuple((i, tuple(t for t, _ in pairs), tuple(k for _, k in pairs)) for i, pairs in chosen.items())
 
 
 def up(x_TKC: Tensor, weight_OD: Tensor, choices: Choices, sub_dims: int, shared: int) -> Tensor:
-    """``W x~`` from the compact active inputs. Returns [T, O]."""
+    """``W x~`` [T, O] from the compact active inputs."""
     width = weight_OD.shape[1] // sub_dims
-    # mm, not mv: on a strided slice of a weight a CPU's matrix-vector product takes 1.4 times as long
+    # mm, not mv: on a strided slice of a weight, mv takes 1.4 times as long on a CPU
     out = x_TKC[:, : shared * width] @ weight_OD[:, : shared * width].t()
     for i, tokens, slots in choices:
         piece = weight_OD[:, i * width : (i + 1) * width]

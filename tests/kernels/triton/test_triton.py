@@ -20,17 +20,16 @@ pytest.importorskip("triton")
 
 HERE = Path(__file__).parent
 MODULES = {
-    "triton_kernels": (
-        "contract_kernel", "swiglu_kernel", "swiglu_grad_kernel", "expand_kernel", "scale_grad_kernel",
-        "weight_grad_kernel",
-    ),
-    "triton_fusion": ("fuse_kernel", "fuse_grad_z_kernel", "fuse_grad_mixing_kernel"),
-    "triton_norm": ("norm_router_kernel", "norm_router_grad_x_kernel", "norm_router_grad_weights_kernel"),
-}  # fmt: skip
-KERNELS = [(module, kernel) for module, kernels in MODULES.items() for kernel in kernels]
-GEMMS = [kernel for kernel in MODULES["triton_kernels"] if "scale" not in kernel]
-FLOAT32 = ("mixing", "grad_mixing", "scale", "grad_scale", "gain", "centroids", "logits", "grad_logits", "rstd",
-           "grad_gain", "grad_centroids")  # fmt: skip
+    "gemm": ("contract_kernel", "expand_kernel", "weight_grad_kernel"),
+    "ffn": ("swiglu_kernel", "swiglu_grad_kernel"),
+    "projections": ("scale_grad_kernel",),
+    "fusion": ("fuse_kernel", "fuse_grad_z_kernel", "fuse_grad_mixing_kernel"),
+    "norm_router": ("norm_router_kernel", "norm_router_grad_x_kernel", "norm_router_grad_weights_kernel"),
+}
+KERNELS = [(module, name) for module, names in MODULES.items() for name in names]
+GEMMS = [(module, name) for module, name in KERNELS if module in ("gemm", "ffn")]
+FLOAT32 = ("mixing", "grad_mixing", "scale", "grad_scale", "norm_weight", "centroids", "logits", "grad_logits", "rstd",
+           "grad_weight", "grad_centroids")  # fmt: skip
 INDEX = ("tile_tokens", "indices", "pairs", "ends")
 SIZES: dict[str, Any] = {"K": 4, "S": 3, "N": 16, "NP": 16, "BM": 64, "PRECISION": "ieee", "COUNT": 3, "SCALED": True}
 NUMBERS = ("OUT", "OUT0", "OUT1", "OUT2", "T", "D", "N", "ROWS", "SPAN", "w_stride_d", "w_stride_o")
@@ -40,19 +39,23 @@ SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}  # bytes of shared memory a prog
 def test_interpreted_results_equal_the_reference() -> None:
     """In a process of its own: the interpreter is chosen when the kernels are imported."""
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    script = [sys.executable, str(HERE / "triton_interpreted.py")]
+    script = [sys.executable, str(HERE / "interpreted.py")]
     done = subprocess.run(script, env=environment, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("agrees") == 5
 
 
-def compiled(module: str, kernel: str, sizes: dict[str, Any], capability: int, warps: int, stages: int) -> Any:
+def kernel_of(module: str, name: str) -> Any:
+    return getattr(importlib.import_module(f"mohd_train.kernels.triton.{module}"), name)
+
+
+def compiled(kernel: Any, sizes: dict[str, Any], capability: int, warps: int, stages: int) -> Any:
     """`kernel` as machine code, bfloat16, without a GPU; weights as `torch.nn.Linear` holds those of an up-projection."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    function = getattr(importlib.import_module(f"mohd_train.kernels.{module}"), kernel)
+    function = kernel.function
     sizes = {**SIZES, "w_stride_d": 1, **sizes}
     signature, used, aligned = {}, {}, {}
     for place, (name, parameter) in enumerate(zip(function.arg_names, function.params, strict=True)):
@@ -72,37 +75,35 @@ def compiled(module: str, kernel: str, sizes: dict[str, Any], capability: int, w
 
 
 @pytest.mark.parametrize("capability", [80, 90])
-@pytest.mark.parametrize(("module", "kernel"), KERNELS)
-def test_compiles_for(module: str, kernel: str, capability: int) -> None:
+@pytest.mark.parametrize(("module", "name"), KERNELS)
+def test_compiles_for(module: str, name: str, capability: int) -> None:
     """Every kernel at width 96, which no block divides, with the first of its block sizes."""
-    from mohd_train.kernels import triton_launch
-
-    function = getattr(importlib.import_module(f"mohd_train.kernels.{module}"), kernel)
-    size = triton_launch.sizes_of(function, 64, capability)[0]
-    done = compiled(module, kernel, {**size.blocks, "C": 96}, capability, size.warps, size.stages)
+    kernel = kernel_of(module, name)
+    size = kernel.sizes(64, capability)[0]
+    done = compiled(kernel, {**size.blocks, "C": 96}, capability, size.warps, size.stages)
     assert done.asm["cubin"]
     assert done.metadata.shared <= SHARED_LIMIT[capability]
-    if kernel in GEMMS:
+    if (module, name) in GEMMS:
         assert "mma" in done.asm["ptx"]  # tensor cores
         assert "cp.async" in done.asm["ptx"]  # loads wide enough to go to shared memory in the background
 
 
 @pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize(
-    ("kernel", "tile"), [(kernel, tile) for kernel in GEMMS for tile in ((64,) if "weight" in kernel else (64, 128))]
+    ("module", "name", "tile"),
+    [(module, name, tile) for module, name in GEMMS for tile in ((64,) if "weight" in name else (64, 128))],
 )
 def test_no_block_size_spills_registers_or_wants_too_much_shared_memory(
-    kernel: str, tile: int, capability: int, tmp_path: Path
+    module: str, name: str, tile: int, capability: int, tmp_path: Path
 ) -> None:
-    """Each that may be chosen, at width 256, read from what the assembler says of its registers."""
+    """All that may be chosen, at width 256, from the assembler's own account of registers."""
     import triton
 
-    from mohd_train.kernels import triton_kernels, triton_launch
-
+    kernel = kernel_of(module, name)
     assembler = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
-    for size in triton_launch.sizes_of(getattr(triton_kernels, kernel), tile, capability):
+    for size in kernel.sizes(tile, capability):
         sizes = {"BM": tile, **size.blocks, "C": 256}
-        done = compiled("triton_kernels", kernel, sizes, capability, size.warps, size.stages)
+        done = compiled(kernel, sizes, capability, size.warps, size.stages)
         assert done.metadata.shared <= SHARED_LIMIT[capability]
         (tmp_path / "kernel.ptx").write_text(done.asm["ptx"])
         command = [assembler, "-v", f"-arch=sm_{capability}{'a' if capability == 90 else ''}", "kernel.ptx"]
@@ -110,14 +111,16 @@ def test_no_block_size_spills_registers_or_wants_too_much_shared_memory(
         assert "0 bytes spill stores, 0 bytes spill loads" in said.stdout + said.stderr, size
 
 
-@pytest.mark.parametrize(("kernel", "width"), [("contract_kernel", 64), ("expand_kernel", 192), ("swiglu_kernel", 512)])
-def test_largest_block_sizes_fit_the_smaller_gpu(kernel: str, width: int) -> None:
-    from mohd_train.kernels import triton_kernels, triton_launch
-
+@pytest.mark.parametrize(
+    ("module", "name", "width"),
+    [("gemm", "contract_kernel", 64), ("gemm", "expand_kernel", 192), ("ffn", "swiglu_kernel", 512)],
+)
+def test_largest_block_sizes_fit_the_smaller_gpu(module: str, name: str, width: int) -> None:
+    kernel = kernel_of(module, name)
     for tile in (64, 128):
-        size = triton_launch.sizes_of(getattr(triton_kernels, kernel), tile, 80)[-1]
+        size = kernel.sizes(tile, 80)[-1]
         sizes = {"BM": tile, **size.blocks, "C": width}
-        done = compiled("triton_kernels", kernel, sizes, 80, size.warps, size.stages)
+        done = compiled(kernel, sizes, 80, size.warps, size.stages)
         assert done.metadata.shared <= SHARED_LIMIT[80]
 
 
@@ -133,45 +136,54 @@ def test_tiles_are_large_where_little_is_wasted(tokens: int, active: int, n: int
         assert used <= tokens * 17 / 16 + tile
 
 
-@pytest.mark.parametrize(("n", "active", "shared"), [(8, 4, 3), (16, 12, 9), (32, 16, 0), (256, 20, 4)])
-def test_a_tile_holds_tokens_of_one_choice(n: int, active: int, shared: int) -> None:
-    """Also where a choice as one number is past 2^63: the second choice differs from the first in its first place alone."""
-    base = torch.arange(n - active, n)
-    choices = torch.stack([base, base, torch.cat([base[:-2] - 1, base[-2:]])])
-    choices[1, shared] -= 1
-    choices[:, :shared] = torch.arange(shared)
-    indices = choices[torch.arange(40) * 7 % 3]
-    tiles = same_choice(indices, n, shared, 4)
-    for tile in tiles:
-        held = indices[tile[tile >= 0]]
-        assert (held == held[:1]).all()
-    assert torch.equal(tiles[tiles >= 0].sort().values, torch.arange(40))
-
-
 def test_refused_where_it_cannot_run() -> None:
-    from mohd_train.kernels import triton_ops
+    from mohd_train.kernels.triton.launch import refusal
 
-    cpu = torch.device("cpu")
-    assert "CUDA" in (triton_ops.refusal(cpu, torch.float32, 64) or "")
+    assert "CUDA" in (refusal(torch.device("cpu"), torch.float32, 64) or "")
 
 
-def test_a_width_no_kernel_serves_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    from mohd_train.kernels import triton_ops
+def test_a_width_that_no_kernel_supports_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    from mohd_train.kernels.triton.launch import refusal
 
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     cuda = torch.device("cuda")
     for width in (64, 96, 192, 512):
-        assert triton_ops.refusal(cuda, torch.bfloat16, width) is None
+        assert refusal(cuda, torch.bfloat16, width) is None
     for width in (32, 80, 544):
-        assert "64 to 512 in steps of 32" in (triton_ops.refusal(cuda, torch.bfloat16, width) or "")
+        assert "64 to 512 in steps of 32" in (refusal(cuda, torch.bfloat16, width) or "")
 
 
-@pytest.mark.parametrize(("module", "kernel"), KERNELS)
-def test_block_sizes_to_choose_among_fit_the_kernel(module: str, kernel: str) -> None:
-    """A tuned kernel takes every name of its block sizes, and at least one to tell shapes apart by."""
-    from mohd_train.kernels import triton_launch
+@pytest.mark.parametrize(("module", "name"), KERNELS)
+def test_block_sizes_to_choose_among_fit_the_kernel(module: str, name: str) -> None:
+    """A tuned kernel has an argument for each of its block sizes, and at least one whose value they are chosen for."""
+    from mohd_train.kernels.triton.launch import KEYS
 
-    function = getattr(importlib.import_module(f"mohd_train.kernels.{module}"), kernel)
-    for size in triton_launch.sizes_of(function, 128, 90):
-        assert set(size.blocks) <= set(function.arg_names)
-    assert set(triton_launch.KEYS) & set(function.arg_names)
+    kernel = kernel_of(module, name)
+    for size in kernel.sizes(128, 90):
+        assert set(size.blocks) <= set(kernel.function.arg_names)
+    assert set(KEYS) & set(kernel.function.arg_names)
+
+
+def test_block_sizes_are_tuned_once_a_tile(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A launch on CUDA, with stand-ins for the GPU and `triton.autotune`: what is tuned is the kernel's, by tile and GPU."""
+    import triton
+
+    from mohd_train.kernels.triton import launch
+
+    calls: list[Any] = []
+
+    def autotune(configs: list[Any], key: list[str]) -> Any:
+        calls.append(([config.kwargs for config in configs], key))
+        return lambda function: {"grid": lambda *arguments, **constants: calls.append((function, arguments, constants))}
+
+    monkeypatch.setattr(triton, "autotune", autotune)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
+    contract = kernel_of("gemm", "contract_kernel")
+    kernel = launch.Kernel(contract.function, {tile: tuple(contract.sizes(tile, 90)) for tile in (64, 128)})
+    for tile in (64, 128, 64):
+        kernel.launch("grid", 1, 2, BM=tile, K=4)  # type: ignore[arg-type]
+    launched = [call for call in calls if call[0] is contract.function]
+    assert [len(configs) for configs, _ in (calls[0], calls[2])] == [4, 2]  # on sm80 the larger tile has fewer
+    assert calls[0][1] == ["OUT0", "OUT1", "OUT2", "K", "C"]
+    assert [constants["BM"] for _, _, constants in launched] == [64, 128, 64]
+    assert len(calls) == 5

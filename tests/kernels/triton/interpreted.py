@@ -42,7 +42,7 @@ for name, (tokens, n, k, s, c) in CASES.items():
     print(name, "agrees", flush=True)
 
 torch.manual_seed(0)
-values = {"x": torch.randn(21, 40), "gain": torch.randn(40), "centroids": torch.randn(5, 40)}
+values = {"x": torch.randn(21, 40), "norm_weight": torch.randn(40), "centroids": torch.randn(5, 40)}
 inputs = {key: value.requires_grad_() for key, value in values.items()}
 exact = {key: value.detach().double().requires_grad_() for key, value in values.items()}
 *gots, rstd = ops.norm_router(*inputs.values(), 1e-6, backend="triton")

@@ -1,29 +1,59 @@
-"""The device code of the `triton` backend. No program waits for the host: grids come from shapes alone.
+"""The GEMMs that up-projection, down-projection and feed-forward layer are made of: device code and launches.
 
-Programs are numbered so that a few tiles go through all columns before the next ones start.
-Tokens that chose the same sub-dimensions stand in tiles of BM (-1 fills a tile up, an empty tile starts with -1): a tile reads the
-same weight slices for all its tokens, so shared and specialized sub-dimensions go through one K-loop into one accumulator.
+Tokens that chose the same sub-dimensions are in tiles of BM (padded with -1; an empty tile starts with -1). A tile reads the same
+weight slices for all its tokens, so shared and specialized sub-dimensions go through one K-loop into one accumulator. Grids
+follow from shapes alone: nothing waits for the device.
 
-Shapes: T tokens, N sub-dimensions, K active, S shared, C width, OUT the other width of the weight (output or inner).
-A weight is addressed as w[d * w_stride_d + o * w_stride_o], d over the hidden dims, whichever way it lies in memory.
+    contract       x [T, K*C], W_i -> [T, O_i]        up-projections; the down-projection's gradient of its input
+    expand         h_i [T, O_i], W_i -> [T, K*C]      the down-projection; the up-projections' gradient of their input
+    weight_grads   x [T, K*C], h_i [T, O_i] -> W_i    the weight gradients of both
+
+Each takes one to three weights in one launch: q, k and v, or gate and up.
+
+Shapes: T tokens, D hidden, N sub-dimensions, K active, S shared, C width, O_i (OUT) the other width of a weight.
+Weights are seen as [D, O]: element (d, o) is at w + d * w_stride_d + o * w_stride_o, whichever way it is laid out in memory, but
+all weights of a launch alike.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-ROWS_AT_ONCE = tl.constexpr(8)  # tiles of tokens that run through all columns together: their rows stay in the L2 cache
+from mohd_train.kernels.triton.launch import PRECISION, Size, tuned
+
+ROWS_AT_ONCE = tl.constexpr(8)  # tiles that go through all columns together: their rows of x stay in the L2 cache
+TILE_SIZES = {
+    64: (
+        Size({"BN": 64, "BK": 32}, 4, 4), Size({"BN": 64, "BK": 64}, 4, 3), Size({"BN": 128, "BK": 32}, 8, 4),
+        Size({"BN": 128, "BK": 64}, 8, 3),
+    ),
+    128: (
+        Size({"BN": 64, "BK": 32}, 8, 4), Size({"BN": 128, "BK": 32}, 8, 4), Size({"BN": 128, "BK": 64}, 8, 3, 90),
+        Size({"BN": 256, "BK": 32}, 8, 4, 90),
+    ),
+}  # fmt: skip
+# Here BM are rows of a sub-dimension. One stage more than above: the row numbers are read before the rows
+WEIGHT_SIZES = (
+    Size({"BM": 64, "BN": 64, "BK": 32}, 4, 5), Size({"BM": 64, "BN": 128, "BK": 32}, 8, 5),
+    Size({"BM": 64, "BN": 128, "BK": 64}, 8, 4), Size({"BM": 128, "BN": 128, "BK": 32}, 8, 5),
+    Size({"BM": 128, "BN": 128, "BK": 64}, 8, 4), Size({"BM": 128, "BN": 256, "BK": 64}, 8, 4, 90),
+)  # fmt: skip
 
 
 @triton.jit
-def _tile_and_block():
-    """(tile of tokens, block of columns) of a program on the grid (blocks, tiles)."""
+def tile_and_block():
+    """(tile of tokens, block of columns) of a program on the grid (blocks, tiles): a few tiles go through all columns before the
+    next ones start."""
     return tl.swizzle2d(tl.program_id(1), tl.program_id(0), tl.num_programs(1), tl.num_programs(0), ROWS_AT_ONCE)
 
 
 @triton.jit
-def _contract(
+def contract_tile(
     x, w, tokens, first, cols, indices, OUT, w_stride_d, w_stride_o,
     K: tl.constexpr, C: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -41,14 +71,15 @@ def _contract(
     return acc
 
 
+@tuned(TILE_SIZES)
 @triton.jit
 def contract_kernel(
     x, w0, w1, w2, out0, out1, out2, tile_tokens, indices, OUT0, OUT1, OUT2, w_stride_d, w_stride_o,
     K: tl.constexpr, C: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """out_i[t, o] = sum over k and c of x[t, k, c] w_i[idx[t, k], c, o]: up-projections (q, k, v in one launch: the
-    first grid axis runs through the columns of all of them), down-projection's dgrad."""
-    tile, block = _tile_and_block()
+    """out_i[t, o] = sum over k and c of x[t, k, c] w_i[idx[t, k], c, o]. The first grid axis runs through the columns of all
+    weights."""
+    tile, block = tile_and_block()
     first = tl.load(tile_tokens + tile * BM)
     if first >= 0:
         before1 = tl.cdiv(OUT0, BN)
@@ -61,60 +92,23 @@ def contract_kernel(
             w, out, OUT, place = w2, out2, OUT2, block - before2
         tokens = tl.load(tile_tokens + tile * BM + tl.arange(0, BM))
         cols = place * BN + tl.arange(0, BN)
-        acc = _contract(x, w, tokens, first, cols, indices, OUT, w_stride_d, w_stride_o, K, C, BM, BN, BK, PRECISION)
+        acc = contract_tile(
+            x, w, tokens, first, cols, indices, OUT, w_stride_d, w_stride_o, K, C, BM, BN, BK, PRECISION
+        )
         out_at = out + tokens[:, None] * OUT + cols[None, :]
         tl.store(out_at, acc.to(out0.dtype.element_ty), mask=(tokens >= 0)[:, None] & (cols < OUT)[None, :])
 
 
-@triton.jit
-def swiglu_kernel(
-    x, w_gate, w_up, gate, up, h, tile_tokens, indices, OUT, w_stride_d, w_stride_o,
-    K: tl.constexpr, C: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """gate and up as `contract_kernel` makes them, in one K-loop that reads x once, and h = silu(gate) up beside them."""
-    tile, block = _tile_and_block()
-    first = tl.load(tile_tokens + tile * BM)
-    if first >= 0:
-        tokens = tl.load(tile_tokens + tile * BM + tl.arange(0, BM))
-        live = tokens >= 0
-        cols = block * BN + tl.arange(0, BN)
-        g, u = tl.zeros((BM, BN), dtype=tl.float32), tl.zeros((BM, BN), dtype=tl.float32)
-        for k in range(K):
-            sub = tl.load(indices + first * K + k)
-            for c0 in range(0, C, BK):
-                c = c0 + tl.arange(0, BK)
-                a_at = x + tokens[:, None] * (K * C) + (k * C + c)[None, :]
-                a = tl.load(a_at, mask=live[:, None] & (c < C)[None, :], other=0.0)
-                b_at = (sub * C + c)[:, None] * w_stride_d + cols[None, :].to(tl.int64) * w_stride_o
-                b_mask = (c < C)[:, None] & (cols < OUT)[None, :]
-                g = tl.dot(a, tl.load(w_gate + b_at, mask=b_mask, other=0.0), g, input_precision=PRECISION)
-                u = tl.dot(a, tl.load(w_up + b_at, mask=b_mask, other=0.0), u, input_precision=PRECISION)
-        at, mask = tokens[:, None] * OUT + cols[None, :], live[:, None] & (cols < OUT)[None, :]
-        tl.store(gate + at, g.to(h.dtype.element_ty), mask=mask)
-        tl.store(up + at, u.to(h.dtype.element_ty), mask=mask)
-        tl.store(h + at, (g * tl.sigmoid(g) * u).to(h.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def swiglu_grad_kernel(
-    x, w, gate, up, grad_gate, grad_up, h, tile_tokens, indices, OUT, w_stride_d, w_stride_o,
-    K: tl.constexpr, C: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Down-projection's dgrad (x: gradient of its output), which goes no further than this epilogue: the gradients of gate
-    and up, and h again for the weight gradient, so that the forward pass need not keep it."""
-    tile, block = _tile_and_block()
-    first = tl.load(tile_tokens + tile * BM)
-    if first >= 0:
-        tokens = tl.load(tile_tokens + tile * BM + tl.arange(0, BM))
-        cols = block * BN + tl.arange(0, BN)
-        grad = _contract(x, w, tokens, first, cols, indices, OUT, w_stride_d, w_stride_o, K, C, BM, BN, BK, PRECISION)
-        at, mask = tokens[:, None] * OUT + cols[None, :], (tokens >= 0)[:, None] & (cols < OUT)[None, :]
-        g = tl.load(gate + at, mask=mask, other=0.0).to(tl.float32)
-        u = tl.load(up + at, mask=mask, other=0.0).to(tl.float32)
-        s = tl.sigmoid(g)
-        tl.store(grad_gate + at, (grad * u * s * (1.0 + g * (1.0 - s))).to(h.dtype.element_ty), mask=mask)
-        tl.store(grad_up + at, (grad * g * s).to(h.dtype.element_ty), mask=mask)
-        tl.store(h + at, (g * s * u).to(h.dtype.element_ty), mask=mask)
+def contract(x_TKC: Tensor, weights_dO: Sequence[Tensor], indices_TK: Tensor, tiles: Tensor) -> list[Tensor]:
+    """Up-projections, and the down-projection's gradient of its input: [T, O_i] for each weight from compact [T, K*C]."""
+    active, widths = indices_TK.shape[1], _widths(weights_dO)
+    outs = [x_TKC.new_empty(x_TKC.shape[0], weight.shape[1]) for weight in weights_dO]
+    contract_kernel.launch(
+        lambda meta: (_column_blocks(widths, meta["BN"]), tiles.shape[0]),
+        x_TKC.contiguous(), *_three(weights_dO), *_three(outs), tiles, indices_TK, *widths, *weights_dO[0].stride(),
+        K=active, C=x_TKC.shape[1] // active, BM=tiles.shape[1], PRECISION=PRECISION,
+    )  # fmt: skip
+    return outs
 
 
 @triton.jit
@@ -131,15 +125,15 @@ def _expand(
     return acc
 
 
+@tuned(TILE_SIZES)
 @triton.jit
 def expand_kernel(
     h0, h1, h2, w0, w1, w2, scale, out, tile_tokens, indices, OUT0, OUT1, OUT2, w_stride_d, w_stride_o,
     COUNT: tl.constexpr, SCALED: tl.constexpr,
     K: tl.constexpr, C: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """out[t, k, c] = scale[t, k] * sum over the COUNT weights i and over o of h_i[t, o] w_i[idx[t, k], c, o]:
-    down-projection (scale: alpha * g), up-projections' dgrad."""
-    tile, block = _tile_and_block()
+    """out[t, k, c] = scale[t, k] * sum over the COUNT weights i and over o of h_i[t, o] w_i[idx[t, k], c, o]."""
+    tile, block = tile_and_block()
     first = tl.load(tile_tokens + tile * BM)
     if first >= 0:
         tokens = tl.load(tile_tokens + tile * BM + tl.arange(0, BM))
@@ -160,26 +154,25 @@ def expand_kernel(
         tl.store(out_at, acc.to(out.dtype.element_ty), mask=live[:, None] & (c < C)[None, :])
 
 
-@triton.jit
-def scale_grad_kernel(grad_z, z, scale, grad_y, grad_scale, ROWS, C: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr):
-    """For z = scale * y, rows (t, k): grad_y = scale * grad_z, and grad_scale = grad_z . y as a row-dot, y = z / scale.
-
-    z is kept for the fusion's gradient anyway, y is not. A scale of 0 (a score that underflowed, which the softmax lets
-    no gradient through) gives 0.
-    """
-    row = (tl.program_id(0) * BT + tl.arange(0, BT)).to(tl.int64)
-    a = tl.load(scale + row, mask=row < ROWS, other=0.0).to(tl.float32)
-    dot = tl.zeros((BT,), dtype=tl.float32)
-    for c0 in range(0, C, BC):
-        c = c0 + tl.arange(0, BC)
-        at, mask = row[:, None] * C + c[None, :], (row < ROWS)[:, None] & (c < C)[None, :]
-        g = tl.load(grad_z + at, mask=mask, other=0.0).to(tl.float32)
-        dot += tl.sum(g * tl.load(z + at, mask=mask, other=0.0).to(tl.float32), axis=1)
-        tl.store(grad_y + at, (g * a[:, None]).to(grad_y.dtype.element_ty), mask=mask)
-    dot = tl.where(a == 0.0, 0.0, dot / tl.where(a == 0.0, 1.0, a))
-    tl.store(grad_scale + row, dot.to(grad_scale.dtype.element_ty), mask=row < ROWS)
+def expand(
+    inputs_TO: Sequence[Tensor], weights_dO: Sequence[Tensor], indices_TK: Tensor, tiles: Tensor, width: int, scale_TK:
+    Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """The down-projection, and the up-projections' gradient of their input: compact [T, K*C], the sum over the weights, slot k
+    times `scale_TK[:, k]`."""
+    tokens, active = indices_TK.shape
+    out = inputs_TO[0].new_empty(tokens, active * width)
+    expand_kernel.launch(
+        lambda meta: (active * triton.cdiv(width, meta["BN"]), tiles.shape[0]),
+        *_three([part.contiguous() for part in inputs_TO]), *_three(weights_dO),
+        out if scale_TK is None else scale_TK.contiguous(), out, tiles, indices_TK,
+        *_widths(weights_dO), *weights_dO[0].stride(),
+        COUNT=len(weights_dO), SCALED=scale_TK is not None, K=active, C=width, BM=tiles.shape[1], PRECISION=PRECISION,
+    )  # fmt: skip
+    return out
 
 
+@tuned(WEIGHT_SIZES)
 @triton.jit
 def weight_grad_kernel(
     x, h0, h1, h2, grad0, grad1, grad2, pairs, ends, T, OUT0, OUT1, OUT2, w_stride_d, w_stride_o,
@@ -214,3 +207,32 @@ def weight_grad_kernel(
         acc = tl.dot(a, b, acc, input_precision=PRECISION)
     at = grad + (i.to(tl.int64) * C + c)[:, None] * w_stride_d + o[None, :].to(tl.int64) * w_stride_o
     tl.store(at, acc.to(grad0.dtype.element_ty), mask=(c < C)[:, None] & (o < OUT)[None, :])
+
+
+def weight_grads(
+    x_TKC: Tensor, inputs_TO: Sequence[Tensor], like_dO: Sequence[Tensor], pairs: Tensor, ends: Tensor, shared: int,
+    active: int
+) -> list[Tensor]:  # fmt: skip
+    """Gradients of weights seen as [D, O_i], in those weights' memory order."""
+    grads, width, widths = [torch.empty_like(like) for like in like_dO], x_TKC.shape[1] // active, _widths(like_dO)
+    weight_grad_kernel.launch(
+        lambda meta: (
+            like_dO[0].shape[0] // width, triton.cdiv(width, meta["BM"]), _column_blocks(widths, meta["BN"])
+        ),
+        x_TKC.contiguous(), *_three([part.contiguous() for part in inputs_TO]), *_three(grads), pairs, ends,
+        x_TKC.shape[0], *widths, *grads[0].stride(), K=active, S=shared, C=width, PRECISION=PRECISION,
+    )  # fmt: skip
+    return grads
+
+
+def _three(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """One to three tensors as the three that a kernel takes: the first one fills up."""
+    return [*tensors, *[tensors[0]] * (3 - len(tensors))]
+
+
+def _widths(weights_dO: Sequence[Tensor]) -> list[int]:
+    return [*[weight.shape[1] for weight in weights_dO], 0, 0][:3]
+
+
+def _column_blocks(widths: Sequence[int], block: int) -> int:
+    return sum(triton.cdiv(width, block) for width in widths)

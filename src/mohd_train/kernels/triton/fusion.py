@@ -1,14 +1,22 @@
-"""Device code of the `triton` backend's group fusion, with the residual, and of its gradients (eqs. 9, 17).
+"""Group fusion with the residual, of the `triton` backend (eqs. 9, 17). Sums in float32.
 
-Shapes: T tokens, N sub-dimensions, K active, S shared, C width. `mixing` is [N (from), N (to), C].
+Shapes: T tokens, D hidden, N sub-dimensions, K active, S shared, C width. `mixing` is [N (from), N (to), C]; z is [T, K*C].
 """
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
+from mohd_train.kernels.selection import Selection
+from mohd_train.kernels.triton.launch import ROW_SIZES, like, tuned
 
 
+@tuned(ROW_SIZES)
 @triton.jit
 def fuse_kernel(
     z, mixing, residual, out, indices, T, N, K: tl.constexpr, C: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr
@@ -27,6 +35,7 @@ def fuse_kernel(
     tl.store(out + at, acc.to(out.dtype.element_ty), mask=mask)
 
 
+@tuned(ROW_SIZES)
 @triton.jit
 def fuse_grad_z_kernel(
     grad, mixing, grad_z, indices, T, N, K: tl.constexpr, C: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr
@@ -44,6 +53,7 @@ def fuse_grad_z_kernel(
     tl.store(grad_z + (t * K + k)[:, None] * C + j[None, :], acc.to(grad_z.dtype.element_ty), mask=mask)
 
 
+@tuned(ROW_SIZES)
 @triton.jit
 def fuse_grad_mixing_kernel(
     grad, z, grad_mixing, pairs, ends, T, N,
@@ -67,3 +77,56 @@ def fuse_grad_mixing_kernel(
         b = tl.load(grad + (pair // K * N + i)[:, None] * C + j[None, :], mask=mask, other=0.0).to(tl.float32)
         acc += tl.sum(a * b, axis=0)
     tl.store(grad_mixing + (n.to(tl.int64) * N + i) * C + j, acc.to(grad_mixing.dtype.element_ty), mask=j < C)
+
+
+@torch.library.custom_op("mohd::triton_fuse", mutates_args=())
+def _fuse(
+    z: Tensor, mixing: Tensor, residual: Tensor, indices: Tensor, pairs: Tensor, ends: Tensor, shared: int
+) -> Tensor:
+    (tokens, active), (sub_dims, _, width) = indices.shape, mixing.shape
+    out = torch.empty(residual.shape, dtype=residual.dtype, device=residual.device)
+    fuse_kernel.launch(
+        lambda meta: (triton.cdiv(tokens, meta["BT"]), sub_dims, triton.cdiv(width, meta["BC"])),
+        z.contiguous(), mixing.contiguous(), residual.contiguous(), out, indices, tokens, sub_dims, K=active, C=width,
+    )  # fmt: skip
+    return out
+
+
+@torch.library.custom_op("mohd::triton_fuse_backward", mutates_args=())
+def _fuse_backward(
+    grad: Tensor, z: Tensor, mixing: Tensor, indices: Tensor, pairs: Tensor, ends: Tensor, shared: int
+) -> tuple[Tensor, Tensor]:
+    (tokens, active), (sub_dims, _, width) = indices.shape, mixing.shape
+    grad, z, mixing = grad.contiguous(), z.contiguous(), mixing.contiguous()
+    grad_z, grad_mixing = torch.empty_like(z), torch.empty_like(mixing)
+    fuse_grad_z_kernel.launch(
+        lambda meta: (triton.cdiv(tokens, meta["BT"]), active, triton.cdiv(width, meta["BC"])),
+        grad, mixing, grad_z, indices, tokens, sub_dims, K=active, C=width,
+    )  # fmt: skip
+    fuse_grad_mixing_kernel.launch(
+        lambda meta: (sub_dims, sub_dims, triton.cdiv(width, meta["BC"])),
+        grad, z, grad_mixing, pairs, ends, tokens, sub_dims, K=active, S=shared, C=width,
+    )  # fmt: skip
+    return grad_z, grad_mixing
+
+
+_fuse.register_fake(lambda z, mixing, residual, *rest: like(residual)[0])
+_fuse_backward.register_fake(lambda grad, z, mixing, *rest: like(z, mixing))
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    z, mixing, _, indices, pairs, ends, ctx.shared = inputs
+    ctx.save_for_backward(z, mixing, indices, pairs, ends)
+
+
+def _gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    return *_fuse_backward(grad, *ctx.saved_tensors, ctx.shared), grad, None, None, None, None
+
+
+_fuse.register_autograd(_gradient, setup_context=_save)
+
+
+def fuse_residual(z_TKC: Tensor, mixing_NNC: Tensor, selection: Selection, residual_TD: Tensor) -> Tensor:
+    """``residual + y'`` [T, D] in the residual's dtype."""
+    s = selection
+    return _fuse(z_TKC, mixing_NNC, residual_TD, s.indices_TK, s.pairs, s.ends, s.shared)
