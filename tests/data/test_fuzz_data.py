@@ -18,9 +18,9 @@ from mohd_train.config.schema import DataConfig
 from mohd_train.data import units
 from mohd_train.data.manifest import load_manifest
 from mohd_train.data.prepare import Request, prepare
-from mohd_train.data.rows import parse_row
+from mohd_train.data.raw import parse_row
 from mohd_train.data.streaming import build_eval_loaders, build_train_loader, check_data
-from mohd_train.data.tokenize import load_tokenizer
+from mohd_train.data.tokenizer import load_tokenizer
 from mohd_train.data.verify import verify
 from mohd_train.errors import UserError
 
@@ -129,8 +129,7 @@ def test_any_raw_file(
 
     import zstandard
 
-    from mohd_train.data.domains import find_sources
-    from mohd_train.data.rows import unpacked_units
+    from mohd_train.data.raw import find_sources, unpacked_units
 
     pack = {"": bytes, ".gz": gzip.compress, ".zst": zstandard.ZstdCompressor().compress}[suffix]
     folder = tmp_path_factory.mktemp("raw")
@@ -230,7 +229,7 @@ def test_an_index_on_storage_is_compared_with_the_manifest(data: Path, tmp_path:
             check_data(config, vocab_size=64, seq_len=16)
         assert any("cc/train/index.json" in problem for problem in verify(folder))
     index.unlink()
-    with pytest.raises(UserError, match=r"index.json can't be had"):
+    with pytest.raises(UserError, match=r"index.json can't be downloaded"):
         check_data(config_of(tmp_path / "cache", remote=str(folder), download_retry=1), vocab_size=64, seq_len=16)
 
 

@@ -24,11 +24,11 @@ from filelock import FileLock
 from transformers import AutoTokenizer
 
 from mohd_train.checkpoint.identity import tokenizer_sha256
-from mohd_train.data import pool
 from mohd_train.data import prepare as module
+from mohd_train.data import workers
 from mohd_train.data.manifest import Manifest, save_manifest
-from mohd_train.data.pool import WorkerPool
 from mohd_train.data.prepare import Request, prepare
+from mohd_train.data.workers import WorkerPool
 from mohd_train.errors import UserError
 
 
@@ -98,14 +98,14 @@ def test_compressed_files_give_the_same_samples(
 
 def slow_prepare(asked: Request) -> None:
     """Prepares with a pause after each result, so that a kill falls in between."""
-    original = pool.WorkerPool._finished
+    original = workers.WorkerPool._finished
 
     def finished(running: Any) -> Any:
         for item in original(running):
             time.sleep(0.02)
             yield item
 
-    pool.WorkerPool._finished = staticmethod(finished)
+    workers.WorkerPool._finished = staticmethod(finished)
     prepare(asked)
 
 

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from mohd_train.data.shared_memory import one_at_a_time
+from mohd_train.data.datasets import one_at_a_time
 
 PROGRAM = """
 import sys, time
-from mohd_train.data.shared_memory import one_at_a_time
+from mohd_train.data.datasets import one_at_a_time
 
 print("ready", flush=True)
 sys.stdin.readline()

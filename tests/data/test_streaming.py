@@ -21,7 +21,7 @@ from transformers import AutoTokenizer
 
 from mohd_train.checkpoint.identity import tokenizer_sha256
 from mohd_train.config.schema import DataConfig
-from mohd_train.data import shared_memory
+from mohd_train.data import datasets
 from mohd_train.data.manifest import Manifest, save_manifest
 from mohd_train.data.streaming import build_eval_loaders, build_train_loader, check_data, plan_mix
 from mohd_train.errors import UserError
@@ -172,7 +172,7 @@ def run_rank(rank: int, data: DataConfig, state: dict[str, Any], out: Path) -> N
         "LOCAL_RANK": str(rank),
     }
     torch.distributed.init_process_group("gloo", init_method=f"file://{out}/store", rank=rank, world_size=2)
-    shared_memory._held = None  # as in a process of its own
+    datasets._held = None  # as in a process of its own
     manifest = check_data(data, vocab_size=360, seq_len=SEQ_LEN)
     train = loader(data, manifest, device_batch_size=BATCH // 2)
     train.dataset.load_state_dict(state)
@@ -253,7 +253,7 @@ def test_the_copy_of_the_tokenizer_must_be_the_manifest_s(data: DataConfig, tmp_
     check_data(data, vocab_size=360, seq_len=SEQ_LEN)
     file = Path(data.remote or data.local) / "tokenizer" / "tokenizer.json"
     content = file.read_text()
-    for edited, message in ((content + " ", "differs from the manifest's hash"), (None, "missing|can't be had")):
+    for edited, message in ((content + " ", "differs from the manifest's hash"), (None, "missing|can't be downloaded")):
         file.unlink() if edited is None else file.write_text(edited)
         with pytest.raises(UserError, match=rf"tokenizer/tokenizer\.json.*({message})"):
             check_data(data, vocab_size=360, seq_len=SEQ_LEN)
@@ -341,7 +341,7 @@ def test_remote_data_comes_through_the_cache(data: DataConfig, prepared: tuple[P
     save_manifest(dataclasses.replace(manifest, notes=["other"]), Path(data.local))
     with pytest.raises(UserError, match="is the cache of other data"):
         check_data(cached, vocab_size=360, seq_len=SEQ_LEN)
-    with pytest.raises(UserError, match="can't be had"):
+    with pytest.raises(UserError, match="can't be downloaded"):
         check_data(
             dataclasses.replace(cached, remote=str(tmp_path / "nowhere"), download_retry=1), vocab_size=360, seq_len=32
         )
@@ -359,7 +359,7 @@ def test_a_corrupt_remote_shard_is_named(data: DataConfig, prepared: tuple[Path,
 
 
 def run_until_killed(data: DataConfig, manifest: Manifest, running: Any) -> None:
-    shared_memory._held = None  # as in a process of its own
+    datasets._held = None  # as in a process of its own
     train = loader(data, manifest)
     train.dataset.load_state_dict(train.dataset.state_dict(BATCH, True))
     next(iter(train))
@@ -383,21 +383,21 @@ def test_runs_beside_each_other_and_after_killed_ones(data: DataConfig, prepared
 
 def test_shared_memory_is_cleaned_only_by_who_is_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cleaned: list[int] = []
-    monkeypatch.setattr(shared_memory, "clean_stale_shared_memory", lambda: cleaned.append(1))
-    monkeypatch.setattr(shared_memory, "lock_path", lambda: tmp_path / "lock")
-    monkeypatch.setattr(shared_memory, "_held", None)
-    shared_memory.claim_shared_memory()
-    shared_memory.claim_shared_memory()
+    monkeypatch.setattr(datasets, "clean_stale_shared_memory", lambda: cleaned.append(1))
+    monkeypatch.setattr(datasets, "lock_path", lambda: tmp_path / "lock")
+    monkeypatch.setattr(datasets, "_held", None)
+    datasets.claim_shared_memory()
+    datasets.claim_shared_memory()
     assert cleaned == [1]
-    first = shared_memory._held
-    monkeypatch.setattr(shared_memory, "_held", None)
-    shared_memory.claim_shared_memory()  # while the first is alive
+    first = datasets._held
+    monkeypatch.setattr(datasets, "_held", None)
+    datasets.claim_shared_memory()  # while the first is alive
     assert cleaned == [1]
     assert first is not None
-    assert shared_memory._held is not None
+    assert datasets._held is not None
     os.close(first)
-    os.close(shared_memory._held)
-    monkeypatch.setattr(shared_memory, "_held", None)
-    shared_memory.claim_shared_memory()
+    os.close(datasets._held)
+    monkeypatch.setattr(datasets, "_held", None)
+    datasets.claim_shared_memory()
     assert cleaned == [1, 1]
-    os.close(shared_memory._held)
+    os.close(datasets._held)

@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 from data.conftest import SIZES
 
-from mohd_train.data.manifest import Manifest, load_manifest, save_manifest
-from mohd_train.data.report import describe
+from mohd_train.data.manifest import Manifest, describe, load_manifest, save_manifest
 from mohd_train.data.verify import verify
 from mohd_train.errors import UserError
 

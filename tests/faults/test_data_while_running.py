@@ -15,7 +15,7 @@ from composer.core import State
 from faults.conftest import LONG
 from faults.faults_support import At, batches_of, config_of, fails, inject, record_of, recovers
 
-from mohd_train.data.streams import TokenStreams
+from mohd_train.data.datasets import TokenStreams
 from mohd_train.train.callbacks import worker_watch
 
 

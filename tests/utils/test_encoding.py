@@ -12,7 +12,7 @@ from support.tokenizers import ADDING, adding
 from tokenizers import Tokenizer, models
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from mohd_train.data.tokenize import load_tokenizer
+from mohd_train.data.tokenizer import load_tokenizer
 from mohd_train.errors import UserError
 from mohd_train.utils.encoding import added_ids, append_nothing, encode_text, encode_texts
 

@@ -23,9 +23,8 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from mohd_train.analysis.subject import Subject
 from mohd_train.checkpoint.identity import check_tokenizer
 from mohd_train.config.schema import DataConfig
-from mohd_train.data.domains import SUFFIXES, Source, domain_of_file
 from mohd_train.data.manifest import MANIFEST, TOKENIZER_FOLDER, load_manifest
-from mohd_train.data.rows import parse_row, range_lines, unpacked_units
+from mohd_train.data.raw import SUFFIXES, Source, domain_of_file, parse_row, range_lines, unpacked_units
 from mohd_train.data.streaming import build_eval_loaders
 from mohd_train.data.verify import verify
 from mohd_train.errors import UserError

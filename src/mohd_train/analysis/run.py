@@ -23,9 +23,9 @@ from mohd_train.analysis.routing import routed, tally_routing
 from mohd_train.analysis.routing_figures import draw_knockout, draw_router_selection
 from mohd_train.analysis.study import observe
 from mohd_train.analysis.subject import Subject, load_subject, versions
-from mohd_train.data.manifest import write_atomic
 from mohd_train.errors import UserError
 from mohd_train.utils.environment import hardware
+from mohd_train.utils.files import write_atomic
 
 FORMAT = "mohd_train.observation/2"  # 1: magnitudes were |x|
 RECORD, ROUTER, KNOCKOUT = "observation.json", "router.json", "knockout.json"

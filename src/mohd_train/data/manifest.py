@@ -1,4 +1,4 @@
-"""`manifest.json`: what a prepared data folder holds. It is written last, so where it stands, the data is whole.
+"""`manifest.json`: what a prepared data folder holds. It is written last, so a folder that has one is complete.
 
 Layout of a folder: `manifest.json`, `tokenizer/` (what AutoTokenizer loads), `<domain>/<split>/` with MDS shards and
 their `index.json`, `bad_rows.jsonl`.
@@ -9,25 +9,25 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from mohd_train.errors import UserError
+from mohd_train.utils.files import write_atomic
 
 VERSION = 1
 MANIFEST = "manifest.json"
 TOKENIZER_FOLDER = "tokenizer"
 BAD_ROWS = "bad_rows.jsonl"
 SPLITS = ("train", "val")
-HASH = "xxh3_128"  # of shards: streaming checks the same one when it unpacks a shard
+HASH = "xxh3_128"  # of shards; streaming checks the same hash when it unpacks one
 
 
 @dataclass(frozen=True)
 class Shard:
-    """One shard: the compressed file that is stored, and the raw one that streaming unpacks beside it."""
+    """One shard: the compressed file that is stored, and the raw file that streaming unpacks beside it."""
 
     file: str
     bytes: int
@@ -40,7 +40,7 @@ class Shard:
 
 @dataclass(frozen=True)
 class SourceFile:
-    """One raw file that went into a split; `fingerprint` is over its first and last 64 KiB."""
+    """One raw file that went into a split; `fingerprint` is a hash of its size and its first and last 64 KiB."""
 
     file: str
     bytes: int
@@ -50,13 +50,13 @@ class SourceFile:
 
 @dataclass(frozen=True)
 class Split:
-    """`tokens` = samples x seq_len; the `tail_tokens` < seq_len left over at the end fill no sample and are not stored."""
+    """`tokens` = samples x seq_len. The `tail_tokens` < seq_len at the end don't fill a sample and are not stored."""
 
     documents: int
     tokens: int
     samples: int
     tail_tokens: int = 0
-    held_out: int = 0  # documents left out of train: copies of validation documents
+    held_out: int = 0  # documents left out of train because they are copies of validation documents
     shards: list[Shard] = field(default_factory=list)
     sources: list[SourceFile] = field(default_factory=list)
 
@@ -75,7 +75,7 @@ class TokenizerInfo:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What :func:`load_manifest` returns; `settings` is what another preparation must equal to be the same one."""
+    """A prepared folder. `settings` identifies the preparation: another one with equal settings gives the same data."""
 
     version: int
     tokenizer: TokenizerInfo
@@ -94,7 +94,7 @@ class Manifest:
         return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()
 
     def summary(self) -> dict[str, Any]:
-        """The record without the lists of shards and sources."""
+        """The manifest without the lists of shards and sources."""
         domains = {
             domain: {
                 name: {"documents": s.documents, "tokens": s.tokens, "samples": s.samples} for name, s in splits.items()
@@ -110,7 +110,29 @@ class Manifest:
 
 def save_manifest(manifest: Manifest, folder: Path) -> None:
     """Writes `folder/manifest.json` atomically."""
-    write_atomic(folder / MANIFEST, (json.dumps(manifest.to_dict(), indent=1) + "\n").encode())
+    write_atomic(folder / MANIFEST, json.dumps(manifest.to_dict(), indent=1) + "\n")
+
+
+def describe(manifest: Manifest) -> str:
+    """The manifest as text: tokenizer, shape, a table of domains and splits, then the notes."""
+    t = manifest.tokenizer
+    lines = [
+        f"tokenizer {t.name} ({t.vocab_size:,} tokens, sha256 {t.sha256[:12]}), samples of {manifest.seq_len} {manifest.dtype}"
+    ]
+    lines.append(
+        f"{'domain':<16}{'split':<7}{'documents':>12}{'tokens':>16}{'samples':>12}{'shards':>8}{'held out':>10}"
+    )
+    for domain, splits in sorted(manifest.domains.items()):
+        for name in SPLITS:
+            s = splits[name]
+            lines.append(
+                f"{domain:<16}{name:<7}{s.documents:>12,}{s.tokens:>16,}{s.samples:>12,}{len(s.shards):>8,}{s.held_out:>10,}"
+            )
+    total = {name: sum(splits[name].tokens for splits in manifest.domains.values()) for name in SPLITS}
+    lines.append(
+        f"total: {total['train']:,} tokens to train on, {total['val']:,} to validate, {manifest.bad_rows:,} bad rows"
+    )
+    return "\n".join(lines + [f"note: {note}" for note in manifest.notes])
 
 
 def load_manifest(folder: str | Path) -> Manifest:
@@ -161,23 +183,3 @@ def split_from_dict(obj: Mapping[str, Any]) -> Split:
     shards = [Shard(**shard) for shard in obj["shards"]]
     sources = [SourceFile(**source) for source in obj["sources"]]
     return Split(**{**obj, "shards": shards, "sources": sources})
-
-
-def write_atomic(path: Path, data: bytes) -> None:
-    """Writes a file so that it is either whole or not there, also after a crash of the machine."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with open(temporary, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Makes renames inside `folder` durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -1,4 +1,4 @@
-"""The mix of a run: which domains, in which proportions, and what that means for the data at hand."""
+"""The mix of a run: which domains, in which proportions, and how often each sample is seen."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from mohd_train.data.manifest import Manifest
 from mohd_train.data.order import counts
 from mohd_train.errors import UserError
 
-MAX_EPOCH = 1 << 22  # samples; an epoch's order is worked out at its start, so its length is bounded
+MAX_EPOCH = 1 << 22  # samples; an epoch's order is computed at its start, so its length is bounded
 
 
 @dataclass(frozen=True)
 class DomainPlan:
-    """One domain in a run. `epochs` = planned / available: above 1, its samples are seen again, in another order."""
+    """One domain in a run. `epochs` = planned / available; above 1, samples are seen again, in another order."""
 
     name: str
     proportion: float
@@ -33,7 +33,7 @@ class DomainPlan:
 
 @dataclass(frozen=True)
 class MixPlan:
-    """What a run of `total_samples` will see. `absent`: optional domains that the data lacks."""
+    """What a run of `total_samples` will see. `absent`: optional domains that the data doesn't have."""
 
     plans: tuple[DomainPlan, ...]
     total_samples: int
@@ -42,11 +42,11 @@ class MixPlan:
 
     @property
     def domains(self) -> tuple[str, ...]:
-        """Names in the order that a batch's `domain` indexes."""
+        """Names, in the order that `domain` of a batch indexes."""
         return tuple(plan.name for plan in self.plans)
 
     def render(self) -> str:
-        """Text for the start of a run: the mix, what repeats, what is absent."""
+        """The mix, what repeats and what is absent, as text for the start of a run."""
         lines = [f"data: {self.total_samples:,} samples, {self.total_samples * self.seq_len:,} tokens planned"]
         lines.append(f"  {'domain':<16}{'share':>8}{'samples':>13}{'tokens':>17}{'of available':>14}{'epochs':>9}")
         for plan in self.plans:
@@ -61,10 +61,10 @@ class MixPlan:
 
 
 def mixture(data: DataConfig, manifest: Manifest) -> tuple[list[str], NDArray[np.float64]]:
-    """Domains of the run, sorted, and their shares [D], which sum to 1. No domains in the config: all, by size.
+    """Domains of the run, sorted, and their shares [D], which sum to 1. Without domains in the config: all, by size.
 
-    Raises UserError for a domain that the data lacks and that is not optional, that has no samples, or whose proportion
-    is not positive.
+    Raises UserError if a domain is missing from the data and not optional, has no samples, or has a proportion that is
+    not positive.
     """
     asked = dict(data.domains) or {name: manifest.samples(name, "train") for name in manifest.domains}
     for name, share in asked.items():
@@ -102,9 +102,9 @@ def plan_mix(data: DataConfig, manifest: Manifest, total_samples: int) -> MixPla
 
 
 def epoch_samples(data: DataConfig, manifest: Manifest, global_batch_size: int) -> int:
-    """Length of an epoch: as many samples as the run's domains hold, in whole global batches, at most about 4.2 million.
+    """Length of an epoch: as many samples as the run's domains have, in whole global batches, at most about 4.2 million.
 
-    Nothing is left out by the rounding: the next epoch goes on where the last one ended.
+    The rounding leaves nothing out: the next epoch continues where the last one ended.
     """
     names, _ = mixture(data, manifest)
     held = sum(manifest.samples(name, "train") for name in names)

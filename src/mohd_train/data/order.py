@@ -1,8 +1,8 @@
 """The order in which a run sees its data: a pure function of the position in the run.
 
-Position i = 0, 1, 2, ... counts samples since the start of the run, over all processes and epochs. What stands there
-depends on the data, the mix and the seed alone: not on the number of processes, workers or epochs. So a resumed run needs
-only its position to go on exactly.
+Position i = 0, 1, 2, ... counts samples since the start of the run, over all processes and epochs. The sample at a
+position depends on the data, the mix and the seed alone, not on the number of processes, workers or epochs. So a run
+resumes exactly from its position.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ Int64s = NDArray[np.int64]
 
 
 def interleave(shares: NDArray[np.float64], start: int, stop: int) -> tuple[Int64s, Int64s]:
-    """Which domain stands at positions start..stop-1, and the how-manieth of its domain that sample is.
+    """The domain at each position start..stop-1, and the index of that sample within its domain.
 
-    Sample k of domain d is due at time (k + 1/2) / shares[d]; positions follow the due times. So after i samples each
-    domain has shares[d] x i of them to within one for every other domain, in every window of the run.
+    Sample k of domain d is due at time (k + 1/2) / shares[d], and positions follow the due times. So after i samples,
+    domain d has had shares[d] x i of them, to within one sample per other domain.
 
     Args:
         shares: [D] positive, summing to 1.
         start, stop: window of positions.
     Returns:
-        domain [stop-start] in 0..D-1, and ordinal within the domain [stop-start].
+        domain [stop-start] in 0..D-1, and index within the domain [stop-start].
     """
     low, domain, ordinal = _due(shares, start, stop)
     skipped = start - int(low.sum())
@@ -39,9 +39,9 @@ def counts(shares: NDArray[np.float64], total: int) -> Int64s:
 
 
 def _due(shares: NDArray[np.float64], start: int, stop: int) -> tuple[Int64s, Int64s, Int64s]:
-    """Samples in order of their due time, of a window that surely holds positions start..stop-1.
+    """Samples in order of due time, of a window that is sure to contain positions start..stop-1.
 
-    Returns: low [D], how many of each domain come before the window; domain and ordinal of those in it.
+    Returns: low [D], how many of each domain come before the window; domain and index of those in it.
     """
     margin = len(shares)  # the sample at position i is due within D/2 + 1 of time i
     low = np.maximum(0, np.floor(shares * (start - margin)).astype(np.int64) - 1)
@@ -55,14 +55,14 @@ def _due(shares: NDArray[np.float64], start: int, stop: int) -> tuple[Int64s, In
 def walk(
     shard_samples: Int64s, start: int, stop: int, *, name: str, seed: int, block_size: int, shuffle: bool
 ) -> Int64s:
-    """Samples start..stop-1 of an endless walk over one domain: every sample once, then again in another order.
+    """Samples start..stop-1 of an endless walk over one domain: every sample once, then all again in another order.
 
-    Each pass orders the shards anew, cuts their concatenation in blocks of `block_size` samples and shuffles each block:
-    at most a block's worth of shards is in use at a time, and only blocks in the window are worked out.
+    Each pass permutes the shards, cuts their concatenation into blocks of `block_size` samples and shuffles each block. So
+    only a block's worth of shards is in use at a time, and only the blocks in the window are computed.
 
     Args:
         shard_samples: [shards] samples in each shard of the domain.
-        name: of the domain, which seeds its walk.
+        name: the domain's, which is part of the seed.
         block_size: samples shuffled together.
     Returns:
         [stop-start] index of the sample within its domain.

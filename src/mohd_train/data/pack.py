@@ -1,4 +1,4 @@
-"""Tokenized units -> MDS shards of fixed-length samples. Documents run on end to end; a sample may hold several."""
+"""Tokenized units -> MDS shards of fixed-length samples. Documents are concatenated; a sample may hold several."""
 
 from __future__ import annotations
 
@@ -12,17 +12,18 @@ import numpy as np
 from numpy.typing import NDArray
 from streaming import MDSWriter
 
-from mohd_train.data.manifest import HASH, SourceFile, Split, sync_folder
-from mohd_train.data.split import Sorter
+from mohd_train.data.manifest import HASH, SourceFile, Split
 from mohd_train.data.units import load_unit
+from mohd_train.data.validation import Sorter
 from mohd_train.data.verify import shard_from_index
+from mohd_train.utils.files import sync
 
 SHARD_BYTES = 1 << 26
 
 
 @dataclass(frozen=True)
 class PackJob:
-    """One domain. `units` in order: (file, index of its source, given as validation)."""
+    """One domain. `units` in order: (file, index of its source, whether that source was given as validation)."""
 
     domain: str
     units: list[tuple[Path, int, bool]]
@@ -31,12 +32,12 @@ class PackJob:
     all_val: NDArray[np.uint64]
     seq_len: int
     dtype: str
-    folder: Path  # written here, whole or not at all
+    folder: Path  # appears as a whole, by one rename
     scratch: Path
 
 
 class SampleWriter:
-    """Cuts a stream of tokens in samples of `seq_len` and writes them as one split."""
+    """Cuts a stream of tokens into samples of `seq_len` and writes them as one split."""
 
     def __init__(self, folder: Path, seq_len: int, dtype: str, sources: int) -> None:
         self._writer = MDSWriter(
@@ -53,7 +54,7 @@ class SampleWriter:
         self.by_source = np.zeros(sources, np.int64)
 
     def add(self, tokens: NDArray, documents: int, source: int) -> None:
-        """Appends the tokens of some whole documents."""
+        """Appends the tokens of whole documents."""
         self.by_source[source] += documents
         tokens = np.concatenate([self._rest, tokens])
         whole = len(tokens) // self._seq_len
@@ -63,7 +64,7 @@ class SampleWriter:
         self._rest = tokens[whole * self._seq_len :].copy()
 
     def finish(self, sources: list[tuple[str, int, str]], held_out: int) -> Split:
-        """Ends the split; less than a sample of tokens at its end is left out, and counted."""
+        """Ends the split. Tokens at its end that don't fill a sample are left out and counted."""
         self._writer.finish()
         index = json.loads((self._folder / "index.json").read_bytes())
         return Split(
@@ -82,9 +83,9 @@ class SampleWriter:
 
 
 def pack_domain(job: PackJob) -> dict[str, Split]:
-    """Writes `job.folder/{train,val}` and returns what is in them. The folder appears whole, by one rename."""
+    """Writes `job.folder/{train,val}` and returns their splits. The folder appears as a whole, by one rename."""
     shutil.rmtree(job.scratch, ignore_errors=True)
-    shutil.rmtree(job.folder, ignore_errors=True)  # of an earlier try that was cut off before it was recorded
+    shutil.rmtree(job.folder, ignore_errors=True)  # of an attempt that was killed before it was recorded
     train = SampleWriter(job.scratch / "train", job.seq_len, job.dtype, len(job.sources))
     val = SampleWriter(job.scratch / "val", job.seq_len, job.dtype, len(job.sources))
     sorter = Sorter(job.own_val, job.all_val)
@@ -102,7 +103,7 @@ def pack_domain(job: PackJob) -> dict[str, Split]:
     splits = {"train": train.finish(job.sources, held_out), "val": val.finish(job.sources, 0)}
     _make_durable(job.scratch)
     os.replace(job.scratch, job.folder)
-    sync_folder(job.folder.parent)
+    sync(job.folder.parent)
     return splits
 
 
@@ -112,9 +113,5 @@ def _chosen(tokens: NDArray, lengths: NDArray[np.int64], mask: NDArray[np.bool_]
 
 def _make_durable(folder: Path) -> None:
     for path in sorted(folder.rglob("*"), reverse=True):
-        if path.is_dir():
-            sync_folder(path)
-            continue
-        with open(path, "rb") as file:
-            os.fsync(file.fileno())
-    sync_folder(folder)
+        sync(path)
+    sync(folder)

@@ -1,7 +1,8 @@
-"""Raw rows -> a prepared folder. Stages, each of which a killed run resumes in: tokenize units, choose validation, pack.
+"""Raw rows -> a prepared folder, in three stages: tokenize units, choose validation documents, pack. A killed run resumes
+within its stage.
 
-Everything in between stands in `OUT/.work`, which goes when the manifest is written. What comes out depends on the raw
-files, the tokenizer, `seq_len` and `val_tokens` alone, byte for byte: not on workers, nor on kills in between.
+Intermediate files are in `OUT/.work`, which is removed once the manifest is written. The result depends on the raw files,
+the tokenizer, `seq_len` and `val_tokens` alone, byte for byte, and not on the number of workers or on kills in between.
 """
 
 from __future__ import annotations
@@ -21,8 +22,7 @@ from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 
 from mohd_train.checkpoint.identity import is_tokenizer
-from mohd_train.data import split
-from mohd_train.data.domains import RawData, find_sources, shares
+from mohd_train.data import validation
 from mohd_train.data.manifest import (
     BAD_ROWS,
     MANIFEST,
@@ -34,24 +34,23 @@ from mohd_train.data.manifest import (
     load_manifest,
     save_manifest,
     split_from_dict,
-    write_atomic,
 )
 from mohd_train.data.pack import PackJob, pack_domain
-from mohd_train.data.pool import WorkerPool
-from mohd_train.data.rows import UNIT_BYTES
-from mohd_train.data.tokenize import Tokenizer, load_tokenizer
-from mohd_train.data.tokenizing import report_bad_rows, tokenize_sources, unit_files
-from mohd_train.data.units import load_lengths
+from mohd_train.data.raw import UNIT_BYTES, RawData, find_sources, shares
+from mohd_train.data.tokenizer import Tokenizer, load_tokenizer
+from mohd_train.data.units import load_lengths, report_bad_rows, tokenize_sources, unit_files
+from mohd_train.data.workers import WorkerPool
 from mohd_train.errors import UserError
 from mohd_train.storage import refuse_remote
+from mohd_train.utils.files import write_atomic
 
 WORK = ".work"
-LOCK_WAIT = 15.0  # seconds: workers of a killed run hold its lock until they notice
+LOCK_WAIT = 15.0  # seconds; workers of a killed run keep its lock until they notice
 
 
 @dataclass(frozen=True)
 class Request:
-    """What `data_prep/prepare.py` is asked for. `max_bad_rows`: below 1 a share of the rows, else a count."""
+    """Arguments of `data_prep/prepare.py`. `max_bad_rows`: below 1 a share of the rows, else a count."""
 
     raw: str
     out: str
@@ -59,7 +58,7 @@ class Request:
     domains: tuple[str, ...] | None = None
     seq_len: int = 4096
     val_tokens: int = 2_000_000
-    workers: int = 0  # 0: one a core
+    workers: int = 0  # 0: one per core
     max_bad_rows: float = 0.01
     show_progress: bool = True
     unit_bytes: int = UNIT_BYTES
@@ -67,16 +66,16 @@ class Request:
 
 @dataclass(frozen=True)
 class Prepared:
-    """The folder's manifest, and whether this call found it finished."""
+    """The folder's manifest, and whether the folder was finished before this call."""
 
     manifest: Manifest
     already_done: bool
 
 
 def prepare(request: Request) -> Prepared:
-    """Prepares `request.raw` into `request.out`; goes on where an earlier, equal call was cut off.
+    """Prepares `request.raw` into `request.out`, resuming an earlier call with the same settings that was interrupted.
 
-    Raises UserError for bad input, more bad rows than allowed, a folder that holds another preparation, a full disk.
+    Raises UserError for bad input, too many bad rows, a folder that holds another preparation, a full disk.
     """
     if request.seq_len < 2:
         raise UserError(f"--seq-len {request.seq_len}: a sample needs at least 2 tokens")
@@ -108,7 +107,7 @@ def prepare(request: Request) -> Prepared:
 
 
 class Preparation:
-    """One run of the stages."""
+    """The stages of one preparation."""
 
     def __init__(self, request: Request, raw: RawData, tokenizer: Tokenizer) -> None:
         self.request, self.sources, self.tokenizer = request, raw.domains, tokenizer
@@ -130,7 +129,7 @@ class Preparation:
         }
 
     def open_work(self) -> None:
-        """Makes or finds `OUT/.work`; refuses a folder that holds anything but a beginning of this preparation."""
+        """Creates or finds `OUT/.work`. Refuses a folder that holds anything but an unfinished part of this preparation."""
         plan = self.work / "plan.json"
         settings = self.settings | {"unit_bytes": self.request.unit_bytes}
         if plan.exists():
@@ -141,7 +140,7 @@ class Preparation:
         if self.out.exists() and any(path.name != WORK for path in self.out.iterdir()):
             raise UserError(f"--out {self.out} holds other files and no {MANIFEST}; choose a new or empty folder")
         self.work.mkdir(parents=True, exist_ok=True)
-        write_atomic(plan, json.dumps(settings).encode())
+        write_atomic(plan, json.dumps(settings))
 
     def run(self) -> Manifest:
         info = self._save_tokenizer()
@@ -174,13 +173,13 @@ class Preparation:
         return TokenizerInfo(t.sha256, t.vocab_size, t.bos_id, t.eos_id, t.name, files)
 
     def _documents(self, domain: str, split_name: str) -> Iterator[tuple[NDArray[np.int64], NDArray[np.uint64]]]:
-        """Lengths and digests by unit, of the domain's sources of one split."""
+        """Lengths and digests, unit by unit, of the domain's sources in one split."""
         for index, source in enumerate(self.sources[domain]):
             if source.split == split_name:
                 yield from map(load_lengths, unit_files(self.units, domain, index))
 
     def _validation(self) -> dict[str, NDArray[np.uint64]]:
-        """Digests of each domain's validation documents: given ones, or else chosen ones."""
+        """Digests of each domain's validation documents, which are given by the user or else chosen."""
         sizes = {}
         for domain in self.sources:
             sizes[domain] = sum(int(lengths.sum()) for lengths, _ in self._documents(domain, "train"))
@@ -195,26 +194,28 @@ class Preparation:
                 given = [d for _, d in self._documents(domain, "val")]
                 digests[domain] = np.unique(np.concatenate([np.empty(0, np.uint64), *given]))
                 continue
-            wanted = split.target(self.request.val_tokens, proportions[domain], sizes[domain], self.request.seq_len)
-            digests[domain] = split.select(self._documents(domain, "train"), wanted.tokens, sizes[domain])
+            wanted = validation.target(
+                self.request.val_tokens, proportions[domain], sizes[domain], self.request.seq_len
+            )
+            digests[domain] = validation.select(self._documents(domain, "train"), wanted.tokens, sizes[domain])
             if wanted.tokens < wanted.asked:
                 self.notes.append(
-                    f"{domain}: validation of {wanted.asked:,} tokens asked for, held to {wanted.tokens:,}: "
+                    f"{domain}: {wanted.asked:,} validation tokens asked for, limited to {wanted.tokens:,}: "
                     f"the domain has {sizes[domain]:,}"
                 )
         return digests
 
-    def _pack(self, validation: dict[str, NDArray[np.uint64]], pool: WorkerPool) -> dict[str, dict[str, Split]]:
-        """Packs the domains that are not packed yet, largest first, one a worker."""
-        everywhere = np.unique(np.concatenate(list(validation.values())))
+    def _pack(self, chosen: dict[str, NDArray[np.uint64]], pool: WorkerPool) -> dict[str, dict[str, Split]]:
+        """Packs the domains that are not packed yet, the largest first, each in one worker."""
+        everywhere = np.unique(np.concatenate(list(chosen.values())))
         packed = self.work / "packed"
         packed.mkdir(exist_ok=True)
         todo = [domain for domain in self.sources if not (packed / f"{domain}.json").exists()]
         todo.sort(key=lambda domain: -sum(source.bytes for source in self.sources[domain]))
-        jobs = [self._pack_job(domain, validation[domain], everywhere) for domain in todo]
+        jobs = [self._pack_job(domain, chosen[domain], everywhere) for domain in todo]
         for job, splits in pool.run(pack_domain, jobs):
             record = {name: asdict(one) for name, one in splits.items()}
-            write_atomic(packed / f"{job.domain}.json", json.dumps(record).encode())
+            write_atomic(packed / f"{job.domain}.json", json.dumps(record))
         domains = {}
         for domain in sorted(self.sources):
             record = json.loads((packed / f"{domain}.json").read_bytes())

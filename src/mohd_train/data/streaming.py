@@ -1,12 +1,14 @@
-"""From a prepared folder to the batches of a run: checks first, then the mix, then the loaders.
+"""From a prepared folder, local or remote, to the batches of a run: checks first, then the mix, then the loaders.
 
-A batch is `{"input_ids": int64 [B,T], "labels": int64 [B,T], "domain": int64 [B]}`; `labels` equals `input_ids` (the shift is
-the loss's), `domain` indexes `MixPlan.domains`.
+A batch is `{"input_ids": int64 [B,T], "labels": int64 [B,T], "domain": int64 [B]}`. `labels` equals `input_ids` (the loss
+shifts them); `domain` indexes `MixPlan.domains`.
 """
 
 from __future__ import annotations
 
 import os
+import shutil
+import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -14,17 +16,23 @@ from typing import Any
 import numpy as np
 import torch
 from composer.utils import dist
+from streaming.base.storage import CloudDownloader
+from streaming.base.util import retry
 from torch.utils.data import DataLoader
 
 from mohd_train.checkpoint.identity import check_tokenizer
 from mohd_train.config.schema import DataConfig
+from mohd_train.data.datasets import (
+    ShardStream,
+    TokenStreams,
+    ValidationSet,
+    claim_shared_memory,
+    log_failures,
+    outlive_sigterm,
+)
 from mohd_train.data.manifest import HASH, MANIFEST, TOKENIZER_FOLDER, Manifest, load_manifest
 from mohd_train.data.mix import MixPlan, epoch_samples, mixture, plan_mix
-from mohd_train.data.remote import fetch_indexes, fetch_manifest
-from mohd_train.data.shared_memory import claim_shared_memory
-from mohd_train.data.signals import outlive_sigterm
-from mohd_train.data.streams import ShardStream, TokenStreams, ValidationSet
-from mohd_train.data.verify import tokenizer_problems, verify
+from mohd_train.data.verify import index_problems, tokenizer_problems, verify
 from mohd_train.errors import UserError
 from mohd_train.storage import refuse_remote
 
@@ -35,18 +43,18 @@ DEFAULT_BLOCK = 1 << 18  # samples shuffled together
 
 
 def check_data(data: DataConfig, *, vocab_size: int, seq_len: int, tokenizer_sha256: str | None = None) -> Manifest:
-    """Whether this data can train this model; to be called before the first step, by every process.
+    """Checks that this data can train this model. Every process calls it before the first step.
 
-    Sizes of all shards are always compared with the manifest; hashes too when `data.verify` is set (once a machine; about a
-    second a GB). With `data.remote`, shards are not here yet: their hashes are checked as they arrive.
+    The sizes of all shards are always compared with the manifest, and with `data.verify` their hashes too (once per
+    machine, about a second per GB). With `data.remote`, shards are checked as they arrive.
 
     Args:
         vocab_size, seq_len: the model's.
-        tokenizer_sha256: of the tokenizer the model was trained with so far, where there is one.
+        tokenizer_sha256: of the tokenizer that the model was trained with so far, if it was.
     Raises:
-        UserError: no such folder, a domain of the config that the data lacks, another tokenizer, vocabulary or sequence
-            length, a copy of the tokenizer that is not the manifest's, a domain without samples, a bad shard, a folder in
-            which shards can't be unpacked.
+        UserError: the folder doesn't exist, lacks a domain of the config, has another tokenizer, vocabulary or sequence
+            length, a copy of the tokenizer that is not the manifest's, a domain without samples or a bad shard, or can't be
+            written to, so that shards can't be unpacked.
     """
     refuse_remote(data.local, "data.local", "set data.remote to that address, and data.local to a folder for the cache")
     if data.remote:
@@ -86,17 +94,17 @@ def build_train_loader(
 ) -> DataLoader[Any]:
     """The endless mix as a loader whose epochs are windows of it (:func:`epoch_samples` long, in whole global batches).
 
-    The order depends on data, mix and seed alone. The position travels in Composer's checkpoints, through the dataset's
-    `state_dict`, so a run goes on exactly, on any number of processes and workers that divides the global batch.
+    The order depends on data, mix and seed alone. Composer's checkpoints contain the position, through the dataset's
+    `state_dict`, so a run resumes exactly, on any number of processes and workers that divides the global batch.
 
-    With several processes, to be called after the process group is up.
+    With several processes, call it after the process group is up.
 
     Args:
-        global_batch_size: samples a step over all processes.
-        device_batch_size: samples a step in this process.
-        seed: of the order, where `data.shuffle_seed` is not set.
+        global_batch_size: samples per step over all processes.
+        device_batch_size: samples per step in this process.
+        seed: of the order, unless `data.shuffle_seed` is set.
     Raises:
-        UserError: batch sizes don't fit the number of processes; a domain has no samples.
+        UserError: the batch sizes don't fit the number of processes, or a domain has no samples.
     """
     if device_batch_size * dist.get_world_size() != global_batch_size:
         raise UserError(
@@ -121,9 +129,9 @@ def build_train_loader(
 
 
 def build_eval_loaders(data: DataConfig, manifest: Manifest, *, device_batch_size: int) -> dict[str, DataLoader[Any]]:
-    """A loader of each domain's validation samples, in order, each once; domains without any are left out.
+    """A loader per domain of its validation samples, each once, in order. Domains without any are left out.
 
-    Over several processes the sampler pads the last batch with repeats, which Composer's evaluation takes out again.
+    With several processes the sampler pads the last batch with repeats, which Composer's evaluation removes again.
     """
     domains, _ = mixture(data, manifest)
     loaders = {}
@@ -136,7 +144,7 @@ def build_eval_loaders(data: DataConfig, manifest: Manifest, *, device_batch_siz
 
 
 def collate(samples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-    """B samples of {"tokens" [T], "domain"} as one batch."""
+    """B samples {"tokens" [T], "domain"} as one batch."""
     tokens = torch.from_numpy(np.stack([sample["tokens"] for sample in samples]).astype(np.int64))
     domain = torch.tensor([sample["domain"] for sample in samples], dtype=torch.int64)
     return {"input_ids": tokens, "labels": tokens.clone(), "domain": domain}
@@ -168,7 +176,7 @@ def _stream(data: DataConfig, domain: str, split: str) -> ShardStream:
 
 
 def _check_shards(folder: Path, manifest: Manifest, domains: Iterable[str], hashes: bool) -> None:
-    """Raises UserError for a bad shard, or one that is packed in a folder that can't be written to."""
+    """Raises UserError for a bad shard, or for a packed one in a folder that can't be written to."""
     if dist.get_local_rank() == 0:
         problems = verify(folder, domains, hashes=hashes)
         if problems:
@@ -183,3 +191,61 @@ def _check_shards(folder: Path, manifest: Manifest, domains: Iterable[str], hash
                     f"{place} can't be written to, and shards are unpacked where they are; set data.remote={folder} and "
                     f"data.local to a folder of your own (cached {MANIFEST} and shards go there)"
                 )
+
+
+def fetch_manifest(remote: str, local: Path, attempts: int, timeout: float) -> None:
+    """Downloads the manifest and the tokenizer of `remote` to the cache `local`. Any number of processes may do so at once.
+
+    Raises UserError if they can't be downloaded, or if `local` is the cache of other data.
+    """
+    local.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=".fetch-", dir=local))
+    try:
+        _download(remote, MANIFEST, scratch, attempts, timeout)
+        manifest = load_manifest(scratch)
+        if (local / MANIFEST).exists() and load_manifest(local).sha256() != manifest.sha256():
+            raise UserError(
+                f"data.local={local} is the cache of other data than data.remote={remote}; choose another folder"
+            )
+        (local / TOKENIZER_FOLDER).mkdir(exist_ok=True)
+        for name in manifest.tokenizer.files:
+            _download(remote, f"{TOKENIZER_FOLDER}/{name}", scratch, attempts, timeout)
+            os.replace(scratch / TOKENIZER_FOLDER / name, local / TOKENIZER_FOLDER / name)
+        os.replace(scratch / MANIFEST, local / MANIFEST)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def fetch_indexes(
+    remote: str, local: Path, manifest: Manifest, domains: Iterable[str], attempts: int, timeout: float
+) -> None:
+    """Downloads the domains' `index.json`, which streaming wouldn't check, and compares them with the manifest.
+
+    Raises UserError if one can't be downloaded, or lists other shards.
+    """
+    for domain in domains:
+        for name, split in manifest.domains[domain].items():
+            place = local / domain / name
+            place.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(prefix=".fetch-", dir=place) as scratch:
+                _download(f"{remote.rstrip('/')}/{domain}/{name}", "index.json", Path(scratch), attempts, timeout)
+                problems = index_problems(Path(scratch), split, manifest.dtype, manifest.seq_len)
+                if problems:
+                    raise UserError(
+                        f"data.remote: {remote}/{domain}/{name}/index.json{problems[0].partition('index.json')[2]}; copy the data "
+                        "there again"
+                    )
+                os.replace(Path(scratch) / "index.json", place / "index.json")
+
+
+def _download(remote: str, name: str, folder: Path, attempts: int, timeout: float) -> None:
+    target = folder / name
+    target.parent.mkdir(exist_ok=True)
+    downloader = log_failures(CloudDownloader.get(remote))
+    source = f"{remote.rstrip('/')}/{name}"
+    try:
+        retry(num_attempts=max(1, attempts))(lambda: downloader.download(source, str(target), timeout))()
+    except Exception as error:  # each storage has exceptions of its own
+        raise UserError(
+            f"data.remote: {source} can't be downloaded ({type(error).__name__}: {error}); check address and access"
+        ) from error

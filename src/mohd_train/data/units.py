@@ -1,27 +1,43 @@
-"""Units of tokenized text on disk: what a worker makes of some lines, in one file that is either whole or not there."""
+"""First stage of a preparation: raw files -> units of tokenized text, in parallel, with bad rows named.
+
+A unit is one `.npz` file, written atomically, with what a worker made of some consecutive lines. A killed preparation
+resumes with the units that are missing.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import io
 import json
+import sys
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import TracebackType
 
 import numpy as np
 from numpy.typing import NDArray
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from mohd_train.data.manifest import write_atomic
-from mohd_train.data.rows import parse_rows, range_lines
-from mohd_train.data.tokenize import Tokenizer
+from mohd_train.data.raw import Source, count_units, parse_rows, range_lines, unpacked_units
+from mohd_train.data.tokenizer import Tokenizer
+from mohd_train.data.workers import WorkerPool, worker_tokenizer
+from mohd_train.errors import UserError
+from mohd_train.utils.files import write_atomic
 
-_BATCH_CHARACTERS = 1 << 20  # encoded at a time: Python's lists of ids are what memory goes to
+_BATCH_CHARACTERS = 1 << 20  # encoded at a time: most memory goes to Python's lists of ids
+_EARLY_ROWS = 100_000  # rows after which a share of bad rows is judged before the end
+_NAMED = 3
+_PLAIN_INTERVAL = 10.0  # seconds between progress lines where there is no terminal
+
+Sources = dict[str, list[Source]]
 
 
 @dataclass(frozen=True)
 class Job:
-    """One unit to tokenize: lines given, or those that begin in bytes start..stop-1 of `path`."""
+    """One unit to tokenize: the given `lines`, or else those that begin at bytes start..stop-1 of `path`."""
 
     out: Path
     path: Path
@@ -33,7 +49,7 @@ class Job:
 
 @dataclass(frozen=True)
 class UnitInfo:
-    """Counts of one unit; bad rows as (line within the unit from 1, what is wrong)."""
+    """Counts of one unit, and its bad rows as (line within the unit, from 1; what is wrong)."""
 
     lines: int
     documents: int
@@ -43,7 +59,7 @@ class UnitInfo:
 
 @dataclass(frozen=True)
 class Unit:
-    """Tokens of all documents end to end [tokens], tokens in each [documents], digest of each document's text [documents]."""
+    """Tokens of all documents concatenated [tokens]; of each document, its length in tokens and its text's digest [documents]."""
 
     tokens: NDArray[np.unsignedinteger]
     lengths: NDArray[np.int64]
@@ -51,7 +67,7 @@ class Unit:
 
 
 def tokenize_unit(job: Job, tokenizer: Tokenizer) -> UnitInfo:
-    """Parses and tokenizes one unit and writes it to `job.out`: BOS (where the tokenizer has one), ids, EOS."""
+    """Parses and tokenizes one unit and writes it to `job.out`. A document is BOS (if the tokenizer has one), ids, EOS."""
     lines = io.BytesIO(job.lines) if job.lines is not None else range_lines(job.path, job.start, job.stop)
     counted = _Counted(iter(lines))
     bad: list[tuple[int, str]] = []
@@ -87,18 +103,23 @@ def tokenize_unit(job: Job, tokenizer: Tokenizer) -> UnitInfo:
 
 
 def text_digest(text: str) -> int:
-    """64 bits that tell documents apart: copies of a document, but for white space around it, are equal."""
+    """64-bit hash of a document without surrounding white space; copies of a document have the same one."""
     return int.from_bytes(hashlib.blake2b(text.strip().encode(), digest_size=8).digest(), "little")
 
 
+def tokenize_job(job: Job) -> UnitInfo:
+    """:func:`tokenize_unit` in a worker, with the tokenizer it was started with."""
+    return tokenize_unit(job, worker_tokenizer())
+
+
 def load_unit(path: Path) -> Unit:
-    """Everything that :func:`tokenize_unit` wrote but the counts."""
+    """Everything that :func:`tokenize_unit` wrote except the counts."""
     with np.load(path, allow_pickle=False) as file:
         return Unit(file["tokens"], file["lengths"], file["digests"])
 
 
 def load_lengths(path: Path) -> tuple[NDArray[np.int64], NDArray[np.uint64]]:
-    """Only lengths and digests: a thousandth of the file."""
+    """Only lengths and digests, a thousandth of the file."""
     with np.load(path, allow_pickle=False) as file:
         return file["lengths"], file["digests"]
 
@@ -126,7 +147,7 @@ def _with_boundaries(ids: NDArray[np.uint32], tokenizer: Tokenizer) -> NDArray:
 
 
 class _Counted:
-    """An iterator that knows how many lines it gave: blank ones too, so that line numbers are exact."""
+    """An iterator that counts the lines it has yielded, blank ones included, so that line numbers are exact."""
 
     def __init__(self, lines: Iterator[bytes]) -> None:
         self._lines = lines
@@ -139,3 +160,189 @@ class _Counted:
         line = next(self._lines)
         self.count += 1
         return line
+
+
+@dataclass
+class RowCount:
+    """Good and bad rows so far, and whether there are enough bad ones to stop."""
+
+    documents: int = 0
+    bad: int = 0
+    stop: bool = False
+
+    def too_many(self, limit: float) -> bool:
+        """Whether there are more bad rows than `limit`: below 1 a share of all rows, else a count."""
+        return self.bad > (limit * (self.documents + self.bad) if limit < 1 else limit)
+
+
+def tokenize_sources(
+    sources: Sources, folder: Path, pool: WorkerPool, unit_bytes: int, limit: float, show: bool
+) -> None:
+    """Makes every unit that doesn't exist yet. Stops early if there are too many bad rows, which :func:`report_bad_rows`
+    then reports. Units in progress are finished first: a missing unit would shift the line numbers of those after it.
+
+    Raises UserError if a compressed file is truncated or corrupt.
+    """
+    total = sum(source.bytes for domain in sources.values() for source in domain)
+    count = RowCount()
+    with TokenProgress(total, show=show) as progress:
+        jobs = _jobs(sources, folder, unit_bytes, progress, count)
+        for job, info in pool.run(tokenize_job, jobs):
+            count.documents += info.documents
+            count.bad += len(info.bad)
+            progress.advance(job.source_bytes, info.documents, info.tokens)
+            judged = limit >= 1 or count.documents + count.bad >= _EARLY_ROWS
+            count.stop = count.stop or (judged and count.too_many(limit))
+
+
+def unit_files(folder: Path, domain: str, index: int) -> list[Path]:
+    """The units of source number `index` of a domain, in order."""
+    return sorted((folder / domain / f"{index:06d}").glob("[0-9]*.npz"))
+
+
+def report_bad_rows(sources: Sources, folder: Path, report: Path, limit: float) -> int:
+    """Writes each bad row as {file, line, problem} to `report`, with exact line numbers. Returns how many there are.
+
+    Raises UserError, naming the first ones, if there are more than `limit`.
+    """
+    count = RowCount()
+    rows: list[dict[str, str | int]] = []
+    for domain, files in sources.items():
+        for index, source in enumerate(files):
+            line = 0
+            for part, path in enumerate(unit_files(folder, domain, index)):
+                if int(path.stem) != part:  # it stopped here; later units are left from a killed preparation
+                    break
+                info = load_info(path)
+                rows += [{"file": source.name, "line": line + at, "problem": problem} for at, problem in info.bad]
+                line += info.lines
+                count.documents += info.documents
+    count.bad = len(rows)
+    write_atomic(report, "".join(json.dumps(row) + "\n" for row in rows))
+    if count.too_many(limit):
+        named = "; ".join(f"{row['file']}:{row['line']}: {row['problem']}" for row in rows[:_NAMED])
+        allowed = f"{limit:.3%} of the rows" if limit < 1 else f"{limit:.0f}"
+        raise UserError(
+            f"{count.bad:,} bad rows among {count.documents + count.bad:,}, more than the {allowed} that --max-bad-rows allows "
+            f"(all in {report}): {named}; fix them, or raise --max-bad-rows and run again: it resumes"
+        )
+    return count.bad
+
+
+def _jobs(sources: Sources, folder: Path, unit_bytes: int, progress: TokenProgress, count: RowCount) -> Iterator[Job]:
+    """Units that are still to be made, in order, until `count` says to stop. Existing units are counted."""
+
+    def exists(path: Path, source_bytes: int) -> bool:
+        if not path.exists():
+            return False
+        info = load_info(path)
+        count.documents += info.documents
+        count.bad += len(info.bad)
+        progress.skip(source_bytes)
+        return True
+
+    for domain, files in sources.items():
+        for index, source in enumerate(files):
+            place = folder / domain / f"{index:06d}"
+            make = _unpacked_jobs if source.compression else _range_jobs
+            for job in make(source, place, unit_bytes):
+                if count.stop:
+                    return
+                if not exists(job.out, job.source_bytes):
+                    yield job
+
+
+def _range_jobs(source: Source, place: Path, unit_bytes: int) -> Iterator[Job]:
+    for part in range(count_units(source, unit_bytes)):
+        start, stop = part * unit_bytes, min((part + 1) * unit_bytes, source.bytes)
+        yield Job(place / f"{part:07d}.npz", source.path, start, stop, source_bytes=stop - start)
+
+
+def _unpacked_jobs(source: Source, place: Path, unit_bytes: int) -> Iterator[Job]:
+    """Unpacks the file, unless a note says how many units it gave and all of them exist."""
+    note = place / "unpacked.json"
+    if note.exists():
+        sizes = json.loads(note.read_bytes())
+        if all((place / f"{part:07d}.npz").exists() for part in range(len(sizes))):
+            for part, size in enumerate(sizes):
+                yield Job(place / f"{part:07d}.npz", source.path, source_bytes=size)
+            return
+    sizes = []
+    for part, (lines, size) in enumerate(unpacked_units(source, unit_bytes)):
+        yield Job(place / f"{part:07d}.npz", source.path, lines=lines, source_bytes=size)
+        sizes.append(size)
+    place.mkdir(parents=True, exist_ok=True)
+    write_atomic(note, json.dumps(sizes))
+
+
+class TokenProgress:
+    """A progress bar on a terminal, else a plain line now and then: documents/s, tokens/s and the time left, measured by bytes
+    of the raw files. Work done by an earlier run counts for the bar, but not for the rates."""
+
+    def __init__(self, total_bytes: int, *, show: bool = True) -> None:
+        self._total, self._done, self._new = max(1, total_bytes), 0, 0
+        self._documents, self._tokens = 0, 0
+        self._start = self._last = time.monotonic()
+        self._show = show
+        console = Console(stderr=True)
+        self._bar = (
+            Progress(
+                TextColumn("tokenizing"),
+                BarColumn(),
+                TextColumn("{task.percentage:>5.1f}% {task.description}"),
+                TimeRemainingColumn(),
+                console=console,
+            )
+            if show and console.is_terminal
+            else None
+        )
+        self._task = self._bar.add_task("", total=self._total) if self._bar else None
+
+    def __enter__(self) -> TokenProgress:
+        if self._bar:
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar:
+            self._bar.stop()
+        if kind is None:
+            self._say(final=True)
+
+    def skip(self, source_bytes: int) -> None:
+        """Counts work done by an earlier run."""
+        self._done += source_bytes
+        self._draw()
+
+    def advance(self, source_bytes: int, documents: int, tokens: int) -> None:
+        """Counts work done by this run."""
+        self._done += source_bytes
+        self._new += source_bytes
+        self._documents += documents
+        self._tokens += tokens
+        self._draw()
+
+    def _rates(self) -> str:
+        elapsed = max(time.monotonic() - self._start, 1e-9)
+        return f"{self._documents / elapsed:,.0f} docs/s, {self._tokens / elapsed:,.0f} tokens/s"
+
+    def _draw(self) -> None:
+        if self._bar and self._task is not None:
+            self._bar.update(self._task, completed=self._done, description=self._rates())
+        elif time.monotonic() - self._last > _PLAIN_INTERVAL:
+            self._say()
+
+    def _say(self, *, final: bool = False) -> None:
+        if not self._show:
+            return
+        self._last = time.monotonic()
+        elapsed = self._last - self._start
+        left = f", {(self._total - self._done) * elapsed / self._new:,.0f} s left" if self._new and not final else ""
+        percent = 100 * self._done / self._total
+        print(
+            f"tokenizing: {percent:.1f}%, {self._documents:,} documents, {self._rates()}{left}",
+            file=sys.stderr,
+            flush=True,
+        )

@@ -19,13 +19,13 @@ _CHUNK = 1 << 22
 def verify(
     folder: str | Path, domains: Iterable[str] | None = None, *, hashes: bool = True, threads: int | None = None
 ) -> list[str]:
-    """Problems of a prepared folder, one line each, naming the file; empty when it is sound.
+    """Problems of a prepared folder, one line each, naming the file. Empty if it is sound.
 
     Args:
         folder: prepared data.
-        domains: only these; default: all. The tokenizer's copy is always checked.
-        hashes: read every byte. Without, only existence and sizes are checked (seconds, whatever the size).
-        threads: that hash at once (default: one a core, at most 16).
+        domains: only these; default: all. The copy of the tokenizer is always checked.
+        hashes: read every byte; otherwise only existence and sizes are checked (seconds, whatever the size).
+        threads: hash this many files at once (default: one per core, at most 16).
     Raises:
         UserError: the manifest is missing or broken.
     """
@@ -40,7 +40,7 @@ def verify(
             for shard in split.shards:
                 work.append((place / shard.file, shard.bytes, shard.hash))
                 raw = place / shard.raw_file
-                if raw.exists():  # unpacked by an earlier run: it will be read as it is
+                if raw.exists():  # unpacked by an earlier run, and read as it is
                     work.append((raw, shard.raw_bytes, shard.raw_hash))
     with ThreadPoolExecutor(threads or min(16, os.cpu_count() or 1)) as pool:  # xxhash releases the GIL
         problems += [problem for problem in pool.map(lambda item: _file_problem(*item, hashes=hashes), work) if problem]
@@ -60,7 +60,7 @@ def _file_problem(path: Path, size: int, expected: str, *, hashes: bool) -> str 
 
 
 def hash_file(path: Path) -> str:
-    """xxh3_128 of a file, hex: the hash that shards are listed with."""
+    """xxh3_128 of a file, in hex: the hash in the manifest."""
     digest = getattr(xxhash, HASH)()
     with open(path, "rb") as file:
         while chunk := file.read(_CHUNK):
@@ -69,7 +69,7 @@ def hash_file(path: Path) -> str:
 
 
 def index_problems(place: Path, split: Split, dtype: str, seq_len: int) -> list[str]:
-    """What is wrong with a split's `index.json`, which streaming reads: it must list the manifest's shards and shape of samples."""
+    """What is wrong with a split's `index.json`, which streaming reads: it must match the manifest's shards and sample shape."""
     path = place / "index.json"
     try:
         index = json.loads(path.read_bytes())
@@ -92,7 +92,7 @@ def index_problems(place: Path, split: Split, dtype: str, seq_len: int) -> list[
 
 
 def shard_from_index(entry: dict) -> Shard:
-    """One entry of an MDS `index.json` as the manifest lists it."""
+    """One entry of an MDS `index.json` in the manifest's form."""
     stored, raw = entry["zip_data"], entry["raw_data"]
     return Shard(
         file=stored["basename"],
@@ -106,7 +106,7 @@ def shard_from_index(entry: dict) -> Shard:
 
 
 def tokenizer_problems(folder: Path, manifest: Manifest) -> list[str]:
-    """What is wrong with the copy of the tokenizer in prepared data: a run takes it over, and is evaluated with it."""
+    """What is wrong with the prepared copy of the tokenizer, which a run takes over and is evaluated with."""
     place, problems = folder / TOKENIZER_FOLDER, []
     for name, sha256 in manifest.tokenizer.files.items():
         path = place / name

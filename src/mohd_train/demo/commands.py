@@ -61,8 +61,7 @@ def _texts(raw: Path) -> Iterator[str]:
 
     Bad rows are passed over: prepare.py, which comes next, names them.
     """
-    from mohd_train.data.domains import Source, find_sources
-    from mohd_train.data.rows import parse_rows, range_lines, unpacked_units
+    from mohd_train.data.raw import Source, find_sources, parse_rows, range_lines, unpacked_units
 
     def texts(source: Source) -> Iterator[str]:
         lines: Iterator[bytes]

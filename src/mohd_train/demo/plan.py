@@ -13,8 +13,8 @@ import yaml
 
 from mohd_train.config.load import load_config
 from mohd_train.config.schema import Config
-from mohd_train.data.domains import shares
 from mohd_train.data.manifest import Manifest
+from mohd_train.data.raw import shares
 from mohd_train.demo import state
 from mohd_train.errors import UserError
 

@@ -52,7 +52,7 @@ def shards(folder: Path, tokenizer_source: str, seq_len: int) -> str | None:
     if found is None:
         return None
     from mohd_train.checkpoint.identity import is_tokenizer
-    from mohd_train.data.tokenize import load_tokenizer  # seconds, for transformers
+    from mohd_train.data.tokenizer import load_tokenizer  # seconds, for transformers
 
     if found.seq_len != seq_len or not is_tokenizer(found.tokenizer.sha256, load_tokenizer(tokenizer_source).hf):
         raise UserError(

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mohd_train.config.schema import Config
-from mohd_train.data.domains import shares
 from mohd_train.data.manifest import MANIFEST, Manifest, load_manifest
+from mohd_train.data.raw import shares
 from mohd_train.errors import UserError
 from mohd_train.sweep.scale import SCALES
 

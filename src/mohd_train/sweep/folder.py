@@ -21,11 +21,11 @@ import yaml
 
 from mohd_train.config.compare import config_differences
 from mohd_train.config.load import to_yaml
-from mohd_train.data.manifest import write_atomic
 from mohd_train.errors import UserError
 from mohd_train.sweep.data import DataSource
 from mohd_train.sweep.expand import Choice, SweepRun
 from mohd_train.sweep.file import SweepFile
+from mohd_train.utils.files import write_atomic
 
 RECORD = "sweep.json"
 FORMAT = "mohd_train.sweep/1"

@@ -10,10 +10,10 @@ import sys
 import time
 from pathlib import Path
 
-from mohd_train.data.manifest import write_atomic
 from mohd_train.errors import UserError
 from mohd_train.sweep.file import CHECKOUT
 from mohd_train.sweep.folder import Lock, SweepFolder
+from mohd_train.utils.files import write_atomic
 
 GRACE = 60.0  # seconds between the polite request to stop and the kill
 

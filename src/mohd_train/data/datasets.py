@@ -1,17 +1,24 @@
-"""Datasets over prepared shards: the endless training mix, and one domain's validation samples."""
+"""Datasets over prepared shards: the endless training mix, and one domain's validation samples. What they share with other
+processes, shared memory and signals, is at the end."""
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
 import json
 import logging
 import os
+import signal
+import tempfile
 from collections.abc import Iterator
 from concurrent.futures import Future
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import numpy as np
+from composer.utils import dist
 from filelock import FileLock
 from numpy.typing import NDArray
 from streaming import Stream, StreamingDataset
@@ -20,36 +27,50 @@ from streaming.base.dataset import _ShardState
 from streaming.base.format.base.reader import FileInfo, Reader
 from streaming.base.hashing import get_hash
 from streaming.base.spanner import Spanner
+from streaming.base.storage import CloudDownloader
+from streaming.base.util import clean_stale_shared_memory
 from streaming.base.world import World
 from torch.utils.data import Dataset
 
+from mohd_train.compat import streaming_finds_one_name_a_node
 from mohd_train.data.order import Int64s, interleave, walk
-from mohd_train.data.remote import tell_failures
-from mohd_train.data.shared_memory import one_at_a_time
 from mohd_train.errors import UserError
+from mohd_train.utils.text import first_line
 
 log = logging.getLogger(__name__)
+GRACE = 60  # seconds that a data worker keeps working after SIGTERM
+_held: int | None = None  # descriptor of the lock that says this run is alive
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+def log_failures(downloader: CloudDownloader) -> CloudDownloader:
+    """The downloader, which now logs each failed attempt; streaming retries silently."""
+    theirs = downloader.download
+
+    def download(remote: str | None, local: str, timeout: float = 60) -> None:
+        try:
+            theirs(remote, local, timeout)
+        except Exception as error:
+            log.warning("downloading %s failed (%s: %s)", remote, type(error).__name__, first_line(error))
+            raise
+
+    downloader.download = download  # type: ignore[method-assign]
+    return downloader
 
 
 class ShardStream(Stream):
-    """A Stream that several runs may unpack in the same folder at once, and whose bad shards are named to the user."""
+    """A Stream that several runs can unpack in the same folder at once, and that names bad shards to the user."""
 
     def __init__(self, **arguments: Any) -> None:
-        """Args: arguments: Stream's."""
         super().__init__(**arguments)
-        tell_failures(self._downloader)
+        log_failures(self._downloader)
 
     def set_up_local(self, shards: list[Reader], cache_usage_per_shard: NDArray[np.int64]) -> None:
-        """As streaming's. Raises UserError for an index whose entries don't fit together."""
+        """As streaming's. Raises UserError for an index whose entries are inconsistent."""
         try:
             super().set_up_local(shards, cache_usage_per_shard)
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise UserError(
-                f"{Path(self.local) / 'index.json'} is broken ({_first_line(error)}); copy the data again"
+                f"{Path(self.local) / 'index.json'} is broken ({first_line(error)}); copy the data again"
             ) from error
 
     def get_shards(self, world: World, allow_unsafe_types: bool) -> list[Reader]:
@@ -60,14 +81,14 @@ class ShardStream(Stream):
             raise
         except Exception as error:  # each storage has exceptions of its own, and any key of the index may be missing
             raise UserError(
-                f"{Path(self.local) / 'index.json'} can't be fetched or read ({type(error).__name__}: {_first_line(error)}); "
+                f"{Path(self.local) / 'index.json'} can't be fetched or read ({type(error).__name__}: {first_line(error)}); "
                 "check data.remote, or copy the data again"
             ) from error
 
     def _decompress_shard_part(
         self, zip_info: FileInfo, zip_filename: str, raw_filename: str, compression: str | None
     ) -> None:
-        """Unpacks one shard under a name of this process's own; streaming's is shared by all and can be pulled away."""
+        """Unpacks one shard under a temporary name of this process; streaming's temporary name is the same for all processes."""
         packed = Path(zip_filename).read_bytes()
         if self.validate_hash and get_hash(self.validate_hash, packed) != zip_info.hashes[self.validate_hash]:
             raise UserError(f"{zip_filename}: its content differs from its hash (corrupt); copy the shard again")
@@ -82,13 +103,13 @@ class ShardStream(Stream):
 
 
 class TokenStreams(StreamingDataset):
-    """The training mix. Sample ids of an epoch come from :mod:`mohd_train.data.order`; the rest is StreamingDataset's.
+    """The training mix. Sample ids of an epoch come from :mod:`mohd_train.data.order`; everything else is StreamingDataset's.
 
-    Why not StreamingDataset's own sampling: it draws each epoch anew, so a second epoch repeats samples while others of the
-    domain were never seen, and its order within an epoch depends on the number of nodes.
+    StreamingDataset's own sampling is not used because it draws each epoch independently, so that a second epoch repeats
+    samples before others of the domain were seen, and because its order within an epoch depends on the number of nodes.
     """
 
-    _fault: BaseException | None = None  # what the thread that fetches shards ran into
+    _fault: BaseException | None = None  # of the thread that fetches shards
 
     def __init__(
         self,
@@ -105,9 +126,9 @@ class TokenStreams(StreamingDataset):
         predownload: int | None = None,
     ) -> None:
         """Args:
-        streams, shares: domains in order, and their shares [D] summing to 1.
-        epoch_size: samples of an epoch, a multiple of the global batch.
-        batch_size: samples a step in this process.
+        streams, shares: domains in order, and their shares [D], which sum to 1.
+        epoch_size: samples in an epoch, a multiple of the global batch.
+        batch_size: samples per step in this process.
         block_size: samples of a domain shuffled together.
         identity: of the prepared data; a checkpoint of other data, mix or seed is refused.
         """
@@ -116,7 +137,7 @@ class TokenStreams(StreamingDataset):
         self._shuffled = shuffle
         self._block = block_size
         for stream, share in zip(streams.values(), shares, strict=True):
-            stream.proportion = float(share)  # what StreamingDataset calls a relatively weighted stream
+            stream.proportion = float(share)  # "relatively weighted", in StreamingDataset's terms
         with one_at_a_time():
             super().__init__(
                 streams=list(streams.values()),
@@ -131,7 +152,7 @@ class TokenStreams(StreamingDataset):
         self._order = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
 
     def resample_streams(self, epoch: int, stream_id: int | None = None) -> tuple[Int64s, Int64s]:
-        """Sample ids of an epoch in the order they are seen [epoch_size]; the shuffle units beside them are not used."""
+        """Sample ids of an epoch in the order they are seen [epoch_size]. The shuffle units that go with them are not used."""
         first = epoch * self.epoch_size
         domain, ordinal = interleave(self._shares, first, first + self.epoch_size)
         ids = np.empty(self.epoch_size, np.int64)
@@ -149,7 +170,7 @@ class TokenStreams(StreamingDataset):
         return np.ones(1, np.int64), ids
 
     def prepare_shard(self, shard_id: int, blocking: bool = True) -> None:
-        """As streaming's; but where it fails, nobody is left waiting for the shard for ever, the end of the process included.
+        """As streaming's, but after a failure nothing keeps waiting for the shard, not even the end of the process.
 
         Raises UserError for a shard that can't be fetched or unpacked.
         """
@@ -162,12 +183,12 @@ class TokenStreams(StreamingDataset):
             shard = self.shards[shard_id]
             raise UserError(
                 f"{Path(shard.dirname) / shard.file_pairs[0][0].basename}: can't be fetched or unpacked "
-                f"({_first_line(error)}); copy the shard again, or prepare the data again"
+                f"({first_line(error)}); copy the shard again, or prepare the data again"
             ) from error
 
     def on_exception(self, future: Future[Any]) -> None:
-        """Keeps what went wrong in the thread that fetches shards, and ends the others. Streaming's raises it here, where nobody
-        but the executor catches it, and prints its traceback beside the one line that the user gets."""
+        """Keeps the error of the thread that fetches shards and ends the other threads. Streaming raises it here, where only
+        the executor can catch it, and prints its traceback next to the one line that the user gets."""
         fault = future.exception()
         if fault is not None:
             log.info("the thread that fetches shards ended", exc_info=fault)
@@ -175,8 +196,8 @@ class TokenStreams(StreamingDataset):
             self._event.set()
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        """Samples of this epoch. Streaming's own iterator ends in silence when a shard can't be fetched, and the run would take
-        that for the end of the epoch.
+        """Samples of this epoch. Streaming's own iterator ends silently if a shard can't be fetched, which the run would take
+        for the end of the epoch.
 
         Raises UserError for a shard that can't be fetched, unpacked or read.
         """
@@ -188,7 +209,7 @@ class TokenStreams(StreamingDataset):
     def _named(self, fault: BaseException | None) -> UserError:
         if isinstance(fault, UserError):
             return fault
-        text = str(fault or "its thread ended").splitlines()[0]
+        text = first_line(fault or "its thread ended")
         return UserError(f"a shard can't be fetched while training ({text}); check the data with data_prep/verify.py")
 
     def get_item(self, sample_id: int, retry: int = 7) -> dict[str, Any]:
@@ -202,17 +223,17 @@ class TokenStreams(StreamingDataset):
                 raise self._named(self._fault) from error
             reader = self.shards[self.spanner[sample_id][0]]
             raise UserError(
-                f"{Path(reader.dirname) / reader.file_pairs[0][0].basename}: can't be read ({_first_line(error)}); "
+                f"{Path(reader.dirname) / reader.file_pairs[0][0].basename}: can't be read ({first_line(error)}); "
                 "copy the shard again, or prepare the data again"
             ) from error
         shard, _ = self.spanner[sample_id]
         return {"tokens": sample["tokens"], "domain": int(self.stream_per_shard[shard])}
 
     def state_dict(self, num_samples: int, from_beginning: bool) -> dict[str, Any]:
-        """The position, for a checkpoint: epoch and samples seen in it over all processes.
+        """The position, for a checkpoint: the epoch, and the samples seen in it over all processes.
 
-        Composer asks at the end of an epoch with 0 samples, meaning the next one; StreamingDataset would say the one just
-        ended, and a resumed run would see it again.
+        At the end of an epoch Composer asks with 0 samples, meaning of the next epoch. StreamingDataset would answer with the
+        epoch that has just ended, and a resumed run would see it again.
         """
         state = super().state_dict(num_samples, from_beginning)
         if from_beginning and num_samples == 0:
@@ -220,9 +241,9 @@ class TokenStreams(StreamingDataset):
         return state | {"order": self._order}
 
     def load_state_dict(self, obj: dict[str, Any]) -> None:
-        """Goes on at a checkpoint's position.
+        """Resumes at a checkpoint's position.
 
-        Raises UserError when the position is one in another order of samples.
+        Raises UserError if that position belongs to another order of samples.
         """
         if obj.get("order") != self._order:
             raise UserError(
@@ -233,7 +254,7 @@ class TokenStreams(StreamingDataset):
 
 
 class ValidationSet(Dataset[dict[str, Any]]):
-    """One domain's validation samples, by index, in the order they are stored. No shared memory, no state."""
+    """One domain's validation samples, by index, in stored order. No shared memory, no state."""
 
     def __init__(self, stream: ShardStream, domain: int) -> None:
         """Args: domain: index that the samples carry."""
@@ -256,13 +277,77 @@ class ValidationSet(Dataset[dict[str, Any]]):
         raw, _ = reader.file_pairs[0]
         try:
             if not (self._folder / raw.basename).exists():
-                with FileLock(self._folder / ".lock"):  # processes of this machine would fetch it all at once
+                with FileLock(self._folder / ".lock"):  # otherwise all processes of this machine would fetch it at once
                     self._stream.prepare_shard(reader)
             return {"tokens": reader[within]["tokens"], "domain": self._domain}
         except UserError:
             raise
-        except Exception as error:  # each storage and each packing has exceptions of its own
+        except Exception as error:  # each storage and each compression has exceptions of its own
             raise UserError(
-                f"{self._folder / raw.basename}: can't be fetched, unpacked or read ({_first_line(error)}); copy the shard again, "
+                f"{self._folder / raw.basename}: can't be fetched, unpacked or read ({first_line(error)}); copy the shard again, "
                 "or prepare the data again"
             ) from error
+
+
+def _end_later(number: int, frame: FrameType | None) -> None:
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.alarm(GRACE)
+
+
+def outlive_sigterm(worker: int) -> None:
+    """Keeps data worker number `worker` alive for a while after SIGTERM. Schedulers send it to all processes of a job, and
+    the run still has to finish its batch and save. The worker ends with its run in any case."""
+    signal.signal(signal.SIGTERM, _end_later)
+
+
+def lock_path() -> Path:
+    """In the folder of shared memory, if there is one: processes that share the memory then share the lock, in containers
+    too."""
+    shared = Path("/dev/shm")
+    return (shared if shared.is_dir() else Path(tempfile.gettempdir())) / f"mohd_train.{os.getuid()}.lock"
+
+
+@contextlib.contextmanager
+def one_at_a_time() -> Iterator[None]:
+    """Held while a dataset takes its name in shared memory. Streaming looks for a free name and then takes it, so of two runs
+    that start together on one machine, one could fail on a name that the other took in between.
+
+    A run on several nodes doesn't take turns: its nodes wait for each other inside, so two such runs, each first on another
+    node, or a run whose "nodes" share a machine, would wait forever."""
+    one_node = dist.get_world_size() <= dist.get_local_world_size()
+    with contextlib.ExitStack() as stack:
+        if one_node and dist.get_local_rank() == 0:  # the others wait for rank 0 inside
+            lock = stack.enter_context(open(lock_path().with_suffix(".start"), "ab", opener=_mine))
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        stack.enter_context(streaming_finds_one_name_a_node())
+        yield
+
+
+def _mine(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)
+
+
+def claim_shared_memory() -> None:
+    """Removes what killed runs left in shared memory, once per process, unless another run is active on this machine.
+
+    Streaming's cleaner can't tell stale memory from live memory: it would remove that of a second run (a sweep, two users'
+    tests). So every run holds a shared lock for as long as it lives, even through kill -9, and only a run that gets the lock
+    exclusively cleans.
+    """
+    global _held
+    if _held is not None:
+        return
+    alone = 1
+    if dist.get_local_rank() == 0:
+        _held = os.open(lock_path(), os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            fcntl.flock(_held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            alone = 0
+            log.info("another run is active on this machine; its shared memory is left alone")
+    else:
+        _held = -1
+    if min(dist.all_gather_object(alone)):  # the cleaner waits for all processes, so all of them call it or none
+        clean_stale_shared_memory()
+    if dist.get_local_rank() == 0:
+        fcntl.flock(_held, fcntl.LOCK_SH)

@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mohd_train.data.split import Sorter, select, target
+from mohd_train.data.validation import Sorter, select, target
 
 
 def documents(seed: int, count: int = 400) -> tuple[np.ndarray, np.ndarray]:

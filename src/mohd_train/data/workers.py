@@ -1,4 +1,4 @@
-"""Worker processes for preparation. They share the parent's tokenizer, end with the parent, and hold little work ahead."""
+"""Worker processes of a preparation. They share the parent's tokenizer, end with the parent, and queue little work."""
 
 from __future__ import annotations
 
@@ -13,15 +13,14 @@ from concurrent.futures.process import BrokenProcessPool
 from types import TracebackType
 from typing import TypeVar
 
-from mohd_train.data.tokenize import Tokenizer
-from mohd_train.data.units import Job, UnitInfo, tokenize_unit
+from mohd_train.data.tokenizer import Tokenizer
 from mohd_train.errors import UserError
 
 J = TypeVar("J")
 R = TypeVar("R")
 
-_AHEAD = 2  # jobs waiting beyond one a worker: what bounds the memory of text read ahead
-_tokenizer: Tokenizer | None = None  # set before the workers are forked, so that none loads its own
+_AHEAD = 2  # jobs queued beyond one per worker, which bounds the memory of text read ahead
+_tokenizer: Tokenizer | None = None  # set before the workers are forked, so that none has to load its own
 
 
 class WorkerPool:
@@ -45,9 +44,9 @@ class WorkerPool:
         self._executor.shutdown(wait=kind is None, cancel_futures=True)
 
     def run(self, function: Callable[[J], R], jobs: Iterable[J]) -> Iterator[tuple[J, R]]:
-        """(job, its result) as they are done, in any order; jobs are drawn only when a worker is about to be free.
+        """(job, result) in order of completion. A job is taken from `jobs` only when a worker is about to be free.
 
-        Raises what a job raises; UserError when a worker dies.
+        Raises whatever a job raises, and UserError if a worker dies.
         """
         running: dict[Future[R], J] = {}
         try:
@@ -59,7 +58,7 @@ class WorkerPool:
                 yield from self._finished(running)
         except BrokenProcessPool as error:
             raise UserError(
-                "a worker process died, perhaps for want of memory; run the same command again with fewer --workers: it resumes"
+                "a worker process died, perhaps out of memory; run the same command again with fewer --workers: it resumes"
             ) from error
 
     @staticmethod
@@ -69,19 +68,19 @@ class WorkerPool:
             yield job, future.result()
 
 
-def tokenize_job(job: Job) -> UnitInfo:
-    """:func:`tokenize_unit` with the tokenizer the worker was started with."""
+def worker_tokenizer() -> Tokenizer:
+    """In a worker: the pool's tokenizer."""
     assert _tokenizer is not None
-    return tokenize_unit(job, _tokenizer)
+    return _tokenizer
 
 
 def _start_worker(parent: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
-    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
+    threading.Thread(target=_exit_with_parent, args=(parent,), daemon=True).start()
 
 
-def _end_with(parent: int) -> None:
-    """A killed parent would leave its workers waiting for ever."""
+def _exit_with_parent(parent: int) -> None:
+    """Otherwise the workers of a killed parent would wait forever."""
     while os.getppid() == parent:
         time.sleep(0.5)
     os._exit(1)

@@ -1,7 +1,6 @@
-"""Tokenizers: sentencepiece models and Hugging Face ones behind one `encode`, the hash that tells them apart, the copy
-that AutoTokenizer loads.
+"""Tokenizers: sentencepiece models and Hugging Face ones behind one `encode`, and the saved copy that AutoTokenizer loads.
 
-Text is only text here: a document that spells out `</s>` never yields the end-of-document id.
+A document that spells out `</s>` is plain text: it never yields the end-of-document id.
 """
 
 from __future__ import annotations
@@ -19,8 +18,9 @@ from transformers import AutoTokenizer, LlamaTokenizerFast, PreTrainedTokenizerB
 from mohd_train.checkpoint.identity import tokenizer_sha256
 from mohd_train.errors import UserError
 from mohd_train.utils.encoding import encode_text, encode_texts
+from mohd_train.utils.text import first_line
 
-# (BOS, EOS) spellings tried in this order for a bare tokenizer.json, which doesn't say which tokens they are.
+# (BOS, EOS) spellings, tried in this order for a bare tokenizer.json, which doesn't say which tokens they are.
 _BOUNDARIES = [("<s>", "</s>"), ("<|begin_of_text|>", "<|end_of_text|>"), ("<bos>", "<eos>"), ("[BOS]", "[EOS]")]
 _BOUNDARIES += [("<|endoftext|>", "<|endoftext|>")]
 _PROBES = [
@@ -35,7 +35,7 @@ _PROBES += ["\u00a0\u2003\u200b\u202f", "e\u0301", "<s>[INST] <unk>", "123456789
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """A tokenizer ready for data preparation. `hf` is what is saved; `pieces` encodes faster where there is a model file."""
+    """A tokenizer ready for preparation. `hf` is what is saved; `pieces`, if there is a model file, encodes faster."""
 
     hf: PreTrainedTokenizerBase
     pieces: sentencepiece.SentencePieceProcessor | None
@@ -53,7 +53,7 @@ class Tokenizer:
     def encode(self, texts: list[str]) -> list[NDArray[np.uint32]]:
         """Ids of each text, without BOS and EOS.
 
-        Raises ValueError when an id is not below `vocab_size`: the tokenizer is broken.
+        Raises ValueError if an id is not below `vocab_size`: the tokenizer is broken.
         """
         lists = self.pieces.encode(texts) if self.pieces is not None else encode_texts(self.hf, texts)
         arrays = [np.asarray(ids, np.uint32) for ids in lists]
@@ -67,7 +67,7 @@ class Tokenizer:
     def save(self, folder: Path) -> dict[str, str]:
         """Writes the copy that `AutoTokenizer.from_pretrained(folder)` loads; returns sha256 by file name.
 
-        Raises UserError when the copy, loaded again, is another tokenizer (a custom class, say).
+        Raises UserError if the copy loads as a different tokenizer (one with a custom class, for example).
         """
         self.hf.save_pretrained(folder)
         copy = tokenizer_sha256(AutoTokenizer.from_pretrained(folder))
@@ -79,9 +79,9 @@ class Tokenizer:
 def load_tokenizer(source: str) -> Tokenizer:
     """Loads a sentencepiece `.model`, a `tokenizer.json`, or a Hugging Face folder or name.
 
-    Raises UserError when it can't be loaded, has no end-of-document token, or can't be represented exactly.
+    Raises UserError if it can't be loaded, has no end-of-document token, or can't be represented exactly.
     """
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the parallelism here is that of processes
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # preparation is parallel over processes
     path = Path(source)
     pieces = None
     try:
@@ -95,8 +95,8 @@ def load_tokenizer(source: str) -> Tokenizer:
     except UserError:
         raise
     except Exception as error:  # sentencepiece, tokenizers and the hub each have exceptions of their own
-        raise UserError(f"tokenizer {source} can't be loaded: {_first_line(error)}") from error
-    hf.model_max_length = int(1e30)  # documents are longer than any context: no warning, no truncation
+        raise UserError(f"tokenizer {source} can't be loaded: {first_line(error)}") from error
+    hf.model_max_length = int(1e30)  # documents may be longer than any context: no warning, no truncation
     if hf.eos_token_id is None:
         raise UserError(
             f"tokenizer {source} has no EOS token to end documents with; give its folder, with its configuration"
@@ -109,7 +109,7 @@ def load_tokenizer(source: str) -> Tokenizer:
 
 
 def _from_pieces(path: Path, pieces: sentencepiece.SentencePieceProcessor) -> PreTrainedTokenizerBase:
-    """A LLaMA sentencepiece model as a fast tokenizer, checked to give sentencepiece's own ids."""
+    """A LLaMA sentencepiece model as a fast tokenizer, checked against sentencepiece's own ids."""
     if pieces.bos_id() < 0 or pieces.eos_id() < 0:
         raise UserError(f"sentencepiece model {path} lacks BOS or EOS; train it with --bos_id=1 --eos_id=2")
     texts = {
@@ -130,7 +130,7 @@ def _from_pieces(path: Path, pieces: sentencepiece.SentencePieceProcessor) -> Pr
 
 
 def _from_json(path: Path) -> PreTrainedTokenizerBase:
-    """A `tokenizer.json`: with the configuration beside it where there is one, else with known names of BOS and EOS."""
+    """A `tokenizer.json`, with the configuration beside it if there is one, else with well-known names of BOS and EOS."""
     if path.name == "tokenizer.json" and (path.parent / "tokenizer_config.json").is_file():
         return AutoTokenizer.from_pretrained(path.parent)
     hf = PreTrainedTokenizerFast(tokenizer_file=str(path))
@@ -139,7 +139,3 @@ def _from_json(path: Path) -> PreTrainedTokenizerBase:
         if bos in vocab and eos in vocab:
             return PreTrainedTokenizerFast(tokenizer_file=str(path), bos_token=bos, eos_token=eos)
     raise UserError(f"{path} does not say which tokens are BOS and EOS; give its folder, with tokenizer_config.json")
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer as RustTokenizer
 from tokenizers import models, pre_tokenizers
 from transformers import AutoTokenizer
 
-from mohd_train.data.tokenize import load_tokenizer, tokenizer_sha256
+from mohd_train.data.tokenizer import load_tokenizer, tokenizer_sha256
 from mohd_train.errors import UserError
 
 HARD = [

@@ -1,4 +1,4 @@
-"""Which documents are validation. By content, so that no text is on both sides, however often and wherever it occurs."""
+"""Which documents are validation. Chosen by content, so that no text is on both sides however often it occurs."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-LARGEST_SHARE = 0.1  # of a domain's tokens that goes to validation, where that fills a sample
+LARGEST_SHARE = 0.1  # of a domain's tokens that goes to validation, if that fills a sample
 _EMERGENCY_SHARE = 0.5
 
 Documents = Iterable[tuple[NDArray[np.int64], NDArray[np.uint64]]]  # (tokens in each, digest of each) by unit
@@ -16,14 +16,15 @@ Documents = Iterable[tuple[NDArray[np.int64], NDArray[np.uint64]]]  # (tokens in
 
 @dataclass(frozen=True)
 class Target:
-    """Validation tokens wanted of a domain, and those asked for before the domain's size capped them."""
+    """Validation tokens to take from a domain, and the number asked for before the domain's size capped it."""
 
     tokens: int
     asked: int
 
 
 def target(val_tokens: int, share: float, domain_tokens: int, seq_len: int) -> Target:
-    """A domain's part of `val_tokens`: at least a sample, at most a tenth of the domain (half, if that is below a sample)."""
+    """A domain's part of `val_tokens`: at least one sample, at most a tenth of the domain (half, if a tenth is less than a
+    sample)."""
     if val_tokens == 0:
         return Target(0, 0)
     asked = max(round(val_tokens * share), seq_len)
@@ -32,11 +33,11 @@ def target(val_tokens: int, share: float, domain_tokens: int, seq_len: int) -> T
 
 
 def select(documents: Documents, tokens: int, domain_tokens: int) -> NDArray[np.uint64]:
-    """Digests of the documents that make up about `tokens` validation tokens: those of the smallest digests.
+    """Digests of the documents that make up about `tokens` validation tokens: those with the smallest digests.
 
-    A digest is a random number that only the text decides, so the choice is random, the same for any order of the
-    documents, and made in one pass and little memory. Documents of more than 2 x `tokens` are passed over, unless there
-    are no others; never is more than half of the domain taken.
+    A digest is a pseudorandom number that depends on the text alone. So the choice is random, doesn't depend on the order
+    of the documents, and takes one pass and little memory. Documents longer than 2 x `tokens` are skipped unless there are
+    no others, and at most half of the domain is taken.
     """
     if tokens <= 0:
         return np.empty(0, np.uint64)
@@ -59,22 +60,22 @@ def select(documents: Documents, tokens: int, domain_tokens: int) -> NDArray[np.
 def _smallest(
     lengths: NDArray[np.int64], digests: NDArray[np.uint64], tokens: int
 ) -> tuple[NDArray[np.int64], NDArray[np.uint64]]:
-    """The fewest documents of smallest digests, one of each, that hold at least `tokens`."""
+    """The fewest documents with the smallest digests, counting copies once, that hold at least `tokens`."""
     unique, first = np.unique(digests, return_index=True)  # sorted
     needed = int(np.searchsorted(lengths[first].cumsum(), tokens)) + 1
     return lengths[first][:needed], unique[:needed]
 
 
 class Sorter:
-    """Sends a domain's documents to train, to validation, or (copies of validation documents) to neither."""
+    """Assigns a domain's documents to train, to validation, or (copies of validation documents) to neither."""
 
     def __init__(self, own: NDArray[np.uint64], everywhere: NDArray[np.uint64]) -> None:
-        """Args: own: digests that are this domain's validation; everywhere: those of all domains, `own` among them."""
+        """Args: own: digests of this domain's validation; everywhere: those of all domains, including `own`."""
         self._left = set(own.tolist())
         self._everywhere = everywhere
 
     def sort(self, digests: NDArray[np.uint64]) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
-        """(train, val) masks [documents]; the first copy of a validation document is validation, later ones are neither."""
+        """(train, val) masks [documents]. The first copy of a validation document goes to validation, later ones to neither."""
         hit = np.isin(digests, self._everywhere)
         val = np.zeros(len(digests), bool)
         for i in np.flatnonzero(hit):
