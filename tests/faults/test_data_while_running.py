@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import shutil
@@ -91,19 +92,25 @@ def test_a_worker_is_frozen(
     recovers(tmp_path, data, long_whole, *LONG, f"data.num_workers={workers}")
 
 
-@pytest.mark.fault("SIGTERM to the data workers too", happened="they work on until the run has saved")
-def test_workers_outlive_sigterm(tmp_path: Path, data: Path, whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def terminate(_: State) -> None:
-        of_workers(signal.SIGTERM)
-        os.kill(os.getpid(), signal.SIGTERM)
+@pytest.mark.fault("a signal to the data workers too", happened="they work on until the run has saved")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_workers_outlive_signals(
+    number: signal.Signals, tmp_path: Path, data: Path, whole: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A scheduler, a dropped ssh connection and Ctrl-C reach every process of a job."""
+
+    def everywhere(_: State) -> None:
+        of_workers(number)
+        os.kill(os.getpid(), number)
         time.sleep(0.1)
 
     with monkeypatch.context() as patch:
-        inject(patch, At("after_forward", 4, terminate))
+        inject(patch, At("after_forward", 4, everywhere))
         from mohd_train.train.train import train
 
-        train(config_of(tmp_path, data, "data.num_workers=1"))
-    assert record_of(tmp_path)["status"] == "preempted"
+        with pytest.raises(KeyboardInterrupt) if number == signal.SIGINT else contextlib.nullcontext():
+            train(config_of(tmp_path, data, "data.num_workers=1"))
+    assert record_of(tmp_path)["status"] == ("interrupted" if number == signal.SIGINT else "preempted")
     assert batches_of(tmp_path)[-1] == 5
     recovers(tmp_path, data, whole, "data.num_workers=1")
 

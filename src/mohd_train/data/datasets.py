@@ -294,10 +294,13 @@ def _end_later(number: int, frame: FrameType | None) -> None:
     signal.alarm(GRACE)
 
 
-def outlive_sigterm(worker: int) -> None:
-    """Keeps data worker number `worker` alive for a while after SIGTERM. Schedulers send it to all processes of a job, and
-    the run still has to finish its batch and save. The worker ends with its run in any case."""
-    signal.signal(signal.SIGTERM, _end_later)
+def outlive_signals(worker: int) -> None:
+    """Keeps data worker number `worker` alive for a while after a signal that asks the run to stop: schedulers, a dropped
+    connection and Ctrl-C reach all processes of a job, and the run still has to finish its batch and save. The worker ends with
+    its run in any case."""
+    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+        signal.signal(number, _end_later)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal sends Ctrl-C to the workers too
 
 
 def lock_path() -> Path:

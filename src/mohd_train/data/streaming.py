@@ -28,7 +28,7 @@ from mohd_train.data.datasets import (
     ValidationSet,
     claim_shared_memory,
     log_failures,
-    outlive_sigterm,
+    outlive_signals,
 )
 from mohd_train.data.manifest import HASH, MANIFEST, TOKENIZER_FOLDER, Manifest, load_manifest
 from mohd_train.data.mix import MixPlan, epoch_samples, mixture, plan_mix
@@ -159,7 +159,7 @@ def _loader(dataset: Any, data: DataConfig, batch_size: int, sampler: Any = None
         collate_fn=collate,
         drop_last=False,
         timeout=data.worker_timeout if data.num_workers else 0,
-        worker_init_fn=outlive_sigterm if data.num_workers else None,
+        worker_init_fn=outlive_signals if data.num_workers else None,
         pin_memory=torch.cuda.is_available(),
     )
 
