@@ -24,6 +24,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from mohd_train import checkpoint
 from mohd_train.analysis.routing import router_selection
 from mohd_train.checkpoint.identity import tokenizer_sha256
+from mohd_train.checkpoint.resume import latest_valid
+from mohd_train.checkpoint.sharded import SafeReader
 from mohd_train.data.manifest import TokenizerInfo, load_manifest, save_manifest
 from mohd_train.errors import UserError
 from mohd_train.hf.convert import load_native
@@ -101,6 +103,27 @@ def test_the_model_is_the_one_that_was_trained(runs: Runs, name: str) -> None:
     ids = torch.randint(VOCAB, (2, SEQ_LEN))
     with torch.no_grad():
         torch.testing.assert_close(two(ids).logits, one(ids).logits, rtol=1e-4, atol=1e-5)
+
+
+def test_a_flipped_byte_in_a_shard_is_found(runs: Runs, tmp_path: Path) -> None:
+    """In the middle of the largest parameter's part: the metadata, the sizes and the other parts are as they were."""
+    copy = shutil.copytree(runs.sharded("folder"), tmp_path / "ep0-ba2")
+    assert checkpoint.open(copy).verify().kind == "sharded"
+    parts = SafeReader(copy).read_metadata().storage_data
+    index, part = max(parts.items(), key=lambda entry: entry[1].length)
+    with (copy / part.relative_path).open("r+b") as file:
+        file.seek(part.offset + part.length // 2)
+        byte = file.read(1)[0]
+        file.seek(-1, 1)
+        file.write(bytes([byte ^ 1]))
+    found = checkpoint.open(copy)  # what it says of itself is whole
+    with pytest.raises(UserError, match=rf"{part.relative_path}, {index.fqn} is corrupt: .* differs from its checksum"):
+        found.verify()
+    shutil.copytree(runs.sharded("folder").with_name("ep0-ba1"), tmp_path / "ep0-ba1")
+    newest, skipped = latest_valid(tmp_path)
+    assert newest == tmp_path / "ep0-ba1"
+    assert len(skipped) == 1
+    assert "is corrupt" in skipped[0]
 
 
 @by
