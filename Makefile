@@ -8,7 +8,7 @@ export PYTHONNOUSERSITE := 1
 export PATH := $(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-faults check format data train eval tables benchmark study study-status study-stop clean
+.PHONY: help setup demo test test-faults test-soak check format data train eval tables benchmark study study-status study-stop clean
 
 help:  ## this list
 	@echo "mohd_train: pretraining MoHD (Mixture of Hidden Dimensions) transformers on MosaicML Composer"
@@ -30,6 +30,9 @@ test: setup  ## every test: 9 to 12 minutes on two cores
 
 test-faults: setup  ## every fault that is injected: what happened, steps lost (measured), recovered (about 4 minutes)
 	OMP_NUM_THREADS=1 $(PY) -m pytest tests/faults tests/train tests/data -m "fault" $(ARGS)
+
+test-soak: setup  ## a run of 2,000 batches killed at random 60 times, ending as an untouched one (over half an hour) [KILLS=60]
+	OMP_NUM_THREADS=1 KILLS=$(or $(KILLS),60) $(PY) -m pytest tests/faults/test_soak.py -m expensive -s $(ARGS)
 
 check: setup  ## ruff and mypy
 	$(BIN)/ruff check .
