@@ -81,7 +81,7 @@ def test_lengths_in_every_unit(config: Config, folder: Path) -> None:
     for keep, every, held in ((-1, None, 50), (3, None, 4), (3, "10ba", 14), (1, "4ba", 27), (60, None, 50)):
         kept = dataclasses.replace(config, save_num_checkpoints_to_keep=keep, save_keep_every=every)
         assert checkpoints(kept, 100, manifest) == (50, held)
-    with pytest.raises(UserError, match="max_duration is 2ep, and an epoch's length is the data's"):
+    with pytest.raises(UserError, match="max_duration is 2ep, and an epoch's length depends on the data"):
         run_steps(dataclasses.replace(config, max_duration="2ep"), None)
 
 
@@ -92,7 +92,7 @@ def test_the_papers_run_without_data() -> None:
     assert dense.steps * dense.tokens_per_step == 50_000 * 256 * 4096
     assert sum(dense.tokens_needed.values()) == pytest.approx(52.4e9, rel=0.001)
     assert set(dense.tokens_available.values()) == {None}
-    assert any("what is available is not known" in note for note in dense.notes)
+    assert any("the available tokens are unknown" in note for note in dense.notes)
     assert dense.disk == 6 * dense.checkpoint  # 5 are kept
     fewer = estimate(load_config(files, [eight, "fsdp_config.activation_checkpointing=true"]), A100, 8)
     assert fewer.needed < dense.needed / 2
@@ -129,8 +129,8 @@ def test_what_is_wrong_or_left_out_is_noted(config: Config) -> None:
     odd.data = dataclasses.replace(config.data, domains={"cc": 1.0, "book": 1.0}, optional_domains=["book"])
     text = render(estimate(odd, A100, 2))
     for note in (
-        "book is absent",
-        "samples there have 16 tokens",
+        "data lacks book",
+        "samples have 16 tokens",
         "without torch.compile",
         "mixed_precision=FULL, not PURE",
     ):

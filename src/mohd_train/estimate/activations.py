@@ -1,8 +1,8 @@
-"""What a training step keeps for its backward pass, found by running the model's own code on tensors without memory.
+"""What a training step saves for its backward pass, found by running the model's own code on tensors without memory.
 
 Nothing here knows the layers: torch's fake tensors go through :class:`Transformer`, autocast and the sparse kernels as in a run,
-and a hook sees what autograd saves. So the figures follow the code. They are affine in layers and in samples, so four small traces
-suffice.
+and a hook counts what autograd saves, so the numbers follow the code. They are affine in the number of layers and of samples, so
+four small traces suffice.
 """
 
 from __future__ import annotations
@@ -27,14 +27,15 @@ COMPUTE_BYTES = {"amp_bf16": 2, "amp_fp16": 2, "fp32": 4}
 
 @dataclass(frozen=True)
 class SavedBytes:
-    """Bytes kept from the forward to the backward pass; parameters, which live anyway, are not among them.
+    """Bytes saved in the forward pass for the backward pass, parameters not counted.
 
     Attributes:
-        fixed: of the ends (embedding, last norm, loss), whatever the batch: mostly the head's gradient, made with the loss.
-        per_sample: of the ends, for each sample.
-        block_fixed: of one block: its weights in the compute dtype, which autocast makes and autograd keeps.
+        fixed: outside the blocks (embedding, last norm, loss), whatever the batch: mostly the head's gradient, which is computed
+            with the loss.
+        per_sample: outside the blocks, for each sample.
+        block_fixed: in one block: its weights in the compute dtype, which autocast makes and autograd saves.
         block_per_sample: activations of one block, for each sample.
-        block_input: of them, the input: all that stays with activation checkpointing.
+        block_input: the part of them that is the block's input: all that is kept with activation checkpointing.
     """
 
     fixed: int
@@ -44,23 +45,24 @@ class SavedBytes:
     block_input: int
 
     def block(self, samples: int) -> int:
-        """Of one block."""
+        """In one block."""
         return self.block_fixed + samples * self.block_per_sample
 
     def ends(self, samples: int) -> int:
-        """Of everything but the blocks."""
+        """In everything but the blocks."""
         return self.fixed + samples * self.per_sample
 
     def total(self, layers: int, samples: int) -> int:
-        """Of the whole model."""
+        """In the whole model."""
         return self.ends(samples) + layers * self.block(samples)
 
 
 @contextlib.contextmanager
 def counting_saved(module: nn.Module) -> Iterator[Callable[[], int]]:
-    """Within it, a call of what it gives returns the bytes of the storages saved for backward so far, each counted once.
+    """Yields a function that returns the bytes saved for the backward pass so far: each storage once, without the parameters of
+    ``module``.
 
-    Parameters of ``module`` don't count. What is saved stays alive until the end, so that no storage's place is used twice.
+    What is saved stays alive until the context ends, so that no address is used twice.
     """
     parameters = {parameter.untyped_storage()._cdata for parameter in module.parameters()}
     kept: list[Tensor] = []
@@ -78,12 +80,12 @@ def counting_saved(module: nn.Module) -> Iterator[Callable[[], int]]:
 
 
 def autocast(precision: str) -> Any:
-    """Composer's precision context, as a CPU knows it: bfloat16 stands for either half precision, whose sizes are equal."""
+    """Composer's precision context on a CPU. bfloat16 stands for both half precisions, which take the same memory."""
     return torch.autocast("cpu", dtype=torch.bfloat16, enabled=COMPUTE_BYTES[precision] == 2)
 
 
 class _FlashAttention(torch.autograd.Function):
-    """Keeps what flash attention does: queries, keys, values, their result and the log-sum-exp. It computes nothing."""
+    """Saves what flash attention saves: queries, keys, values, the output and the log-sum-exp. Computes nothing."""
 
     @staticmethod
     def forward(ctx: Any, q_BHTE: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -97,7 +99,8 @@ class _FlashAttention(torch.autograd.Function):
 
 
 class _GroupedQueriesAsOnGPU(TorchFunctionMode):
-    """A GPU's flash attention takes grouped queries; a CPU's does not, and torch falls back to keeping all T x T scores."""
+    """On a GPU flash attention supports grouped queries; on a CPU it does not, and torch would fall back to saving all T x T
+    scores."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -107,7 +110,7 @@ class _GroupedQueriesAsOnGPU(TorchFunctionMode):
 
 
 def _trace(plan: ModelPlan, layers: int, samples: int, precision: str, kernels: str, gpu: bool) -> int:
-    flash = gpu and COMPUTE_BYTES[precision] == 2  # in float32 a GPU has none either
+    flash = gpu and COMPUTE_BYTES[precision] == 2  # in float32 a GPU has no flash attention either
     with FakeTensorMode(), _GroupedQueriesAsOnGPU() if flash else contextlib.nullcontext():
         model = Transformer(dataclasses.replace(plan, num_hidden_layers=layers), kernels, seed=0)
         tokens = torch.zeros(samples, plan.max_seq_len, dtype=torch.int64)
@@ -123,8 +126,8 @@ def trace(plan: ModelPlan, precision: str, kernels: str = "auto", *, gpu: bool =
     Args:
         plan: the model.
         precision: ``amp_bf16``, ``amp_fp16`` or ``fp32``.
-        kernels: as in the config; ``triton`` is traced as ``grouped``, since it saves the same tensors and refuses a CPU.
-        gpu: whether attention is a GPU's: it differs from a CPU's where query heads share keys.
+        kernels: as in the config; ``triton`` is traced as ``grouped``, which saves the same tensors and runs on a CPU.
+        gpu: whether attention runs as on a GPU; a CPU's differs where query heads share keys.
     """
     kernels = "grouped" if kernels == "triton" else kernels
     points = {(n, b): _trace(plan, n, b, precision, kernels, gpu) for n in (1, 2) for b in (1, 2)}
@@ -136,5 +139,5 @@ def trace(plan: ModelPlan, precision: str, kernels: str = "auto", *, gpu: bool =
         per_sample=per_sample,
         block_fixed=block[1] - block_per_sample,
         block_per_sample=block_per_sample,
-        block_input=plan.max_seq_len * plan.hidden_size * 4,  # the residual stream is float32, as the embedding
+        block_input=plan.max_seq_len * plan.hidden_size * 4,  # the residual stream is float32, like the embedding
     )

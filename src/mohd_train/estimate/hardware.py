@@ -1,4 +1,4 @@
-"""GPUs, and how much of their peak a training run reaches."""
+"""GPUs, and what share of their peak a training run reaches."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ GIB = 1 << 30
 
 @dataclass(frozen=True)
 class GPU:
-    """One GPU: memory that a process can have, and dense peaks (without sparsity) in FLOP/s, from NVIDIA's data sheets.
+    """One GPU: the memory that a process can use, and dense peaks (no structured sparsity) in FLOP/s from NVIDIA's data sheets.
 
     Attributes:
-        memory: bytes as the driver reports them, a little under the name's.
+        memory: bytes as the driver reports them, a little less than the name says.
         half_flops: bfloat16 and float16 on tensor cores.
         tf32_flops: float32 products; Composer lets them run in TF32 (``DeviceGPU(allow_tf32=True)``).
-        mfu: of a dense model, see :data:`MFU_SOURCE`.
+        mfu: the default for a dense model, see :data:`MFU_SOURCE`.
     """
 
     name: str
@@ -40,31 +40,29 @@ GPUS = {
     "h200": GPU("H200 SXM", int(139.8 * GIB), 989e12, 494.5e12, 0.35),
 }
 
-# Taken by nothing that torch allocates for us: CUDA context, cuBLAS workspaces, NCCL's buffers.
+# Memory outside torch's allocator: CUDA context, cuBLAS workspaces, NCCL buffers
 CONTEXT = 2 * GIB
-# What the caching allocator holds and can't use, as a share of what is in use.
+# What the caching allocator holds but can't use, as a share of what is in use
 FRAGMENTATION = 0.05
 
 MFU_SOURCE = (
     "llm-foundry measured 53 to 60% on 8 A100s and 36 to 42% on 8 H100s (MPT 350M to 3B, sequence length 4096, FSDP); "
-    "rounded down, since norms, rotation and SwiGLU are not fused here"
+    "rounded down, as norms, rotation and SwiGLU are not fused here"
 )
 SPARSE_SHARE = 0.63
-SPARSE_SOURCE = (
-    "a sparse model's share of its dense twin's throughput as OLMoE reports it, for want of MoHD's own on a GPU"
-)
-RECOMPUTED = 0.75  # 3 passes count, 4 are run
+SPARSE_SOURCE = "the share of its dense twin's throughput that OLMoE reports, as MoHD has not been timed on a GPU"
+RECOMPUTED = 0.75  # 3 passes count, 4 run
 
 
 def gpu_named(name: str) -> GPU:
-    """Raises UserError for a GPU that is not in :data:`GPUS`."""
+    """The GPU of that name. Raises UserError if it is not in :data:`GPUS`."""
     if name not in GPUS:
         raise UserError(f"--gpu {name!r} is unknown{nearest(name, list(GPUS))}; known: {', '.join(GPUS)}")
     return GPUS[name]
 
 
 def default_mfu(gpu: GPU, plan: ModelPlan, checkpointing: bool) -> tuple[float, str]:
-    """Model FLOPs utilization to reckon with, and where the number comes from."""
+    """The model FLOPs utilization to assume, and where the number comes from."""
     mfu, source = gpu.mfu, MFU_SOURCE
     if plan.components:
         mfu, source = mfu * SPARSE_SHARE, f"{source}; times {SPARSE_SHARE}, {SPARSE_SOURCE}"

@@ -1,4 +1,4 @@
-"""What a run will take: memory, time, disk, data. From a config and the name of a GPU alone."""
+"""What a run will take (memory, time, disk, data), from a config and the name of a GPU alone."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ from mohd_train.train.parallel import FSDP_DEFAULTS
 
 @dataclass(frozen=True)
 class Estimate:
-    """One run on ``gpus`` GPUs. Bytes, seconds, FLOPs; every field of it goes into ``--json``.
+    """One run on ``gpus`` GPUs, in bytes, seconds and FLOPs. ``--json`` prints every field.
 
     Attributes:
-        stage, parts: when memory is at its peak, and what it holds then; ``needed`` adds context and fragmentation.
-        microbatch: samples; the config's, or the largest that fits where it says ``auto`` (0: not one does).
-        largest_microbatch: the largest that fits; 0: none.
-        checkpoints: written over the run; ``disk`` is what those that are kept take, with one more while the next is written.
-        free_disk: on the file system of the run folder; None for a remote one.
-        tokens_needed, tokens_available: by domain; available is None where there is no prepared data yet.
+        stage, parts: the stage at which memory peaks, and what it holds then; ``needed`` adds context and fragmentation.
+        microbatch: samples; the config's, or where it says ``auto`` the largest that fits (0: none does).
+        largest_microbatch: the largest that fits; 0: none does.
+        checkpoints: how many the run writes; ``disk`` is the size of those it keeps and of one more being written.
+        free_disk: free on the file system of the run folder; None for a remote one.
+        tokens_needed, tokens_available: by domain; available is None where no data is prepared yet.
         notes: what is left out or wrong.
     """
 
@@ -78,13 +78,13 @@ class Estimate:
 
 
 def prepared(config: Config) -> Manifest | None:
-    """The manifest of the config's data, or None where it isn't prepared, or not here. Raises UserError for a broken one."""
+    """The manifest of the config's data; None if the data is not prepared, or not on this machine. Raises UserError if broken."""
     folder = Path(config.data.local)
     return load_manifest(folder) if (folder / MANIFEST).is_file() else None
 
 
 def run_steps(config: Config, manifest: Manifest | None) -> int:
-    """Batches of the whole run. Raises UserError for a length in epochs without data to tell an epoch's."""
+    """Batches in the whole run. Raises UserError if its length is in epochs and there is no data to tell an epoch's length."""
     per_epoch = 0
     if manifest is not None:
         per_epoch = (
@@ -92,7 +92,7 @@ def run_steps(config: Config, manifest: Manifest | None) -> int:
         )
     elif Time.from_timestring(config.max_duration).unit == TimeUnit.EPOCH:
         raise UserError(
-            f"max_duration is {config.max_duration}, and an epoch's length is the data's, but {config.data.local} holds none; "
+            f"max_duration is {config.max_duration}, and an epoch's length depends on the data, but {config.data.local} has none; "
             "prepare the data, or give max_duration in ba, sp or tok"
         )
     return total_steps(
@@ -104,10 +104,8 @@ def run_steps(config: Config, manifest: Manifest | None) -> int:
 
 
 def checkpoints(config: Config, steps: int, manifest: Manifest | None) -> tuple[int, int]:
-    """Checkpoints that a run writes, one every ``save_interval`` and one at its end; and how many lie on disk at most.
-
-    The last K stay, those of ``save_keep_every`` besides, and one more is there while it is written.
-    """
+    """How many checkpoints a run writes, one every ``save_interval`` and one at its end, and how many are on disk at most: the last
+    K, those of ``save_keep_every``, and one more being written."""
     interval = Time.from_timestring(config.save_interval)
     if interval.unit == TimeUnit.DURATION:
         every = max(1, int(steps * interval.value))
@@ -118,27 +116,27 @@ def checkpoints(config: Config, steps: int, manifest: Manifest | None) -> tuple[
     written, keep = math.ceil(steps / every), config.save_num_checkpoints_to_keep
     if keep < 0:
         return written, written
-    for_good = 0
+    permanent = 0
     if config.save_keep_every is not None:
-        for_good = steps // math.lcm(every, int(Time.from_timestring(config.save_keep_every).value))
-    return written, min(written, keep + 1 + for_good)
+        permanent = steps // math.lcm(every, int(Time.from_timestring(config.save_keep_every).value))
+    return written, min(written, keep + 1 + permanent)
 
 
 def checkpoint_bytes(counts: Counts) -> int:
-    """Weights and both moments of Adam in float32, in one file or in shards."""
+    """Weights and both of Adam's moments in float32, in one file or in shards."""
     return (1 + OPTIMIZER_STATES) * WIDE * counts.parameters
 
 
 def _free(folder: str) -> int | None:
-    """Bytes free where ``folder`` is or will be; None for a remote one."""
+    """Bytes free where ``folder`` is or will be created; None if it is remote."""
     if "://" in folder:
         return None
     path = Path(folder).absolute()
-    return shutil.disk_usage(next(place for place in (path, *path.parents) if place.exists())).free
+    return shutil.disk_usage(next(parent for parent in (path, *path.parents) if parent.exists())).free
 
 
 def _tokens(config: Config, manifest: Manifest | None, samples: int) -> tuple[dict[str, int], dict[str, int | None]]:
-    """Needed and available by domain."""
+    """Tokens needed and available, by domain."""
     if manifest is not None:
         mix: MixPlan = plan_mix(config.data, manifest, samples)
         return (
@@ -154,20 +152,20 @@ def _notes(config: Config, manifest: Manifest | None, fsdp: dict[str, Any] | Non
     notes = []
     if manifest is None:
         where = "is remote" if config.data.remote else f"is not at {config.data.local}"
-        notes.append(f"data: the prepared data {where}, so what is available is not known")
+        notes.append(f"data: the prepared data {where}, so the available tokens are unknown")
     else:
         absent = [name for name in config.data.domains if name not in manifest.domains]
         if absent:
-            notes.append(f"data: {', '.join(absent)} is absent from the data; the other shares are renormalized")
+            notes.append(f"data: the prepared data lacks {', '.join(absent)}; the other shares are renormalized")
         if manifest.seq_len != config.max_seq_len:
             notes.append(
-                f"data: samples there have {manifest.seq_len} tokens, max_seq_len is {config.max_seq_len}: training would refuse it"
+                f"data: samples have {manifest.seq_len} tokens, but max_seq_len is {config.max_seq_len}: training will refuse it"
             )
     if config.compile:
-        notes.append("memory: without torch.compile, which usually takes less")
+        notes.append("memory: estimated without torch.compile, which usually takes less")
     for key, known in (("mixed_precision", "FULL"), ("cpu_offload", False), ("activation_cpu_offload", False)):
         if fsdp is not None and fsdp.get(key, known) != known:
-            notes.append(f"memory: reckoned for fsdp_config.{key}={known}, not {fsdp[key]}")
+            notes.append(f"memory: estimated for fsdp_config.{key}={known}, not {fsdp[key]}")
     return notes
 
 
@@ -181,7 +179,7 @@ def _device_batch(config: Config, gpus: int) -> int:
 
 
 def memory_model(config: Config, plan: ModelPlan, gpus: int) -> MemoryModel:
-    """The memory of one of ``gpus`` GPUs. Runs the model's code on fake tensors: seconds."""
+    """The memory of one of ``gpus`` GPUs. Runs the model's code on fake tensors, which takes seconds."""
     return MemoryModel(
         plan=plan,
         counts=count(plan),
@@ -203,12 +201,12 @@ def estimate(config: Config, gpu: GPU, gpus: int, mfu: float | None = None) -> E
 
     Args:
         config: the run.
-        gpu: each of them.
-        gpus: processes, over all nodes (8 a node).
+        gpu: the kind of GPU.
+        gpus: GPUs over all nodes (8 a node).
         mfu: model FLOPs utilization; None: :func:`mohd_train.estimate.hardware.default_mfu`.
 
     Raises:
-        UserError: a batch that does not divide, a length that can't be told, a broken manifest, a domain that the data lacks.
+        UserError: the batch does not divide, the run's length is unknown, the manifest is broken, or a domain is missing.
     """
     plan, manifest = make_plan(config.model, config.mohd, config.max_seq_len), prepared(config)
     memory, steps = memory_model(config, plan, gpus), run_steps(config, manifest)
@@ -238,4 +236,4 @@ def estimate(config: Config, gpu: GPU, gpus: int, mfu: float | None = None) -> E
     )  # fmt: skip
 
 
-MEMORY_BESIDE = f"{FRAGMENTATION:.0%} for the allocator's loss and {CONTEXT / 2**30:.0f} GiB for CUDA, cuBLAS and NCCL"
+MEMORY_BESIDE = f"{FRAGMENTATION:.0%} for fragmentation and {CONTEXT / 2**30:.0f} GiB for CUDA, cuBLAS and NCCL"

@@ -1,10 +1,8 @@
-"""Memory of one GPU in training: what stands the whole time, and what each stage of a step adds to it.
+"""Memory of one GPU in training: what is there the whole time, and what each stage of a step adds.
 
-Parameters, gradients and optimizer state are float32 (``mixed_precision: FULL`` under FSDP: autocast makes the half-precision
-copies).
-The stages' temporaries are counted from the code that makes them: `kernels/loss.py`, the blocks' backward pass, the optimizer.
-
-Symbols as elsewhere: t tokens of a microbatch, D hidden, F intermediate, V vocabulary; c bytes of the compute dtype.
+Parameters, gradients and optimizer state are float32 (``mixed_precision: FULL`` under FSDP, where autocast makes the
+half-precision copies). The temporaries of a stage are counted from the code that makes them: `kernels/loss.py`, the blocks'
+backward pass, the optimizer.
 """
 
 from __future__ import annotations
@@ -25,12 +23,12 @@ HYBRID = ("HYBRID_SHARD", "_HYBRID_SHARD_ZERO2")
 
 @dataclass(frozen=True)
 class Sharding:
-    """How many GPUs share one copy of the training state, and what is gathered while they compute.
+    """How many GPUs share one copy of the training state.
 
     Attributes:
-        shards: GPUs that a copy is spread over; 1 for DDP and one GPU.
-        strategy: FSDP's sharding strategy, or None for DDP.
-        replicas: whether there are other processes at all (DDP then keeps gradient buckets beside the gradients).
+        shards: GPUs that a copy is spread over; 1 for DDP, and on one GPU.
+        strategy: FSDP's sharding strategy; None for DDP.
+        replicas: whether there are other processes (DDP then keeps gradient buckets besides the gradients).
         checkpointing: whether blocks are recomputed in the backward pass.
     """
 
@@ -41,7 +39,7 @@ class Sharding:
 
 
 def sharding(fsdp_config: dict[str, object] | None, gpus: int, gpus_per_node: int = 8) -> Sharding:
-    """From the config's ``fsdp_config``. Activation checkpointing is a feature of Composer's FSDP, also on one GPU."""
+    """The sharding that ``fsdp_config`` asks for. Activation checkpointing is part of Composer's FSDP, on one GPU too."""
     if fsdp_config is None:
         return Sharding(1, None, gpus > 1, False)
     strategy = str(fsdp_config.get("sharding_strategy", "FULL_SHARD"))
@@ -56,11 +54,10 @@ class MemoryModel:
 
     Attributes:
         plan, counts: the model.
-        saved: what the forward pass keeps (:func:`mohd_train.estimate.activations.trace`).
-        sharding: see there.
+        saved: what the forward pass saves (:func:`mohd_train.estimate.activations.trace`).
         precision, optimizer: as in the config.
-        device_batch: samples of a GPU per step: more than a microbatch means that gradients stand while others are computed.
-        eval_batch: samples of a GPU in validation.
+        device_batch: samples of one GPU in a step. With more than one microbatch, gradients of the earlier ones are there already.
+        eval_batch: samples of one GPU in a validation batch.
     """
 
     plan: ModelPlan
@@ -74,38 +71,38 @@ class MemoryModel:
 
     @property
     def compute(self) -> int:
-        """c: bytes of the compute dtype."""
+        """Bytes of the compute dtype."""
         return COMPUTE_BYTES[self.precision]
 
     @property
     def parameters(self) -> int:
-        """Bytes of the whole model."""
+        """Bytes of all parameters."""
         return WIDE * self.counts.parameters
 
     @property
     def root(self) -> int:
-        """Bytes of embedding, head and last norm: FSDP's outermost unit."""
+        """Bytes of FSDP's outermost unit: embedding, head and last norm."""
         return WIDE * (self.counts.embedding + self.counts.head + self.plan.hidden_size)
 
     @property
     def block(self) -> int:
-        """Bytes of one block's parameters: FSDP's unit."""
+        """Bytes of one block's parameters, an FSDP unit each."""
         return (self.parameters - self.root) // self.plan.num_hidden_layers
 
     def standing(self) -> dict[str, int]:
-        """What is there the whole time, gradients apart."""
+        """What is there the whole time, without gradients."""
         shards = self.sharding.shards
         return {"weights": self.parameters // shards, "optimizer": OPTIMIZER_STATES * self.parameters // shards}
 
     def gradients(self) -> int:
-        """Whole gradients of this GPU, and DDP's buckets."""
+        """This GPU's gradients, and DDP's buckets."""
         copies = 2 if self.sharding.replicas and self.sharding.shards == 1 else 1
         return copies * self.parameters // self.sharding.shards
 
     def gathered(self, *, backward: bool) -> int:
-        """Of FSDP: whole parameters of the units at work, and in the backward pass their whole gradients.
+        """What FSDP gathers: the whole parameters of the units in use, and in the backward pass their whole gradients.
 
-        The outermost unit is gathered from its first use to the end; of the blocks, one works while the next arrives.
+        The outermost unit stays gathered from its first use to the end; one block computes while the next one is gathered.
         """
         if self.sharding.shards == 1:
             return 0
@@ -113,7 +110,7 @@ class MemoryModel:
         return whole + (self.root + self.block if backward else 0)
 
     def _loss_forward(self, tokens: int) -> int:
-        """The hidden states, the head in the compute dtype, and a chunk's logits and their gradient."""
+        """The hidden states, the head in the compute dtype, and one chunk's logits with their gradient."""
         head, hidden = self.counts.head, tokens * self.plan.hidden_size
         chunk = min(tokens, max(1, CHUNK_LOGITS // self.plan.vocab_size)) * self.plan.vocab_size
         if self.compute == WIDE:
@@ -122,40 +119,40 @@ class MemoryModel:
         return WIDE * hidden + casts + max((2 * WIDE + self.compute) * chunk, (WIDE + self.compute) * chunk + 2 * head)
 
     def _loss_backward(self, tokens: int) -> int:
-        """The hidden states, the gradients scaled, and the head's cast back to float32."""
+        """The hidden states, the scaled gradients, and the head's gradient cast back to float32."""
         cast = 0 if self.compute == WIDE else self.compute
         hidden = tokens * self.plan.hidden_size
         return (WIDE + self.compute) * hidden + (WIDE + cast) * self.counts.head
 
     def working(self, tokens: int) -> int:
-        """Temporaries of one block's backward pass: the gradients of the residual stream, of two FFN tensors and of one weight."""
+        """Temporaries of one block's backward pass: gradients of the residual stream, of two FFN tensors and of one weight."""
         d, f = self.plan.hidden_size, self.plan.intermediate_size
         return tokens * (WIDE * d + 2 * self.compute * f) + WIDE * d * max(f, self.plan.query_width)
 
     def _step(self) -> int:
-        """The optimizer's temporaries: the decoupled one goes parameter by parameter, torch's takes all at once."""
+        """The optimizer's temporaries. The decoupled one updates parameter by parameter, torch's all of them at once."""
         if self.optimizer == "adamw":
             return self.parameters // self.sharding.shards
         largest = max(self.counts.embedding, self.plan.hidden_size * self.plan.intermediate_size)
         return 2 * WIDE * largest // self.sharding.shards
 
     def _validation(self) -> dict[str, int]:
-        """All logits of a batch, their cast to float32 and its log-softmax (the metrics run under autocast)."""
+        """All logits of a batch, in float32 too, and their log-softmax (the metrics run under autocast)."""
         tokens = self.eval_batch * self.plan.max_seq_len
         copies = 2 * WIDE if self.compute == WIDE else self.compute + 2 * WIDE
         return {"logits and loss": copies * tokens * self.plan.vocab_size, "temporaries": self.working(tokens)}
 
     def stages(self, samples: int) -> dict[str, dict[str, int]]:
-        """Stage of a step -> part -> bytes, with microbatches of so many samples.
+        """Stage -> part -> bytes, with microbatches of ``samples``.
 
-        ``loss`` is the end of the forward pass, ``backward`` the backward pass of the last block, when least has been freed.
+        ``loss`` is the end of the forward pass, ``backward`` the backward pass of the last block, when the least has been freed.
         """
         tokens, layers, saved = samples * self.plan.max_seq_len, self.plan.num_hidden_layers, self.saved
         standing, gradients = self.standing(), self.gradients()
-        before = gradients if samples < self.device_batch else 0  # else the first gradient finds nothing to be added to
-        inputs, again = layers * samples * saved.block_input, saved.block_per_sample - saved.block_input
+        before = gradients if samples < self.device_batch else 0  # of earlier microbatches
+        inputs, internal = layers * samples * saved.block_input, saved.block_per_sample - saved.block_input
         if self.sharding.checkpointing:
-            activations, copies, recomputed, copied = inputs, 0, samples * again, saved.block_fixed
+            activations, copies, recomputed, copied = inputs, 0, samples * internal, saved.block_fixed
         else:
             activations, copies = layers * samples * saved.block_per_sample, layers * saved.block_fixed
             recomputed = copied = 0
@@ -187,15 +184,15 @@ class MemoryModel:
         }
 
     def peak(self, samples: int) -> tuple[str, dict[str, int]]:
-        """The stage that takes most, and its parts."""
+        """The stage that takes the most, and its parts."""
         return max(self.stages(samples).items(), key=lambda stage: sum(stage[1].values()))
 
     def needed(self, samples: int) -> int:
-        """Bytes of a GPU: the peak, the allocator's loss and what is taken beside it."""
+        """Bytes that a GPU needs: the peak, fragmentation, and what lies outside torch's allocator."""
         return int(sum(self.peak(samples)[1].values()) * (1 + FRAGMENTATION)) + CONTEXT
 
     def largest(self, memory: int) -> int:
-        """The largest microbatch of ``memory`` bytes, at most the device's batch; 0 where not one sample fits."""
+        """The largest microbatch that fits ``memory`` bytes, up to the device's batch; 0 if not one sample fits."""
         low, high = 0, self.device_batch
         while low < high:
             middle = (low + high + 1) // 2

@@ -1,4 +1,4 @@
-"""An estimate as text for people."""
+"""An estimate as text."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ GIB = 1 << 30
 
 
 def size(value: int) -> str:
-    """Bytes as GiB, or MiB below a tenth of one."""
+    """Bytes in GiB, below a tenth of one in MiB."""
     return f"{value / GIB:,.2f} GiB" if value >= GIB / 10 else f"{value / 2**20:,.1f} MiB"
 
 
 def amount(value: int) -> str:
-    """A number of tokens or parameters with its unit."""
+    """A number of tokens or parameters, ``1,234,567`` as ``1.23M``."""
     for unit, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M")):
         if value >= unit:
             return f"{value / unit:,.2f}{letter}"
@@ -25,7 +25,7 @@ def _memory(found: Estimate) -> list[str]:
     lines = [f"memory of one GPU, microbatch {max(found.microbatch, 1)} (at its peak: {found.stage})"]
     lines += [f"  {part:<26}{size(value):>14}" for part, value in found.parts.items() if value]
     lines.append(f"  {'needed':<26}{size(found.needed):>14}   with {MEMORY_BESIDE}")
-    lines.append(f"  {'there':<26}{size(found.memory):>14}   {verdict}")
+    lines.append(f"  {'available':<26}{size(found.memory):>14}   {verdict}")
     largest = f"the largest microbatch that fits is {found.largest_microbatch}" + (
         ", all of a GPU's batch" if found.largest_microbatch == found.device_batch else ""
     )
@@ -34,11 +34,13 @@ def _memory(found: Estimate) -> list[str]:
 
 
 def _data(found: Estimate) -> list[str]:
-    lines = ["data", f"  {'domain':<18}{'tokens needed':>16}{'there':>16}{'epochs':>9}"]
+    lines = ["data", f"  {'domain':<18}{'tokens needed':>16}{'available':>16}{'epochs':>9}"]
     for name, needed in found.tokens_needed.items():
-        there = found.tokens_available[name]
-        epochs = "–" if there is None else f"{needed / there:.2f}"
-        lines.append(f"  {name:<18}{amount(needed):>16}{'–' if there is None else amount(there):>16}{epochs:>9}")
+        available = found.tokens_available[name]
+        epochs = "–" if available is None else f"{needed / available:.2f}"
+        lines.append(
+            f"  {name:<18}{amount(needed):>16}{'–' if available is None else amount(available):>16}{epochs:>9}"
+        )
     return lines
 
 
