@@ -49,6 +49,13 @@ def test_print_and_read_back(files: list[str], tmp_path: Path) -> None:
 
 
 BAD = [
+    ("data.shuffle_block_size=-3", "data.shuffle_block_size is -3; it must be at least 1"),
+    ("data.num_canonical_nodes=0", "data.num_canonical_nodes is 0; it must be at least 1"),
+    ("data.predownload=-1", "data.predownload is -1; it must be at least 0"),
+    ("data.download_retry=-1", "data.download_retry is -1; it must be at least 0"),
+    ("data.download_timeout=0", "data.download_timeout is 0.0; it must be a positive number"),
+    ("data.download_timeout=nan", "data.download_timeout is nan; it must be a positive number"),
+    ("data.worker_timeout=nan", "data.worker_timeout is nan; it must be a number of seconds"),
     ("modl.name=3", "unknown key 'modl' (did you mean 'model'?)"),
     ("mohd.attention.topk=3", "unknown key 'mohd.attention.topk' (did you mean 'mohd.attention.top_k'?)"),
     ("optimizer.learning_rate=1", "unknown key 'optimizer.learning_rate'"),

@@ -281,9 +281,9 @@ def test_two_preparations_of_one_folder_do_not_mix(
     raw: Path, pieces: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "LOCK_WAIT", 0.1)
-    (tmp_path / "out" / ".work").mkdir(parents=True)
+    (tmp_path / "out").mkdir()
     with (
-        FileLock(tmp_path / "out" / ".work" / "lock"),
+        FileLock(tmp_path / "out" / ".lock"),
         pytest.raises(UserError, match="another preparation is at work"),
     ):
         prepare(request(raw, tmp_path / "out", pieces))

@@ -76,6 +76,7 @@ def _check_numbers(config: Config) -> None:
         raise UserError(f"router_collapse_share is {config.router_collapse_share}; it must lie in 0 .. 1")
     if not config.start_timeout > 0:
         raise UserError(f"start_timeout is {config.start_timeout}; it must be more than 0 seconds")
+    _check_data(config)
     if config.data.worker_timeout < 0:
         raise UserError(f"data.worker_timeout is {config.data.worker_timeout}; it must be 0 (for ever) or more seconds")
     keep = config.save_num_checkpoints_to_keep
@@ -83,6 +84,25 @@ def _check_numbers(config: Config) -> None:
         raise UserError(f"save_num_checkpoints_to_keep is {keep}; it must be -1 (all) or at least 1")
     if config.data.num_workers < 0:
         raise UserError(f"data.num_workers is {config.data.num_workers}; it must be 0 or more")
+
+
+def _check_data(config: Config) -> None:
+    data = config.data
+    for key, least in (
+        ("shuffle_block_size", 1),
+        ("num_canonical_nodes", 1),
+        ("predownload", 0),
+        ("download_retry", 0),
+    ):
+        value = getattr(data, key)
+        if value is not None and value < least:
+            raise UserError(f"data.{key} is {value}; it must be at least {least}")
+    if not 0 < data.download_timeout < math.inf:
+        raise UserError(f"data.download_timeout is {data.download_timeout}; it must be a positive number of seconds")
+    if not math.isfinite(data.worker_timeout):
+        raise UserError(
+            f"data.worker_timeout is {data.worker_timeout}; it must be a number of seconds, 0 to wait forever"
+        )
 
 
 def _check_domains(config: Config) -> None:

@@ -122,6 +122,7 @@ class TokenStreams(StreamingDataset):
         seed: int,
         block_size: int,
         identity: str,
+        vocab_size: int,
         num_canonical_nodes: int = 1,
         predownload: int | None = None,
     ) -> None:
@@ -130,12 +131,14 @@ class TokenStreams(StreamingDataset):
         epoch_size: samples in an epoch, a multiple of the global batch.
         batch_size: samples per step in this process.
         block_size: samples of a domain shuffled together.
+        vocab_size: the tokenizer's.
         identity: of the prepared data; a checkpoint of other data, mix or seed is refused.
         """
         self.domain_names = list(streams)
         self._shares = shares
         self._shuffled = shuffle
         self._block = block_size
+        self._vocab_size = vocab_size
         for stream, share in zip(streams.values(), shares, strict=True):
             stream.proportion = float(share)  # "relatively weighted", in StreamingDataset's terms
         with one_at_a_time():
@@ -227,6 +230,7 @@ class TokenStreams(StreamingDataset):
                 "copy the shard again, or prepare the data again"
             ) from error
         shard, _ = self.spanner[sample_id]
+        _check_ids(sample["tokens"], self._vocab_size, self.shards[shard])
         return {"tokens": sample["tokens"], "domain": int(self.stream_per_shard[shard])}
 
     def state_dict(self, num_samples: int, from_beginning: bool) -> dict[str, Any]:
@@ -256,13 +260,14 @@ class TokenStreams(StreamingDataset):
 class ValidationSet(Dataset[dict[str, Any]]):
     """One domain's validation samples, by index, in stored order. No shared memory, no state."""
 
-    def __init__(self, stream: ShardStream, domain: int) -> None:
-        """Args: domain: index that the samples carry."""
+    def __init__(self, stream: ShardStream, domain: int, vocab_size: int) -> None:
+        """Args: domain: the index that the samples have; vocab_size: the tokenizer's."""
         stream.apply_default(
             {"split": None, "download_retry": 2, "download_timeout": 120, "validate_hash": None, "keep_zip": False}
         )
         self._stream = stream
         self._domain = domain
+        self._vocab_size = vocab_size
         self._folder = Path(stream.local)
         self._shards = stream.get_shards(World.detect(), allow_unsafe_types=False)
         self._spanner = Spanner(np.array([shard.samples for shard in self._shards], np.int64))
@@ -279,7 +284,9 @@ class ValidationSet(Dataset[dict[str, Any]]):
             if not (self._folder / raw.basename).exists():
                 with FileLock(self._folder / ".lock"):  # otherwise all processes of this machine would fetch it at once
                     self._stream.prepare_shard(reader)
-            return {"tokens": reader[within]["tokens"], "domain": self._domain}
+            tokens = reader[within]["tokens"]
+            _check_ids(tokens, self._vocab_size, reader)
+            return {"tokens": tokens, "domain": self._domain}
         except UserError:
             raise
         except Exception as error:  # each storage and each compression has exceptions of its own
@@ -287,6 +294,15 @@ class ValidationSet(Dataset[dict[str, Any]]):
                 f"{self._folder / raw.basename}: can't be fetched, unpacked or read ({first_line(error)}); copy the shard again, "
                 "or prepare the data again"
             ) from error
+
+
+def _check_ids(tokens: NDArray[Any], vocab_size: int, shard: Reader) -> None:
+    """Raises UserError for an id beyond the vocabulary, for which a GPU only reports a failed assertion."""
+    if len(tokens) and int(tokens.max()) >= vocab_size:
+        raise UserError(
+            f"{Path(shard.dirname) / shard.file_pairs[0][0].basename}: token id {tokens.max()}, beyond the vocabulary of "
+            f"{vocab_size}; the data is not of the tokenizer in its manifest: prepare it again"
+        )
 
 
 def _end_later(number: int, frame: FrameType | None) -> None:

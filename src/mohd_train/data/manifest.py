@@ -15,13 +15,15 @@ from pathlib import Path
 from typing import Any
 
 from mohd_train.errors import UserError
-from mohd_train.utils.files import write_atomic
+from mohd_train.utils.files import check_plain_name, write_atomic
 
 VERSION = 1
 MANIFEST = "manifest.json"
 TOKENIZER_FOLDER = "tokenizer"
 BAD_ROWS = "bad_rows.jsonl"
 SPLITS = ("train", "val")
+# Names that a domain can't have: other files of the folder; words that mean a split, in raw file names and in the logs.
+RESERVED_DOMAINS = (MANIFEST, TOKENIZER_FOLDER, BAD_ROWS, "train", "val", "valid", "validation", "test", "eval")
 HASH = "xxh3_128"  # of shards; streaming checks the same hash when it unpacks one
 
 
@@ -138,7 +140,8 @@ def describe(manifest: Manifest) -> str:
 def load_manifest(folder: str | Path) -> Manifest:
     """Reads `folder/manifest.json`.
 
-    Raises UserError when the folder or the manifest is missing, empty or broken, or of another version.
+    Raises UserError if the folder or the manifest is missing, empty or broken, has another version, or contains a name
+    that would lead out of the folder.
     """
     folder = Path(folder)
     path = folder / MANIFEST
@@ -162,6 +165,7 @@ def load_manifest(folder: str | Path) -> Manifest:
         raise UserError(f"{path} is broken ({error!r}); copy the folder again, or prepare it again") from error
     if not manifest.domains:
         raise UserError(f"{path} lists no domain: the data is empty; prepare it again")
+    _check_names(manifest, path)
     return manifest
 
 
@@ -176,6 +180,19 @@ def _from_dict(obj: Mapping[str, Any]) -> Manifest:
                 raise KeyError(f"domains.{domain}.{name}")
     tokenizer = TokenizerInfo(**obj["tokenizer"])
     return Manifest(**{**obj, "tokenizer": tokenizer, "domains": domains})
+
+
+def _check_names(manifest: Manifest, path: Path) -> None:
+    """Raises UserError for a name that leads out of its folder; a manifest may come from anywhere."""
+    for name in manifest.tokenizer.files:
+        check_plain_name(name, f"{path}: a file of the tokenizer")
+    for domain, splits in manifest.domains.items():
+        check_plain_name(domain, f"{path}: a domain")
+        for split, content in splits.items():
+            check_plain_name(split, f"{path}: a split of {domain}")
+            for shard in content.shards:
+                for name in (shard.file, shard.raw_file):
+                    check_plain_name(name, f"{path}: a shard of {domain}/{split}")
 
 
 def split_from_dict(obj: Mapping[str, Any]) -> Split:

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 
 from mohd_train.checkpoint.identity import is_tokenizer
@@ -38,14 +37,17 @@ from mohd_train.data.manifest import (
 from mohd_train.data.pack import PackJob, pack_domain
 from mohd_train.data.raw import UNIT_BYTES, RawData, find_sources, shares
 from mohd_train.data.tokenizer import Tokenizer, load_tokenizer
-from mohd_train.data.units import load_lengths, report_bad_rows, tokenize_sources, unit_files
+from mohd_train.data.units import load_lengths, report_bad_rows, tokenize_sources, unit_files, units_folder
 from mohd_train.data.workers import WorkerPool
 from mohd_train.errors import UserError
 from mohd_train.storage import refuse_remote
-from mohd_train.utils.files import write_atomic
+from mohd_train.utils.files import Lock, write_atomic
+from mohd_train.utils.text import first_line
 
 WORK = ".work"
-LOCK_WAIT = 15.0  # seconds; workers of a killed run keep its lock until they notice
+PLAN = "plan.json"  # in WORK: the settings of the preparation
+LOCK = ".lock"  # not in WORK, which goes before the lock is given back
+LOCK_WAIT = 15.0  # seconds
 
 
 @dataclass(frozen=True)
@@ -86,24 +88,38 @@ def prepare(request: Request) -> Prepared:
     raw = find_sources(request.raw, request.domains)
     tokenizer = load_tokenizer(request.tokenizer)
     preparation = Preparation(request, raw, tokenizer)
-    out, work = preparation.out, preparation.work
-    if (out / MANIFEST).exists():
-        manifest = load_manifest(out)
-        _refuse_other(out, manifest.settings, preparation.settings, tokenizer)
-        shutil.rmtree(work, ignore_errors=True)  # of a run cut off just after its manifest
-        return Prepared(manifest, True)
-    preparation.open_work()
+    out = preparation.out
+    finished = preparation.finished()
+    leftovers = any((out / name).exists() for name in (WORK, LOCK)) and os.access(out, os.W_OK)
+    if finished is not None and not leftovers:
+        return Prepared(finished, True)
     try:
-        with FileLock(work / "lock", timeout=LOCK_WAIT):
-            manifest = preparation.run()
-    except Timeout as error:
-        raise UserError(f"another preparation is at work in {out}; wait for it, or choose another --out") from error
+        return _prepare_alone(preparation)
     except OSError as error:
         if error.errno == errno.ENOSPC:
             raise UserError(f"the disk of {out} is full; free space, run the same command again: it resumes") from error
         raise
-    shutil.rmtree(work)
-    return Prepared(manifest, False)
+
+
+def _prepare_alone(preparation: Preparation) -> Prepared:
+    """Runs the preparation under the folder's lock, which covers the look for a manifest as well as the work."""
+    out = preparation.out
+    preparation.check_out()
+    out.mkdir(parents=True, exist_ok=True)
+    busy = f"another preparation is at work in {out} ({{holder}}); wait for it, or choose another --out"
+    lock = Lock(out / LOCK, busy, LOCK_WAIT)
+    try:
+        finished = preparation.finished()  # perhaps since the first look, while this process waited for the lock
+        manifest = finished
+        if manifest is None:
+            preparation.open_work()
+            manifest = preparation.run()
+        shutil.rmtree(preparation.work, ignore_errors=True)
+        # Whoever waits for it, or makes another one, will find the manifest and do nothing: two locks do no harm now.
+        (out / LOCK).unlink(missing_ok=True)
+        return Prepared(manifest, finished is not None)
+    finally:
+        lock.release()
 
 
 class Preparation:
@@ -128,27 +144,68 @@ class Preparation:
             "sources": hashlib.sha256(json.dumps(listed).encode()).hexdigest(),
         }
 
-    def open_work(self) -> None:
-        """Creates or finds `OUT/.work`. Refuses a folder that holds anything but an unfinished part of this preparation."""
-        plan = self.work / "plan.json"
-        settings = self.settings | {"unit_bytes": self.request.unit_bytes}
-        if plan.exists():
-            _refuse_other(self.out, json.loads(plan.read_bytes()), settings, self.tokenizer)
-            return
+    def finished(self) -> Manifest | None:
+        """The manifest, if the folder is finished. Raises UserError if it is that of another preparation."""
+        if not (self.out / MANIFEST).exists():
+            return None
+        manifest = load_manifest(self.out)
+        _refuse_other(self.out, manifest.settings, self.settings, self.tokenizer)
+        return manifest
+
+    def check_out(self) -> None:
+        """Raises UserError if `OUT` is not a folder, or holds anything but a preparation."""
         if self.out.exists() and not self.out.is_dir():
             raise UserError(f"--out {self.out} is a file; name a folder")
-        if self.out.exists() and any(path.name != WORK for path in self.out.iterdir()):
+        if (self.work / PLAN).exists() or (self.out / MANIFEST).exists() or not self.out.exists():
+            return
+        if any(path.name not in (WORK, LOCK) for path in self.out.iterdir()):
             raise UserError(f"--out {self.out} holds other files and no {MANIFEST}; choose a new or empty folder")
+
+    def open_work(self) -> None:
+        """Creates or finds `OUT/.work`. Refuses a folder that holds anything but an unfinished part of this preparation."""
+        self.check_out()
+        plan = self.work / PLAN
+        settings = self.settings | {"unit_bytes": self.request.unit_bytes}
+        if plan.exists():
+            _refuse_other(self.out, self._read(plan), settings, self.tokenizer)
+            return
         self.work.mkdir(parents=True, exist_ok=True)
         write_atomic(plan, json.dumps(settings))
 
+    def _read(self, path: Path) -> dict[str, Any]:
+        """A JSON file of `.work`. Raises UserError if it is corrupt."""
+        try:
+            found = json.loads(path.read_bytes())
+        except ValueError as error:
+            raise UserError(f"{path} is corrupt ({first_line(error)}); remove {self.work}, and run again") from error
+        assert isinstance(found, dict)
+        return found
+
+    def _check_sources(self) -> None:
+        """Raises UserError if a raw file changed since it was found. Its units are removed: they may hold part of the change."""
+        for domain, files in self.sources.items():
+            for index, source in enumerate(files):
+                try:
+                    source.check_unchanged()
+                    if source.fingerprint() == self.fingerprints[source.name]:
+                        continue
+                    raise UserError(
+                        f"{source.path} changed while it was prepared (its content differs); once the file is complete, prepare "
+                        "it into a new folder"
+                    )
+                except UserError:
+                    shutil.rmtree(units_folder(self.units, domain, index), ignore_errors=True)
+                    raise
+
     def run(self) -> Manifest:
+        """All stages. The caller holds the lock and has made sure that there is no manifest yet."""
         info = self._save_tokenizer()
         workers, limit = self.request.workers or os.cpu_count() or 1, self.request.max_bad_rows
         with WorkerPool(workers, self.tokenizer) as pool:
             tokenize_sources(
                 self.sources, self.units, pool, self.request.unit_bytes, limit, show=self.request.show_progress
             )
+            self._check_sources()
             bad_rows = report_bad_rows(self.sources, self.units, self.out / BAD_ROWS, limit)
             domains = self._pack(self._validation(), pool)
         manifest = Manifest(
@@ -218,7 +275,7 @@ class Preparation:
             write_atomic(packed / f"{job.domain}.json", json.dumps(record))
         domains = {}
         for domain in sorted(self.sources):
-            record = json.loads((packed / f"{domain}.json").read_bytes())
+            record = self._read(packed / f"{domain}.json")
             domains[domain] = {name: split_from_dict(one) for name, one in record.items()}
             for name, one in domains[domain].items():
                 if not one.samples and (name == "train" or self.request.val_tokens):

@@ -13,6 +13,7 @@ import gzip
 import hashlib
 import io
 import json
+import os
 import re
 import zlib
 from collections.abc import Iterable, Iterator
@@ -22,7 +23,7 @@ from typing import Any, BinaryIO
 
 import zstandard
 
-from mohd_train.data.manifest import TOKENIZER_FOLDER
+from mohd_train.data.manifest import RESERVED_DOMAINS
 from mohd_train.errors import UserError
 
 # Table 1 of LLaMA-1 (arXiv:2302.13971), as Sheared-LLaMA and the paper use it.
@@ -48,7 +49,13 @@ REDPAJAMA_GLOBS = {
     "book": "book*",
 }
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
-_PART = re.compile(r"([-_.](\d+|sample|train|part-?\d*))+$")
+# At the end of a name: which split it is, and which part of it. "test" is left out.
+_SPLIT = r"train|val|valid|validation|test"
+_NUMBER = r"\d+(?:-of-\d+)?|sample|part-?\d*"
+_PART = re.compile(rf"([-_.]({_NUMBER}|{_SPLIT}))+$", re.IGNORECASE)
+_SPLIT_NAME = re.compile(rf"(?:^|[-_.])({_SPLIT})([-_.]({_NUMBER}))*$", re.IGNORECASE)
+MAX_NAME = 100  # characters in a domain's name, so that files named after it fit into a file system's limit
+_NAMED = 20  # files that a note lists
 _EDGE = 1 << 16
 
 UNIT_BYTES = 16 << 20
@@ -65,12 +72,29 @@ class Source:
     domain: str
     split: str
     bytes: int
+    modified: int = 0  # nanoseconds, as the file system says; 0: not known
 
     @property
     def compression(self) -> str | None:
         """`gz`, `zst` or None."""
-        suffix = self.path.suffix[1:]
+        suffix = self.path.suffix[1:].lower()
         return suffix if suffix in ("gz", "zst") else None
+
+    def check_unchanged(self) -> None:
+        """Raises UserError if the file isn't what it was when it was found: its size or its time of modification."""
+        try:
+            stat = self.path.stat()
+        except FileNotFoundError:
+            raise UserError(f"{self.path} is gone; it has to stay until the preparation is done") from None
+        if stat.st_size != self.bytes:
+            change = f"it had {self.bytes:,} bytes and now has {stat.st_size:,}"
+        elif self.modified and stat.st_mtime_ns != self.modified:
+            change = "it was written to"
+        else:
+            return
+        raise UserError(
+            f"{self.path} changed while it was prepared ({change}); once the file is complete, prepare it into a new folder"
+        )
 
     def fingerprint(self) -> str:
         """sha256 of the size and the first and last 64 KiB, which tells files apart without reading terabytes."""
@@ -92,41 +116,145 @@ class RawData:
 
 
 def find_sources(raw: str | Path, domains: Iterable[str] | None = None) -> RawData:
-    """The sources below `raw`, domain by domain, sorted by name.
+    """The sources below `raw`, domain by domain, sorted by name. Links are followed.
 
     A first-level folder is a domain, as is a first-level file `<domain>.jsonl`, `<domain>_sample.jsonl`,
-    `<domain>-00001.jsonl.zst`. `<name>.val.jsonl*` is given validation data.
+    `<domain>-00001.jsonl.zst`. Files named `val` or `validation` are validation data; those named `test` are left out. Every
+    file that is left out is named in the notes.
 
-    Raises UserError if the folder doesn't exist or has no data, or a requested domain is missing.
+    Raises UserError if the folder doesn't exist or has no data, a requested domain is missing, a link leads nowhere, or a
+    domain has a reserved name.
     """
     raw = Path(raw)
     if not raw.is_dir():
         raise UserError(f"no raw data folder {raw}; --raw names the folder that holds the domains")
+    scan = _Scan(raw)
     found: dict[str, list[Source]] = {}
-    notes: list[str] = []
     for entry in sorted(raw.iterdir()):
-        if entry.name.startswith("."):  # caches of download tools
-            continue
-        if entry.is_dir():
-            files, left = _folder_files(entry)
+        if scan.is_folder(entry):
+            files = scan.domain_files(entry)
             domain = ALIASES.get(entry.name.lower(), entry.name)
-            if left:
-                notes.append(f"{entry.name}: {left} file(s) beside RedPajama's {REDPAJAMA_GLOBS[entry.name]} left out")
-        elif _is_data(entry):
+        elif scan.is_rows(entry):
             files, domain = [entry], domain_of_file(entry.name)
         else:
             continue
         for path in files:
-            split = "val" if _stem(path.name).endswith(".val") else "train"
-            source = Source(path, path.relative_to(raw).as_posix(), domain, split, path.stat().st_size)
+            split = _split_of(path.relative_to(raw))
+            if split == "test":
+                scan.leave_out(path, "test data, by its name")
+                continue
+            stat = path.stat()
+            source = Source(path, scan.name(path), domain, split, stat.st_size, stat.st_mtime_ns)
             found.setdefault(domain, []).append(source)
-    if TOKENIZER_FOLDER in found:
-        raise UserError(f"{raw}: a domain can't be called {TOKENIZER_FOLDER!r}, which the output needs; rename it")
+    for domain in found:
+        if domain in RESERVED_DOMAINS or len(domain) > MAX_NAME:
+            raise UserError(
+                f"{raw}: a domain can't be called {domain!r}; rename it, or, if it is a split, move it into a folder named "
+                "after its domain"
+            )
     if not found:
         raise UserError(
             f"{raw} holds no rows ({', '.join('*' + s for s in SUFFIXES)}); --raw names the domains' folder"
         )
-    return RawData(_selected(raw, found, domains), notes + _missing_notes(found, domains))
+    return RawData(_selected(raw, found, domains), scan.notes() + _missing_notes(found, domains))
+
+
+class _Scan:
+    """A walk over the raw folder that remembers what it leaves out, and why."""
+
+    def __init__(self, raw: Path) -> None:
+        self._raw = raw
+        self._left_out: dict[str, list[str]] = {}
+        self._seen: dict[tuple[int, int], Path] = {}
+        self._others: list[str] = []
+
+    def name(self, path: Path) -> str:
+        """The path below the raw folder."""
+        return path.relative_to(self._raw).as_posix()
+
+    def leave_out(self, path: Path, why: str) -> None:
+        self._left_out.setdefault(why, []).append(self.name(path))
+
+    def notes(self) -> list[str]:
+        """What was left out, and files that are there twice."""
+        return [f"left out, {why}: {_listed(names)}" for why, names in sorted(self._left_out.items())] + self._others
+
+    def is_folder(self, path: Path) -> bool:
+        """Whether to look into it: download tools keep caches in hidden folders."""
+        return path.is_dir() and not path.name.startswith(".")
+
+    def is_rows(self, path: Path) -> bool:
+        """Whether a file holds rows. Raises UserError if it should, by its name, but can't be read."""
+        if path.name.startswith("."):
+            if path.name.lower().endswith(SUFFIXES):
+                self.leave_out(path, "hidden")
+            return False
+        if path.is_symlink() and not path.exists():
+            raise UserError(
+                f"{path} is a link to {os.readlink(path)}, which doesn't exist; restore it, or remove the link"
+            )
+        if path.is_dir():
+            return False
+        if not path.name.lower().endswith(SUFFIXES):
+            self.leave_out(path, f"names that don't end in {', '.join(SUFFIXES)}")
+            return False
+        if not path.is_file():
+            raise UserError(f"{path} is not a regular file; move it out of the raw folder, or write its rows to a file")
+        identity = _identity(path)
+        if identity in self._seen:
+            self._others.append(
+                f"{self.name(self._seen[identity])} and {self.name(path)} are one file, which is read twice"
+            )
+        self._seen[identity] = path
+        return True
+
+    def domain_files(self, folder: Path) -> list[Path]:
+        """Files of a domain's folder that hold rows, sorted, without those that RedPajama's own glob leaves out."""
+        files = sorted(self._files(folder, ()))
+        pattern = REDPAJAMA_GLOBS.get(folder.name)
+        matching = {path for path in files if pattern and path.relative_to(folder).match(pattern)}
+        if not matching:  # a folder that has RedPajama's name but not its file names
+            return files
+        matching |= {path for path in files if _stem(path.name).endswith(".val")}
+        others = [self.name(path) for path in files if path not in matching]
+        if others:
+            self._others.append(
+                f"{folder.name}: {len(others)} file(s) beside RedPajama's {pattern} left out: {_listed(others)}"
+            )
+        return sorted(matching)
+
+    def _files(self, folder: Path, above: tuple[tuple[int, int], ...]) -> Iterator[Path]:
+        above = (*above, _identity(folder))
+        for path in sorted(folder.iterdir()):
+            if self.is_rows(path):
+                yield path
+            elif self.is_folder(path) and _identity(path) in above:
+                self.leave_out(path, "links to a folder above them")
+            elif self.is_folder(path):
+                yield from self._files(path, above)
+
+
+def _identity(path: Path) -> tuple[int, int]:
+    """Of the file or folder itself, whatever links lead to it."""
+    stat = path.stat()
+    return stat.st_dev, stat.st_ino
+
+
+def _listed(names: list[str]) -> str:
+    more = f" and {len(names) - _NAMED:,} more" if len(names) > _NAMED else ""
+    return ", ".join(names[:_NAMED]) + more
+
+
+def _split_of(path: Path) -> str:
+    """`train`, `val` or `test`, as the name of a raw file or of its folder within the domain says.
+
+    Args:
+        path: relative to the raw folder.
+    """
+    named = _SPLIT_NAME.search(_stem(path.name))
+    found = [named[1]] if named else [part for part in reversed(path.parts[1:-1]) if re.fullmatch(_SPLIT, part, re.I)]
+    split = found[0].lower() if found else "train"
+    return "val" if split in ("valid", "validation") else split
 
 
 def domain_of_file(name: str) -> str:
@@ -148,26 +276,10 @@ def shares(domains: Iterable[str], sizes: dict[str, int]) -> dict[str, float]:
     return own | {name: left * share / norm for name, share in known.items()}
 
 
-def _folder_files(folder: Path) -> tuple[list[Path], int]:
-    """Data files of a domain's folder, sorted, and how many RedPajama's own glob leaves out."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and _is_data(path))
-    pattern = REDPAJAMA_GLOBS.get(folder.name)
-    matching = [path for path in files if pattern and path.relative_to(folder).match(pattern)]
-    if not matching:  # a folder that has RedPajama's name but not its file names
-        return files, 0
-    given = {path for path in files if _stem(path.name).endswith(".val")}
-    chosen = sorted(given.union(matching))
-    return chosen, len(files) - len(chosen)
-
-
-def _is_data(path: Path) -> bool:
-    return path.name.endswith(SUFFIXES) and not any(part.startswith(".") for part in path.parts[-2:])
-
-
 def _stem(name: str) -> str:
     for suffix in sorted(SUFFIXES, key=len, reverse=True):
-        if name.endswith(suffix):
-            return name.removesuffix(suffix)
+        if name.lower().endswith(suffix):
+            return name[: -len(suffix)]
     return name
 
 

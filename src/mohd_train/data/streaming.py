@@ -35,6 +35,7 @@ from mohd_train.data.mix import MixPlan, epoch_samples, mixture, plan_mix
 from mohd_train.data.verify import index_problems, tokenizer_problems, verify
 from mohd_train.errors import UserError
 from mohd_train.storage import refuse_remote
+from mohd_train.utils.files import Lock
 
 __all__ = ["MixPlan", "build_eval_loaders", "build_train_loader", "check_data", "collate", "plan_mix"]
 
@@ -46,7 +47,7 @@ def check_data(data: DataConfig, *, vocab_size: int, seq_len: int, tokenizer_sha
     """Checks that this data can train this model. Every process calls it before the first step.
 
     The sizes of all shards are always compared with the manifest, and with `data.verify` their hashes too (once per
-    machine, about a second per GB). With `data.remote`, shards are checked as they arrive.
+    machine, about a second per GB). With `data.remote`, so are those in the cache; others are checked as they arrive.
 
     Args:
         vocab_size, seq_len: the model's.
@@ -84,8 +85,7 @@ def check_data(data: DataConfig, *, vocab_size: int, seq_len: int, tokenizer_sha
     domains, _ = mixture(data, manifest)
     if data.remote:
         fetch_indexes(data.remote, folder, manifest, domains, data.download_retry, data.download_timeout)
-    else:
-        _check_shards(folder, manifest, domains, data.verify)
+    _check_shards(folder, manifest, domains, data.verify, cache=data.remote is not None)
     return manifest
 
 
@@ -122,6 +122,7 @@ def build_train_loader(
         seed=seed if data.shuffle_seed is None else data.shuffle_seed,
         block_size=data.shuffle_block_size or DEFAULT_BLOCK,
         identity=manifest.sha256(),
+        vocab_size=manifest.tokenizer.vocab_size,
         num_canonical_nodes=data.num_canonical_nodes or 1,
         predownload=data.predownload,
     )
@@ -137,7 +138,7 @@ def build_eval_loaders(data: DataConfig, manifest: Manifest, *, device_batch_siz
     loaders = {}
     for index, domain in enumerate(domains):
         if manifest.samples(domain, "val"):
-            dataset = ValidationSet(_stream(data, domain, "val"), index)
+            dataset = ValidationSet(_stream(data, domain, "val"), index, manifest.tokenizer.vocab_size)
             sampler = dist.get_sampler(dataset, drop_last=False, shuffle=False)
             loaders[domain] = _loader(dataset, data, device_batch_size, sampler)
     return loaders
@@ -175,10 +176,13 @@ def _stream(data: DataConfig, domain: str, split: str) -> ShardStream:
     )
 
 
-def _check_shards(folder: Path, manifest: Manifest, domains: Iterable[str], hashes: bool) -> None:
+def _check_shards(folder: Path, manifest: Manifest, domains: Iterable[str], hashes: bool, *, cache: bool) -> None:
     """Raises UserError for a bad shard, or for a packed one in a folder that can't be written to."""
     if dist.get_local_rank() == 0:
-        problems = verify(folder, domains, hashes=hashes)
+        problems = verify(folder, domains, hashes=hashes, cache=cache)
+        if problems and cache:
+            more = f" (and {len(problems) - 1} more)" if problems[1:] else ""
+            raise UserError(f"{problems[0]}{more}; this is a cached copy: remove it, and it is downloaded again")
         if problems:
             more = f" (and {len(problems) - 1} more: data_prep/verify.py lists them)" if problems[1:] else ""
             raise UserError(f"{problems[0]}{more}; copy the shard again, or prepare the data again")
@@ -186,7 +190,7 @@ def _check_shards(folder: Path, manifest: Manifest, domains: Iterable[str], hash
         for name, split in manifest.domains[domain].items():
             place = folder / domain / name
             packed = [shard for shard in split.shards if not (place / shard.raw_file).exists()]
-            if packed and not os.access(place, os.W_OK):
+            if packed and not cache and not os.access(place, os.W_OK):
                 raise UserError(
                     f"{place} can't be written to, and shards are unpacked where they are; set data.remote={folder} and "
                     f"data.local to a folder of your own (cached {MANIFEST} and shards go there)"
@@ -203,15 +207,21 @@ def fetch_manifest(remote: str, local: Path, attempts: int, timeout: float) -> N
     try:
         _download(remote, MANIFEST, scratch, attempts, timeout)
         manifest = load_manifest(scratch)
-        if (local / MANIFEST).exists() and load_manifest(local).sha256() != manifest.sha256():
-            raise UserError(
-                f"data.local={local} is the cache of other data than data.remote={remote}; choose another folder"
-            )
-        (local / TOKENIZER_FOLDER).mkdir(exist_ok=True)
         for name in manifest.tokenizer.files:
             _download(remote, f"{TOKENIZER_FOLDER}/{name}", scratch, attempts, timeout)
-            os.replace(scratch / TOKENIZER_FOLDER / name, local / TOKENIZER_FOLDER / name)
-        os.replace(scratch / MANIFEST, local / MANIFEST)
+        # The lock covers the comparison and everything that it allows: two runs may fill a new cache at once.
+        lock = Lock(local / ".lock", f"{local} is being filled by another run ({{holder}}); start again", wait=timeout)
+        try:
+            if (local / MANIFEST).exists() and load_manifest(local).sha256() != manifest.sha256():
+                raise UserError(
+                    f"data.local={local} is the cache of other data than data.remote={remote}; choose another folder"
+                )
+            (local / TOKENIZER_FOLDER).mkdir(exist_ok=True)
+            for name in manifest.tokenizer.files:
+                os.replace(scratch / TOKENIZER_FOLDER / name, local / TOKENIZER_FOLDER / name)
+            os.replace(scratch / MANIFEST, local / MANIFEST)
+        finally:
+            lock.release()
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 

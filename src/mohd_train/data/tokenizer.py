@@ -53,14 +53,15 @@ class Tokenizer:
     def encode(self, texts: list[str]) -> list[NDArray[np.uint32]]:
         """Ids of each text, without BOS and EOS.
 
-        Raises ValueError if an id is not below `vocab_size`: the tokenizer is broken.
+        Raises UserError if an id is not below `vocab_size`: the tokenizer is broken.
         """
         lists = self.pieces.encode(texts) if self.pieces is not None else encode_texts(self.hf, texts)
         arrays = [np.asarray(ids, np.uint32) for ids in lists]
         for ids in arrays:
             if len(ids) and int(ids.max()) >= self.vocab_size:
-                raise ValueError(
-                    f"tokenizer {self.name} gives id {ids.max()}, beyond its vocabulary of {self.vocab_size}"
+                raise UserError(
+                    f"tokenizer {self.name} gives token id {ids.max()}, beyond its vocabulary of {self.vocab_size}; its files "
+                    "don't belong together"
                 )
         return arrays
 

@@ -11,10 +11,14 @@ import io
 import json
 import sys
 import time
+import zipfile
+import zlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +30,7 @@ from mohd_train.data.tokenizer import Tokenizer
 from mohd_train.data.workers import WorkerPool, worker_tokenizer
 from mohd_train.errors import UserError
 from mohd_train.utils.files import write_atomic
+from mohd_train.utils.text import first_line
 
 _BATCH_CHARACTERS = 1 << 20  # encoded at a time: most memory goes to Python's lists of ids
 _EARLY_ROWS = 100_000  # rows after which a share of bad rows is judged before the end
@@ -45,6 +50,7 @@ class Job:
     stop: int = 0
     lines: bytes | None = None
     source_bytes: int = 0  # of the raw file, for the progress bar
+    source: Source | None = None  # to be compared with the file once the lines are read
 
 
 @dataclass(frozen=True)
@@ -68,6 +74,8 @@ class Unit:
 
 def tokenize_unit(job: Job, tokenizer: Tokenizer) -> UnitInfo:
     """Parses and tokenizes one unit and writes it to `job.out`. A document is BOS (if the tokenizer has one), ids, EOS."""
+    if job.source is not None:
+        job.source.check_unchanged()
     lines = io.BytesIO(job.lines) if job.lines is not None else range_lines(job.path, job.start, job.stop)
     counted = _Counted(iter(lines))
     bad: list[tuple[int, str]] = []
@@ -96,6 +104,8 @@ def tokenize_unit(job: Job, tokenizer: Tokenizer) -> UnitInfo:
         if waiting >= _BATCH_CHARACTERS:
             flush()
     flush()
+    if job.source is not None:
+        job.source.check_unchanged()  # while it was read
     tokens = np.concatenate(parts) if parts else np.empty(0, tokenizer.dtype)
     info = UnitInfo(counted.count, len(lengths), len(tokens), bad)
     _save(job.out, Unit(tokens, np.array(lengths, np.int64), np.array(digests, np.uint64)), info)
@@ -114,21 +124,40 @@ def tokenize_job(job: Job) -> UnitInfo:
 
 def load_unit(path: Path) -> Unit:
     """Everything that :func:`tokenize_unit` wrote except the counts."""
-    with np.load(path, allow_pickle=False) as file:
+    with _opened(path) as file:
         return Unit(file["tokens"], file["lengths"], file["digests"])
 
 
 def load_lengths(path: Path) -> tuple[NDArray[np.int64], NDArray[np.uint64]]:
     """Only lengths and digests, a thousandth of the file."""
-    with np.load(path, allow_pickle=False) as file:
+    with _opened(path) as file:
         return file["lengths"], file["digests"]
 
 
 def load_info(path: Path) -> UnitInfo:
     """Only the counts and bad rows."""
-    with np.load(path, allow_pickle=False) as file:
+    with _opened(path) as file:
         obj = json.loads(file["info"].tobytes())
-    return UnitInfo(obj["lines"], obj["documents"], obj["tokens"], [(line, problem) for line, problem in obj["bad"]])
+        return UnitInfo(
+            obj["lines"], obj["documents"], obj["tokens"], [(line, problem) for line, problem in obj["bad"]]
+        )
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """The arrays of a unit. One that can't be read is removed, so that the next run makes it again.
+
+    Raises UserError if the file, which was whole when it was written, is corrupt now.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            yield file
+    except (zipfile.BadZipFile, zlib.error, EOFError, ValueError, KeyError, TypeError) as error:
+        path.unlink()
+        raise UserError(
+            f"{path} is corrupt ({first_line(error)}) and was removed; check the disk, and run the same command again: it "
+            "makes the unit again"
+        ) from error
 
 
 def _save(path: Path, unit: Unit, info: UnitInfo) -> None:
@@ -197,7 +226,12 @@ def tokenize_sources(
 
 def unit_files(folder: Path, domain: str, index: int) -> list[Path]:
     """The units of source number `index` of a domain, in order."""
-    return sorted((folder / domain / f"{index:06d}").glob("[0-9]*.npz"))
+    return sorted(units_folder(folder, domain, index).glob("[0-9]*.npz"))
+
+
+def units_folder(folder: Path, domain: str, index: int) -> Path:
+    """Where the units of source number `index` of a domain are."""
+    return folder / domain / f"{index:06d}"
 
 
 def report_bad_rows(sources: Sources, folder: Path, report: Path, limit: float) -> int:
@@ -243,7 +277,7 @@ def _jobs(sources: Sources, folder: Path, unit_bytes: int, progress: TokenProgre
 
     for domain, files in sources.items():
         for index, source in enumerate(files):
-            place = folder / domain / f"{index:06d}"
+            place = units_folder(folder, domain, index)
             make = _unpacked_jobs if source.compression else _range_jobs
             for job in make(source, place, unit_bytes):
                 if count.stop:
@@ -255,21 +289,30 @@ def _jobs(sources: Sources, folder: Path, unit_bytes: int, progress: TokenProgre
 def _range_jobs(source: Source, place: Path, unit_bytes: int) -> Iterator[Job]:
     for part in range(count_units(source, unit_bytes)):
         start, stop = part * unit_bytes, min((part + 1) * unit_bytes, source.bytes)
-        yield Job(place / f"{part:07d}.npz", source.path, start, stop, source_bytes=stop - start)
+        yield Job(place / f"{part:07d}.npz", source.path, start, stop, source_bytes=stop - start, source=source)
+
+
+def _read_sizes(note: Path) -> list[int] | None:
+    """What :func:`_unpacked_jobs` noted; None if there is no note, or a corrupt one."""
+    try:
+        sizes = json.loads(note.read_bytes())
+    except (FileNotFoundError, ValueError):
+        return None
+    return sizes if isinstance(sizes, list) and all(isinstance(size, int) for size in sizes) else None
 
 
 def _unpacked_jobs(source: Source, place: Path, unit_bytes: int) -> Iterator[Job]:
     """Unpacks the file, unless a note says how many units it gave and all of them exist."""
     note = place / "unpacked.json"
-    if note.exists():
-        sizes = json.loads(note.read_bytes())
-        if all((place / f"{part:07d}.npz").exists() for part in range(len(sizes))):
-            for part, size in enumerate(sizes):
-                yield Job(place / f"{part:07d}.npz", source.path, source_bytes=size)
-            return
+    sizes = _read_sizes(note)
+    if sizes is not None and all((place / f"{part:07d}.npz").exists() for part in range(len(sizes))):
+        for part, size in enumerate(sizes):
+            yield Job(place / f"{part:07d}.npz", source.path, source_bytes=size)
+        return
     sizes = []
+    source.check_unchanged()
     for part, (lines, size) in enumerate(unpacked_units(source, unit_bytes)):
-        yield Job(place / f"{part:07d}.npz", source.path, lines=lines, source_bytes=size)
+        yield Job(place / f"{part:07d}.npz", source.path, lines=lines, source_bytes=size, source=source)
         sizes.append(size)
     place.mkdir(parents=True, exist_ok=True)
     write_atomic(note, json.dumps(sizes))

@@ -17,7 +17,12 @@ _CHUNK = 1 << 22
 
 
 def verify(
-    folder: str | Path, domains: Iterable[str] | None = None, *, hashes: bool = True, threads: int | None = None
+    folder: str | Path,
+    domains: Iterable[str] | None = None,
+    *,
+    hashes: bool = True,
+    threads: int | None = None,
+    cache: bool = False,
 ) -> list[str]:
     """Problems of a prepared folder, one line each, naming the file. Empty if it is sound.
 
@@ -25,6 +30,8 @@ def verify(
         folder: prepared data.
         domains: only these; default: all. The copy of the tokenizer is always checked.
         hashes: read every byte; otherwise only existence and sizes are checked (seconds, whatever the size).
+        cache: the folder is a cache of remote data: only its unpacked shards are checked, which are read as they are; one
+            that is still packed is checked when it is unpacked, and others may be missing.
         threads: hash this many files at once (default: one per core, at most 16).
     Raises:
         UserError: the manifest is missing or broken.
@@ -38,7 +45,8 @@ def verify(
             place = folder / domain / name
             problems += index_problems(place, split, manifest.dtype, manifest.seq_len)
             for shard in split.shards:
-                work.append((place / shard.file, shard.bytes, shard.hash))
+                if not cache:
+                    work.append((place / shard.file, shard.bytes, shard.hash))
                 raw = place / shard.raw_file
                 if raw.exists():  # unpacked by an earlier run, and read as it is
                     work.append((raw, shard.raw_bytes, shard.raw_hash))

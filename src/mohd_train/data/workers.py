@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -19,6 +21,7 @@ from mohd_train.errors import UserError
 J = TypeVar("J")
 R = TypeVar("R")
 
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _AHEAD = 2  # jobs queued beyond one per worker, which bounds the memory of text read ahead
 _tokenizer: Tokenizer | None = None  # set before the workers are forked, so that none has to load its own
 
@@ -75,6 +78,8 @@ def worker_tokenizer() -> Tokenizer:
 
 
 def _start_worker(parent: int) -> None:
+    if sys.platform == "linux":  # at once: by the time a killed preparation's lock is free, none of its workers writes
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
     threading.Thread(target=_exit_with_parent, args=(parent,), daemon=True).start()
 

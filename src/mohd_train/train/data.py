@@ -4,6 +4,7 @@ domain."""
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from composer.core import DataSpec, Evaluator, Time, TimeUnit
@@ -24,13 +25,19 @@ def check_on_nodes(config: Config) -> Manifest:
     Raises:
         UserError: the folder, a domain, the tokenizer, the sequence length or a shard is wrong.
     """
-    reserved = [name for name in config.data.domains if name in RESERVED]
+    _refuse_reserved(config.data.domains)
+    from_first_of_node(lambda: check_data(config.data, vocab_size=config.model.vocab_size, seq_len=config.max_seq_len))
+    manifest = load_manifest(config.data.local)
+    _refuse_reserved(config.data.domains or manifest.domains)
+    return manifest
+
+
+def _refuse_reserved(domains: Iterable[str]) -> None:
+    reserved = [name for name in domains if name in RESERVED]
     if reserved:
         raise UserError(
             f"data.domains: {reserved[0]!r} is a reserved name of the logs; prepare the domain under another name"
         )
-    from_first_of_node(lambda: check_data(config.data, vocab_size=config.model.vocab_size, seq_len=config.max_seq_len))
-    return load_manifest(config.data.local)
 
 
 @dataclass
