@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import os
 import time
-from io import FileIO
 from collections.abc import Iterable, Iterator
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
