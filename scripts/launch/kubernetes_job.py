@@ -12,7 +12,7 @@ import argparse
 
 from mohd_train.config.load import load_config, split_arguments
 from mohd_train.errors import run_cli
-from mohd_train.sweep.single import kubernetes_job
+from mohd_train.sweep.launch.kubernetes import kubernetes_job
 
 
 def main() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import sys
@@ -10,6 +11,7 @@ import time
 from collections.abc import Callable
 from typing import NoReturn
 
+FULL = (errno.ENOSPC, errno.EDQUOT)
 GRACE = 5.0  # seconds that other threads have to end after the main one
 
 
@@ -21,7 +23,7 @@ class UserError(ValueError):
 
 
 def run_cli(main: Callable[[], int | None]) -> None:
-    """Runs ``main`` and exits: 0, or its return value; 1 with one clear line for bad input; 130 for Ctrl-C.
+    """Runs ``main`` and exits: 0, or its return value; 1 with one clear line for bad input or a full disk; 130 for Ctrl-C.
 
     Usage errors leave through argparse, with 2. Anything else is a bug and keeps its traceback.
     """
@@ -32,6 +34,12 @@ def run_cli(main: Callable[[], int | None]) -> None:
         _leave(1)
     except PermissionError as error:
         print(f"error: no permission to write or read {error.filename}; choose another folder", file=sys.stderr)
+        _leave(1)
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        place = error.filename2 or error.filename or "where it writes"  # a write to an open file doesn't tell its name
+        print(f"error: no space left ({place}); make room, and run the command again", file=sys.stderr, flush=True)
         _leave(1)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)

@@ -17,7 +17,7 @@ from train.train_support import ROOT, make_config, make_data, write_config
 
 from mohd_train.errors import UserError
 from mohd_train.run_folder.metrics import read_metrics
-from mohd_train.sweep.single import kubernetes_job
+from mohd_train.sweep.launch.kubernetes import kubernetes_job
 from mohd_train.train.train import train
 
 LAUNCH = ROOT / "scripts" / "launch"

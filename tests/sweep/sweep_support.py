@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from train.train_support import make_data
 
-from mohd_train.sweep import worker
 from mohd_train.sweep.commands import Request
+from mohd_train.sweep.launch import worker
 
 SWEEP = """
 name: small

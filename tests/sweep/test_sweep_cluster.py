@@ -10,11 +10,11 @@ import yaml
 from sweep.sweep_support import request
 
 from mohd_train.errors import UserError
-from mohd_train.sweep import cluster
-from mohd_train.sweep.cluster import fill, job_name
 from mohd_train.sweep.commands import Request, launch, resume
 from mohd_train.sweep.folder import SweepFolder
-from mohd_train.sweep.status import run_status
+from mohd_train.sweep.launch.jobs import fill
+from mohd_train.sweep.launch.kubernetes import job_name
+from mohd_train.sweep.status import job_states, run_status
 
 DENSE, X2, BARE = (f"tiny-355m-{setting}-s1" for setting in ("dense", "x2", "x2-no-fusion"))
 
@@ -64,7 +64,7 @@ def test_slurm_array_job_and_its_states(
     assert (folder.path / "jobs" / "launch-1.runs").read_text().split() == [DENSE, X2, BARE]
 
     fake(programs, "squeue", "echo '0 RUNNING'; echo '2 PENDING'; echo '1 COMPLETED'")
-    states, notes = cluster.job_states(folder)
+    states, notes = job_states(folder)
     assert (states, notes) == ({DENSE: "running", BARE: "queued"}, [])
     assert words(programs, "squeue")[0] == "--noheader --array --jobs=4711 --format=%K %T"
     finish(folder, X2, "failed")
@@ -73,9 +73,9 @@ def test_slurm_array_job_and_its_states(
     assert (folder.path / "jobs" / "launch-2.runs").read_text().split() == [X2]
     assert folder.launch_of(X2)["job"] == "4711"  # type: ignore[index]
     fake(programs, "squeue", "echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1")
-    assert cluster.job_states(folder) == ({}, [])
+    assert job_states(folder) == ({}, [])
     fake(programs, "squeue", "echo 'connection refused' >&2; exit 1")
-    assert "connection refused" in cluster.job_states(folder)[1][0]
+    assert "connection refused" in job_states(folder)[1][0]
     with pytest.raises(UserError, match=r"can't tell which runs are under way: .*connection refused"):
         resume(Request(target=folder.path, launcher="slurm"))
 
@@ -136,9 +136,9 @@ def test_kubernetes_jobs_and_their_states(sweep_file: Path, data: Path, programs
     ]
     (programs / "answer").write_text(json.dumps({"items": items}))
     fake(programs, "kubectl", f"cat {programs}/answer")
-    assert cluster.job_states(folder) == ({DENSE: "running"}, [])
+    assert job_states(folder) == ({DENSE: "running"}, [])
     (programs / "answer").write_text(json.dumps(items[0]))  # kubectl's form for one
-    assert cluster.job_states(folder) == ({DENSE: "running"}, [])
+    assert job_states(folder) == ({DENSE: "running"}, [])
     resumed = Request(target=folder.path, launcher="k8s", image="i", claim="c:/m")
     assert resume(resumed) == 0
     assert SweepFolder(folder.path).launch_of(X2)["jobs"] == {X2: "mohd-tiny-355m-x2-s1-l2"}  # type: ignore[index]

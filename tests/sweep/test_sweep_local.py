@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import signal
@@ -12,10 +13,12 @@ import pytest
 from sweep.sweep_support import SMALL, request, starts
 
 from mohd_train.errors import UserError
-from mohd_train.sweep import local
 from mohd_train.sweep.commands import Request, launch, list_sweeps, resume, run, show, status
-from mohd_train.sweep.folder import Lock, SweepFolder
+from mohd_train.sweep.folder import SweepFolder
+from mohd_train.sweep.launch import local
 from mohd_train.sweep.status import run_status
+from mohd_train.utils import processes
+from mohd_train.utils.processes import Supervisor
 
 DENSE, X2, BARE = (f"tiny-355m-{setting}-s1" for setting in ("dense", "x2", "x2-no-fusion"))
 
@@ -29,7 +32,7 @@ def wait_for(condition: object, seconds: float = 20) -> None:
 
 @pytest.fixture(autouse=True)
 def _fast(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(local, "POLL", 0.05)
+    monkeypatch.setattr(processes, "POLL", 0.05)
 
 
 def test_one_after_another_then_nothing_to_do(
@@ -86,7 +89,7 @@ def test_parallel_runs_share_the_cores_and_end_with_their_launcher(
     killer.join()
     assert {line.split()[1] for line in (stub / "starts").read_text().splitlines()} == {"4"}
     assert [run_status(folder, name).state for name in (DENSE, X2)] == ["stopped", "stopped"]
-    assert not Lock(folder, DENSE).held()
+    assert not folder.run_lock(DENSE).held()
 
 
 def test_gpus_are_dealt_out(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -107,7 +110,7 @@ def test_a_run_under_way_is_left_alone(
     sweep_file: Path, data: Path, stub: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = SweepFolder(sweep_file.parent / "out")
-    lock = Lock(folder, DENSE)
+    lock = folder.run_lock(DENSE)
     assert lock.take()
     assert launch(request(sweep_file, data, only=("dense", "x2"))) == 0
     lock.release()
@@ -117,21 +120,23 @@ def test_a_run_under_way_is_left_alone(
 
 def test_the_lock_outlives_the_launcher(sweep_file: Path, data: Path, stub: Path) -> None:
     folder = SweepFolder(sweep_file.parent / "out")
-    from mohd_train.sweep.worker import Worker
+    from mohd_train.sweep.launch.worker import run_job
 
     (stub / "behave").write_text(f"{DENSE}=fail")
     launch(request(sweep_file, data, only=("dense",)))
     (stub / "behave").write_text(f"{DENSE}=slow")
-    worker = Worker(SweepFolder(folder.path), DENSE, 1)
-    wait_for(lambda: len(starts(stub)) == 2)
-    assert worker._lock.descriptor is None  # this process has let it go
-    assert Lock(folder, DENSE).held()
-    with pytest.raises(UserError, match="is being trained by another process"):
-        Worker(SweepFolder(folder.path), DENSE, 1)
-    time.sleep(0.3)
-    worker.stop()
-    assert worker.finish() == 0
-    assert not Lock(folder, DENSE).held()
+    codes: list[int] = []
+    job = run_job(SweepFolder(folder.path), DENSE, 1, lambda command, code: codes.append(code))
+    with contextlib.suppress(KeyboardInterrupt), Supervisor() as supervisor:
+        supervisor.start(job, {})
+        wait_for(lambda: len(starts(stub)) == 2)
+        assert folder.run_lock(DENSE).held()  # by the run: this process has let it go
+        with pytest.raises(UserError, match="is being trained by another process"):
+            supervisor.start(job, {})
+        time.sleep(0.3)
+        raise KeyboardInterrupt
+    assert codes == [0]
+    assert not folder.run_lock(DENSE).held()
 
 
 def test_an_edited_config_is_refused_for_a_run_that_has_begun(sweep_file: Path, data: Path, stub: Path) -> None:

@@ -13,10 +13,10 @@ from sweep.sweep_support import SMALL, request
 from train.test_run import assert_same_run
 
 from mohd_train.run_folder.metrics import read_metrics
-from mohd_train.sweep import local
 from mohd_train.sweep.commands import Request, launch, resume
 from mohd_train.sweep.folder import SweepFolder
 from mohd_train.sweep.status import run_status
+from mohd_train.utils import processes
 
 X2 = "tiny-355m-x2-s1"
 
@@ -33,7 +33,7 @@ def kill_after(batches: int, folder: Path) -> None:
 def test_a_killed_run_of_a_sweep_goes_on_exactly(
     sweep_file: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(local, "POLL", 0.05)
+    monkeypatch.setattr(processes, "POLL", 0.05)
     longer = (*SMALL, "max_duration=100ba", "save_interval=3ba", "eval_interval=10ba")
     whole, killed = (
         request(sweep_file, data, only=("x2",), out=tmp_path / name, overrides=longer) for name in ("whole", "killed")

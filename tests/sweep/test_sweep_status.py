@@ -4,15 +4,12 @@ import json
 from pathlib import Path
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from rich.console import Console
 from sweep.sweep_support import request
 
-from mohd_train.sweep import status as statuses
 from mohd_train.sweep.commands import Request, launch
-from mohd_train.sweep.folder import Lock, SweepFolder
-from mohd_train.sweep.status import last_error, last_values, lines_backwards, render, run_status
+from mohd_train.sweep.folder import SweepFolder
+from mohd_train.sweep.status import last_error, render, run_status
 
 NAME = "tiny-355m-dense-s1"
 
@@ -28,7 +25,7 @@ def write(folder: SweepFolder, record: dict | None, lines: list[dict], exit_code
     run = folder.path / NAME
     (run / "run.json").unlink(missing_ok=True)
     if record is not None:
-        (run / "run.json").write_text(json.dumps(record))
+        (run / "run.json").write_text(json.dumps({"config": folder.config(NAME)} | record))
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     folder.exit_path(NAME).unlink(missing_ok=True)
     if exit_code is not None:
@@ -45,7 +42,7 @@ def test_states(folder: SweepFolder) -> None:
     assert run_status(folder, NAME).state == "killed"
     assert run_status(folder, NAME, "queued").state == "queued"
     assert run_status(folder, NAME, "running").state == "running"
-    lock = Lock(folder, NAME)
+    lock = folder.run_lock(NAME)
     assert lock.take()
     assert run_status(folder, NAME).state == "running"
     write(folder, None, [])
@@ -85,25 +82,6 @@ def test_a_half_written_last_line_is_passed_over(folder: SweepFolder) -> None:
     with (folder.path / NAME / "metrics.jsonl").open("a") as file:
         file.write('{"batch": 5, "loss/tr')
     assert run_status(folder, NAME, "running").batch == 4
-
-
-@given(st.lists(st.text(max_size=30), max_size=30), st.integers(1, 64))
-def test_lines_backwards_are_the_lines_reversed(words: list[str], block: int) -> None:
-    import tempfile
-
-    with tempfile.TemporaryDirectory() as place, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(statuses, "BLOCK", block)
-        path = Path(place) / "metrics.jsonl"
-        records = [{"n": i, "text": word} for i, word in enumerate(words)]
-        path.write_text("".join(json.dumps(record) + "\n" for record in records))
-        assert list(lines_backwards(path)) == records[::-1]
-
-
-def test_last_values_takes_the_newest_of_each(tmp_path: Path) -> None:
-    path = tmp_path / "metrics.jsonl"
-    path.write_text('{"a": 1, "b": 1}\n{"a": 2}\n')
-    assert last_values(path, ("a", "b", "c")) == {"a": 2, "b": 1}
-    assert last_values(tmp_path / "none", ("a",)) == {}
 
 
 def test_last_error_is_of_the_last_start(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from mohd_train.analysis.routing_figures import draw_router_selection
 from mohd_train.checkpoint import exists
 from mohd_train.config.plan import ModelPlan
 from mohd_train.errors import UserError
-from mohd_train.evaluate.sweep_eval import LATEST
+from mohd_train.run_folder.paths import latest_checkpoint
 from mohd_train.sweep.folder import SweepFolder
 
 PAPER_LAYER = 5
@@ -29,7 +29,7 @@ def draw_router(sweep: Path, run: str, output: Path, layer: int | None, componen
     folder = SweepFolder(sweep)
     if run not in folder.runs:
         raise UserError(f"{sweep} has no run {run!r}; it has {', '.join(folder.runs)}")
-    checkpoint = sweep / run / LATEST
+    checkpoint = latest_checkpoint(sweep / run)
     if not exists(checkpoint):
         raise UserError(f"{run} has no checkpoint yet; see scripts/sweep.py status {sweep}")
     plan = ModelPlan.from_dict(folder.runs[run]["plan"])

@@ -19,7 +19,7 @@ from mohd_train.evaluate.sweep_results import RunResult, SweepResults, read_swee
 from mohd_train.evaluate.table_text import table2_of
 from mohd_train.evaluate.text_file import write_text
 from mohd_train.sweep.folder import SweepFolder
-from mohd_train.sweep.status import duration
+from mohd_train.utils.text import duration
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1a1a1a; --page: #ffffff; --faint: #666; --line: #d8d8d8; --card: #f6f6f4; }
@@ -98,7 +98,7 @@ def _runs(found: SweepResults) -> Grid:
             None if tokens is None else f"{tokens:.4g}",
             None if status.loss is None else f"{status.loss:.4f}",
             None if status.perplexity is None else f"{status.perplexity:.4g}",
-            duration(status.seconds) or None,
+            None if status.seconds is None else duration(status.seconds),
             status.error or "",
         )
     return grid
@@ -179,7 +179,10 @@ def _hardware(found: SweepResults) -> str:
         code = run.record.get("code") or {}
         commit = (code.get("commit") or "")[:10] + (" (changed)" if code.get("dirty") else "")
         hardware = f"{last['processes']} x {last['device']}"
-        spent = (duration(run.status.seconds) or None, None if hours is None else f"{hours:.3g}")
+        spent = (
+            None if run.status.seconds is None else duration(run.status.seconds),
+            None if hours is None else f"{hours:.3g}",
+        )
         grid.add(
             run.name,
             hardware,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections.abc import Iterable, Iterator
 from io import FileIO
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from mohd_train.errors import UserError
 from mohd_train.utils.files import write_atomic
 
 SYNC_SECONDS = 1.0  # between two flushes to the disk: a power loss costs at most as much
+BLOCK = 1 << 16  # bytes, of reading backwards
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
@@ -31,6 +33,46 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
             except ValueError as error:
                 raise UserError(f"{path}, line {number}: no JSON ({error}); take the line out of the file") from None
     return records
+
+
+def lines_backwards(path: Path) -> Iterator[dict[str, Any]]:
+    """The whole lines of a metrics file, the last first. It may be large, so it is read block by block from its end; the run
+    may be writing it, so a half-written line is left out."""
+    try:
+        file = path.open("rb")
+    except FileNotFoundError:
+        return
+    with file:
+        position = file.seek(0, os.SEEK_END)
+        rest = b""
+        while position > 0:
+            size = min(BLOCK, position)
+            position -= size
+            file.seek(position)
+            rest, *lines = (file.read(size) + rest).split(b"\n")
+            for line in reversed(lines):
+                yield from _parsed(line)
+        yield from _parsed(rest)
+
+
+def last_values(path: Path, names: Iterable[str]) -> dict[str, Any]:
+    """The newest value of each of ``names`` in a metrics file; those never logged are left out."""
+    wanted, found = set(names), dict[str, Any]()
+    for record in lines_backwards(path):
+        found = {name: record[name] for name in wanted if name in record} | found
+        if len(found) == len(wanted):
+            break
+    return found
+
+
+def _parsed(line: bytes) -> Iterator[dict[str, Any]]:
+    try:
+        line = line.strip(b"\0 ")  # zeros: what a power loss leaves
+        value = json.loads(line) if line else None
+    except ValueError:
+        return
+    if isinstance(value, dict):
+        yield value
 
 
 class MetricsWriter:

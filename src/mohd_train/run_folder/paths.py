@@ -38,6 +38,11 @@ def local_save_folder(config: Config) -> Path:
     return Path(config.run_folder) / CHECKPOINTS if is_remote(config.save_folder) else Path(config.save_folder)
 
 
+def latest_checkpoint(folder: Path) -> Path:
+    """The link to the newest checkpoint, in a run folder that keeps its checkpoints itself."""
+    return folder / CHECKPOINTS / LATEST
+
+
 def checkpoint_batch(name: str) -> int | None:
     """The batch of a checkpoint by its name, a file's or a sharded folder's; None if it isn't one's."""
     match = _CHECKPOINT.fullmatch(name)

@@ -18,8 +18,8 @@ from mohd_train.study.runs import Study, StudyRun
 from mohd_train.study.statistics import Interval
 from mohd_train.study.validation_bytes import bytes_per_token, nats_per_byte
 from mohd_train.sweep.folder import SweepFolder
-from mohd_train.sweep.status import duration
 from mohd_train.utils.files import write_atomic
+from mohd_train.utils.text import duration
 
 FORMAT = "mohd_train.study/1"
 
@@ -193,7 +193,7 @@ def _page(study: Study, content: dict[str, Any], name: str, figures: list[Path])
                 f"{final:.4f}",
                 f"{math.exp(final):.2f}",
                 f"{per_byte:.4f}" if per_byte else "–",
-                duration(run["seconds"]),
+                duration(run["seconds"]) if run["seconds"] else "–",
             )
         )
     headers = ("setting", "seed", "state", "tokens", "nats a token", "perplexity", "nats a byte", "time")

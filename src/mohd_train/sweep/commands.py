@@ -18,15 +18,16 @@ from mohd_train.config.plan import SubDimPlan
 from mohd_train.config.schema import Config
 from mohd_train.data.manifest import MANIFEST
 from mohd_train.errors import UserError
-from mohd_train.sweep import cluster
 from mohd_train.sweep.data import DataSource, check_once, data_words, ensure_data
 from mohd_train.sweep.expand import Choice, SweepRun, default_folder, expand, total_batches
 from mohd_train.sweep.file import SweepFile, all_sweeps, read_sweep
-from mohd_train.sweep.folder import RECORD, Lock, SweepFolder
-from mohd_train.sweep.local import LocalLauncher
+from mohd_train.sweep.folder import RECORD, SweepFolder
+from mohd_train.sweep.launch import kubernetes, slurm
+from mohd_train.sweep.launch.jobs import ClusterOptions
+from mohd_train.sweep.launch.local import LocalLauncher
+from mohd_train.sweep.launch.worker import run_one
 from mohd_train.sweep.scale import SCALES
-from mohd_train.sweep.status import RunStatus, render, run_status
-from mohd_train.sweep.worker import run_one
+from mohd_train.sweep.status import GONE_WRONG, RunStatus, job_states, render, run_status
 
 LAUNCHERS = ("local", "slurm", "k8s")
 WATCH = 5.0  # seconds between two looks
@@ -193,15 +194,18 @@ def _launch(
     runs = [run for run in expand(sweep, choice, folder.path) if known is None or run.name in known]
     for config in _distinct_data([run.config for run in runs]):
         check_once(config)
-    folder.claim(sweep, choice, source, runs)
-    todo, states = _todo(folder, runs)
-    for name, state in states.items():
-        if state != "waiting":
+    with folder.locked():  # nobody else decides what to start, or rewrites the record, until ours is in it
+        folder.claim(sweep, choice, source, runs)
+        todo, states = _todo(folder, runs)
+        for name, state in states.items():
             print(f"{name}: {state}", flush=True)
-    if not todo:
-        print(f"{folder.path}: nothing to start", flush=True)
-        return 0
-    return _hand_over(request, folder, todo, list(folder.runs), processes, runs[0].config.device == "cpu")
+        if request.launcher != "local":
+            return _submit(request, folder, todo, processes)
+    launcher = _local_launcher(request, folder, processes, runs[0].config.device == "cpu")
+    if todo or launcher.orphans:
+        return launcher.run(todo, list(folder.runs))
+    print(f"{folder.path}: nothing to start", flush=True)
+    return 0
 
 
 def _seq_len(runs: list[SweepRun]) -> int:
@@ -220,7 +224,7 @@ def _distinct_data(configs: list[Config]) -> list[Config]:
 
 def _todo(folder: SweepFolder, runs: list[SweepRun]) -> tuple[list[str], dict[str, str]]:
     """Names to start; and of the others why not: finished, or under way. Raises UserError if a scheduler can't be asked."""
-    jobs, notes = cluster.job_states(folder)
+    jobs, notes = job_states(folder)
     if notes:
         raise UserError(f"can't tell which runs are under way: {notes[0]}")
     states = {run.name: _why_not(folder, run.name, jobs.get(run.name)) for run in runs}
@@ -230,28 +234,27 @@ def _todo(folder: SweepFolder, runs: list[SweepRun]) -> tuple[list[str], dict[st
 def _why_not(folder: SweepFolder, name: str, job: str | None) -> str | None:
     if folder.finished(name):
         return "finished, left alone"
-    if job or Lock(folder, name).held():
+    if job or folder.run_lock(name).held():
         return f"under way already ({job or 'running'}), left alone"
-    return None
+    problem = folder.record_problem(name)
+    return f"left alone: {problem}" if problem else None
 
 
-def _hand_over(
-    request: Request, folder: SweepFolder, names: list[str], shown: list[str], processes: int, on_cpu: bool
-) -> int:
-    if request.launcher == "local":
-        cluster_words = ("template", "submit_args", "image", "claim")
-        given = [f"--{word.replace('_', '-')}" for word in cluster_words if getattr(request, word)]
-        if given:
-            raise UserError(f"{given[0]} is for --launcher slurm or k8s")
-        launcher = LocalLauncher(
-            folder,
-            processes=processes,
-            parallel=request.parallel or 1,
-            on_cpu=on_cpu,
-            share_gpus=SCALES[folder.record["scale"]].fits_data,
-        )
-        return launcher.run(names, shown)
-    options = cluster.ClusterOptions(
+def _local_launcher(request: Request, folder: SweepFolder, processes: int, on_cpu: bool) -> LocalLauncher:
+    cluster_words = ("template", "submit_args", "image", "claim")
+    given = [f"--{word.replace('_', '-')}" for word in cluster_words if getattr(request, word)]
+    if given:
+        raise UserError(f"{given[0]} is for --launcher slurm or k8s")
+    share = SCALES[folder.record["scale"]].fits_data
+    parallel = request.parallel or 1
+    return LocalLauncher(folder, processes=processes, parallel=parallel, on_cpu=on_cpu, share_gpus=share)
+
+
+def _submit(request: Request, folder: SweepFolder, names: list[str], processes: int) -> int:
+    if not names:
+        print(f"{folder.path}: nothing to start", flush=True)
+        return 0
+    options = ClusterOptions(
         processes,
         request.parallel,
         request.template,
@@ -260,19 +263,19 @@ def _hand_over(
         request.namespace,
         request.claim,
     )
-    submit = {"slurm": cluster.submit_slurm, "k8s": cluster.submit_kubernetes}[request.launcher]
-    record = submit(folder, names, options)
+    launcher = {"slurm": slurm, "k8s": kubernetes}[request.launcher]
+    record = launcher.submit(folder, names, options)
     job = f"array job {record['job']}" if request.launcher == "slurm" else f"{len(names)} jobs"
     print(f"submitted {job}: {', '.join(names)}\nwatch: python scripts/sweep.py status {folder.path}", flush=True)
     return 0
 
 
 def status(request: Request) -> int:
-    """The table; on a terminal until nothing is under way, unless ``once``. Returns 1 if a run failed or was killed."""
+    """The table; on a terminal until nothing is under way, unless ``once``. Returns 1 if a run has gone wrong."""
     folder, console = _launched(request), _console()
 
     def look() -> tuple[list[RunStatus], list[str]]:
-        jobs, notes = cluster.job_states(folder)
+        jobs, notes = job_states(folder)
         return [run_status(folder, name, jobs.get(name)) for name in _chosen(folder, request.only)], notes
 
     runs, notes = look()
@@ -287,7 +290,7 @@ def status(request: Request) -> int:
         console.print(render(folder.record["title"], runs))
     for note in dict.fromkeys(notes):
         console.print(f"note: {note}", markup=False)
-    return 1 if any(run.state in ("failed", "killed") for run in runs) else 0
+    return 1 if any(run.state in GONE_WRONG for run in runs) else 0
 
 
 def _chosen(folder: SweepFolder, only: tuple[str, ...]) -> list[str]:

@@ -3,17 +3,18 @@
 SWEEP/sweep.json          file, scale, data, overrides, every run (model, setting, label, seed, command line), launches
       configs/RUN.yaml    the whole config that RUN trains with: later edits of configs/ don't reach it
       logs/RUN.log        what it printed;  logs/RUN.exit  how its last start ended
-      locks/RUN           held for as long as RUN trains on a machine that sees this file system
-      RUN/                its run folder (run.json, metrics.jsonl, checkpoints/)
+      locks/RUN           held for as long as RUN trains on a machine that sees this file system; who holds it
+      locks/.launch       held while a launch reads and rewrites sweep.json
+      jobs/               files that were handed to a scheduler
+      RUN/                its run folder (run_folder/paths.py)
 """
 
 from __future__ import annotations
 
 import dataclasses
-import datetime
-import fcntl
 import json
-import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +23,18 @@ import yaml
 from mohd_train.config.compare import config_differences
 from mohd_train.config.load import to_yaml
 from mohd_train.errors import UserError
+from mohd_train.run_folder.paths import METRICS
+from mohd_train.run_folder.record import read_record
 from mohd_train.sweep.data import DataSource
 from mohd_train.sweep.expand import Choice, SweepRun
 from mohd_train.sweep.file import SweepFile
-from mohd_train.utils.files import write_atomic
+from mohd_train.utils.environment import now
+from mohd_train.utils.files import Lock, write_atomic, write_json
+from mohd_train.utils.processes import SharedLock
 
 RECORD = "sweep.json"
 FORMAT = "mohd_train.sweep/1"
+LAUNCH_WAIT = 120.0  # seconds: sbatch may take a while to answer another launch
 
 
 class SweepFolder:
@@ -36,7 +42,8 @@ class SweepFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.record: dict[str, Any] = _read(path / RECORD) if (path / RECORD).exists() else {}
+        self._lock: Lock | None = None
+        self.record: dict[str, Any] = _read(path / RECORD)
 
     @property
     def exists(self) -> bool:
@@ -65,10 +72,25 @@ class SweepFolder:
         """Holds the exit code of a run's last start; not there while it trains, nor after a kill."""
         return self.path / "logs" / f"{name}.exit"
 
+    def run_lock(self, name: str) -> SharedLock:
+        """Held by whatever trains a run; its file says who that is (launch/worker.py)."""
+        return SharedLock(self.path / "locks" / name)
+
     def run_record(self, name: str) -> dict[str, Any] | None:
-        """The run's own ``run.json``; None where it has none. Raises UserError for a broken one."""
-        path = self.path / name / "run.json"
-        return _read(path) if path.exists() else None
+        """The run's own ``run.json``; None where it has none, or one that :meth:`record_problem` tells of."""
+        try:
+            record = read_record(self.path / name)
+        except UserError:
+            return None
+        return record.data if record else None
+
+    def record_problem(self, name: str) -> str | None:
+        """Why a run's ``run.json`` can't be read, in a line. Other runs are none the worse for it."""
+        try:
+            read_record(self.path / name)
+        except UserError as error:
+            return str(error)
+        return None
 
     def config(self, name: str) -> dict[str, Any]:
         """The stored config. Raises UserError where it is not there."""
@@ -83,36 +105,61 @@ class SweepFolder:
         Raises:
             UserError: it is of another sweep or scale; a run that has begun has another config there; it can't be written.
         """
-        self.refuse_other(sweep, choice, source)
-        self._refuse_edited(runs)
-        for folder in ("configs", "logs", "locks", "jobs"):
-            (self.path / folder).mkdir(parents=True, exist_ok=True)
-        for run in runs:
-            write_atomic(self.config_path(run.name), to_yaml(run.config).encode())
-        known = self.runs | {run.name: _entry(run) for run in runs}
-        self.record = {
-            "format": FORMAT,
-            "name": sweep.name,
-            "title": sweep.title,
-            "file": str(sweep.path),
-            "scale": choice.scale,
-            "data": dataclasses.asdict(source),
-            "overrides": list(choice.overrides),
-            "started": self.record.get("started", _now()),
-            "launches": self.record.get("launches", []),
-            "runs": list(known.values()),
-        }
-        self.save()
+        with self.locked():
+            self.refuse_other(sweep, choice, source)
+            self._refuse_edited(runs)
+            for folder in ("configs", "logs", "jobs"):
+                (self.path / folder).mkdir(exist_ok=True)
+            for run in runs:
+                write_atomic(self.config_path(run.name), to_yaml(run.config))
+            known = self.runs | {run.name: _entry(run) for run in runs}
+            self.record = {
+                "format": FORMAT,
+                "name": sweep.name,
+                "title": sweep.title,
+                "file": str(sweep.path),
+                "scale": choice.scale,
+                "data": dataclasses.asdict(source),
+                "overrides": list(choice.overrides),
+                "started": self.record.get("started", now()),
+                "launches": self.record.get("launches", []),
+                "runs": list(known.values()),
+            }
+            self.save()
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """For one launch at a time: rereads ``sweep.json``, and keeps others from reading it to write it until the end. What is
+        already locked stays so.
+
+        Raises:
+            UserError: another launch has held it for two minutes.
+        """
+        if self._lock is not None:
+            yield
+            return
+        lock = self.path / "locks" / ".launch"
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        busy = f"{self.path} is being launched by another command ({{holder}}); try again once it is done"
+        self._lock = Lock(lock, busy, wait=LAUNCH_WAIT)
+        try:
+            self.record = _read(self.path / RECORD)
+            yield
+        finally:
+            self._lock.release()
+            self._lock = None
 
     def save(self) -> None:
-        """Writes ``sweep.json``, whole or not at all."""
-        write_atomic(self.path / RECORD, (json.dumps(self.record, indent=1) + "\n").encode())
+        """Writes ``sweep.json``; only within :meth:`locked`, or another launch's entry would be lost."""
+        assert self._lock is not None, "sweep.json is rewritten without its lock"
+        write_json(self.path / RECORD, self.record)
 
     def add_launch(self, launcher: str, runs: list[str], **details: Any) -> dict[str, Any]:
         """Records that runs were handed to a launcher; ``details`` tell its jobs."""
-        launch = {"launcher": launcher, "time": _now(), "runs": runs, **details}
-        self.record["launches"].append(launch)
-        self.save()
+        launch = {"launcher": launcher, "time": now(), "runs": runs, **details}
+        with self.locked():
+            self.record["launches"].append(launch)
+            self.save()
         return launch
 
     def launch_of(self, name: str) -> dict[str, Any] | None:
@@ -120,9 +167,11 @@ class SweepFolder:
         return next((one for one in reversed(self.record.get("launches", [])) if name in one["runs"]), None)
 
     def begun(self, name: str) -> bool:
-        """Whether a run has trained, so that its config is fixed."""
+        """Whether a run has trained, so that its config is fixed; also if its record can't be read."""
+        if self.record_problem(name):
+            return True
         record = self.run_record(name)
-        metrics = self.path / name / "metrics.jsonl"
+        metrics = self.path / name / METRICS
         failed_at_once = record is not None and record["status"] == "failed" and not record.get("batch")
         return record is not None and not (failed_at_once and not (metrics.exists() and metrics.stat().st_size))
 
@@ -158,41 +207,6 @@ class SweepFolder:
                 )
 
 
-class Lock:
-    """A run's lock: held by the process that trains it, so that a kill, even -9, lets it go."""
-
-    def __init__(self, folder: SweepFolder, name: str) -> None:
-        self.path = folder.path / "locks" / name
-        self.descriptor: int | None = None
-
-    def take(self) -> bool:
-        """Whether it could be had."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(descriptor)
-            return False
-        self.descriptor = descriptor
-        return True
-
-    def release(self) -> None:
-        """Lets it go in this process; a child that inherited it still holds it."""
-        if self.descriptor is not None:
-            os.close(self.descriptor)
-            self.descriptor = None
-
-    def held(self) -> bool:
-        """Whether some process holds it."""
-        if not self.path.exists():
-            return False
-        if not self.take():
-            return True
-        self.release()
-        return False
-
-
 def _entry(run: SweepRun) -> dict[str, Any]:
     command = ["scripts/train.py", *run.files, *run.overrides]
     fields = ("name", "model", "setting", "label", "seed")
@@ -204,15 +218,16 @@ def _words(source: DataSource) -> str:
     return " ".join(f"{flag} {value}" for flag, value in given.items() if value)
 
 
-def _now() -> str:
-    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-
-
 def _read(path: Path) -> dict[str, Any]:
+    """The record of a sweep; empty before its first launch."""
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
     except ValueError as error:
-        raise UserError(f"{path}: broken ({error}); remove it, or restore it from a copy") from None
-    if not isinstance(data, dict) or (path.name == RECORD and data.get("format") != FORMAT):
+        raise UserError(
+            f"{path}: broken ({error}); restore it from a copy, or launch again with another --out"
+        ) from None
+    if not isinstance(data, dict) or data.get("format") != FORMAT:
         raise UserError(f"{path}: not the record of a sweep that this program reads ({FORMAT})")
     return data

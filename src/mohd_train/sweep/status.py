@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,17 +14,25 @@ from rich.markup import escape
 from rich.table import Table
 
 from mohd_train.config.schema import Config
+from mohd_train.errors import UserError
+from mohd_train.run_folder.metrics import last_values
+from mohd_train.run_folder.paths import METRICS
 from mohd_train.sweep.expand import total_batches
-from mohd_train.sweep.folder import Lock, SweepFolder
+from mohd_train.sweep.folder import SweepFolder
+from mohd_train.sweep.launch import kubernetes, slurm
+from mohd_train.utils.text import duration, first_line
 
 LOSS, PERPLEXITY, CLOCK = "loss/train/cross_entropy", "metrics/eval/LanguagePerplexity", "time/total"
-BLOCK = 1 << 16
-# waiting: not started · queued: in a scheduler's queue · starting: no batch yet · stopped: by Ctrl-C · killed: ended without a word
-STATES = ("waiting", "queued", "starting", "running", "stopped", "killed", "failed", "finished")
+TAIL = 1 << 16  # bytes of a log that are looked at
+# waiting: not started · queued: in a scheduler's queue · starting: no batch yet · stopped: by Ctrl-C or a scheduler's notice ·
+# killed: exited without an error message · unreadable: its config or run.json is broken
+STATES = ("waiting", "queued", "starting", "running", "stopped", "killed", "failed", "unreadable", "finished")
+GONE_WRONG = ("failed", "killed", "unreadable")
 COLOURS = {
     "finished": "green",
     "failed": "red",
     "killed": "red",
+    "unreadable": "red",
     "stopped": "yellow",
     "running": "cyan",
     "starting": "cyan",
@@ -44,7 +50,7 @@ class RunStatus:
         perplexity: of the last validation, all domains.
         seconds: trained so far, validation included.
         left: seconds to the end at the pace so far; only for a run under way.
-        error: one line; only for failed and killed runs.
+        error: one line; only for runs that have gone wrong.
     """
 
     name: str
@@ -63,51 +69,11 @@ class RunStatus:
         return self.state in ("queued", "starting", "running")
 
 
-def lines_backwards(path: Path) -> Iterator[dict[str, Any]]:
-    """The whole lines of a metrics file, the last first; read block by block from the end, since the file may be large."""
-    try:
-        file = path.open("rb")
-    except FileNotFoundError:
-        return
-    with file:
-        position = file.seek(0, os.SEEK_END)
-        rest = b""
-        while position > 0:
-            size = min(BLOCK, position)
-            position -= size
-            file.seek(position)
-            first, *lines = (file.read(size) + rest).split(b"\n")
-            rest = first
-            for line in reversed(lines):
-                yield from _parsed(line)
-        yield from _parsed(rest)
-
-
-def _parsed(line: bytes) -> Iterator[dict[str, Any]]:
-    """The line, unless it is empty or half-written: the run may be writing it now."""
-    try:
-        value = json.loads(line) if line.strip() else None
-    except ValueError:
-        return
-    if isinstance(value, dict):
-        yield value
-
-
-def last_values(path: Path, names: tuple[str, ...]) -> dict[str, Any]:
-    """The newest value of each of ``names`` in a metrics file; those never logged are left out."""
-    found: dict[str, Any] = {}
-    for record in lines_backwards(path):
-        found = {name: record[name] for name in names if name in record} | found
-        if len(found) == len(names):
-            break
-    return found
-
-
 def last_error(log: Path) -> str | None:
     """The line of a log that says why: the last one of the form ``error: ...`` or ``SomeError: ...``, else the last line."""
     try:
         with log.open("rb") as file:
-            file.seek(max(0, file.seek(0, os.SEEK_END) - BLOCK))
+            file.seek(max(0, file.seek(0, os.SEEK_END) - TAIL))
             lines = [line.strip() for line in file.read().decode("utf-8", "replace").splitlines() if line.strip()]
     except FileNotFoundError:
         return None
@@ -119,22 +85,27 @@ def last_error(log: Path) -> str | None:
 
 
 def run_status(folder: SweepFolder, name: str, job_state: str | None = None) -> RunStatus:
-    """How one run stands.
+    """How one run stands. A broken file of it is its own row's matter, told in ``error``.
 
     Args:
         job_state: ``queued`` or ``running`` where a scheduler says so.
     """
-    record = folder.run_record(name)
-    values = last_values(folder.path / name / "metrics.jsonl", ("batch", LOSS, CLOCK, PERPLEXITY))
-    batch = values.get("batch", 0)
-    batches = total_batches(_config(folder, name))
-    held = Lock(folder, name).held()
-    state = _state(folder, name, record, job_state, held, bool(batch))
+    record, problem = folder.run_record(name), folder.record_problem(name)
+    values = last_values(folder.path / name / METRICS, ("batch", LOSS, CLOCK, PERPLEXITY))
+    batch, batches = values.get("batch", 0), None
+    try:
+        batches = total_batches(_config(folder, name))
+    except UserError as broken:
+        problem = problem or str(broken)
+    held = folder.run_lock(name).held()
+    state = "unreadable" if problem else _state(folder, name, record, job_state, held, bool(batch))
     seconds = values[CLOCK] * 3600 if CLOCK in values else None
     left = seconds * (batches - batch) / batch if state == "running" and seconds and batch and batches else None
-    error = None
+    error = problem
     if state in ("failed", "killed"):
-        error = (record or {}).get("error") or last_error(folder.log_path(name)) or "it ended without a word (killed?)"
+        error = (
+            (record or {}).get("error") or last_error(folder.log_path(name)) or "it exited without a message (killed?)"
+        )
     return RunStatus(
         name,
         state,
@@ -144,7 +115,7 @@ def run_status(folder: SweepFolder, name: str, job_state: str | None = None) -> 
         values.get(PERPLEXITY),
         seconds,
         left,
-        error and str(error).splitlines()[0],
+        first_line(error) if error else None,
     )
 
 
@@ -172,15 +143,22 @@ def _state(
     return "killed" if said == "running" or folder.log_path(name).exists() else "waiting"
 
 
-def duration(seconds: float | None) -> str:
-    """``1d 02h``, ``3h 05m``, ``4m 10s``; empty for None."""
-    if seconds is None:
-        return ""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours >= 24:
-        return f"{hours // 24}d {hours % 24:02d}h"
-    return f"{hours}h {minutes:02d}m" if hours else f"{minutes}m {rest:02d}s"
+def job_states(folder: SweepFolder) -> tuple[dict[str, str], list[str]]:
+    """Run -> ``queued`` | ``running`` as the schedulers say, for each run's newest launch; and what could not be asked."""
+    states: dict[str, str] = {}
+    notes: list[str] = []
+    launches = {id(launch): launch for name in folder.runs if (launch := folder.launch_of(name))}
+    for launch in launches.values():
+        ask = {"slurm": slurm.states, "k8s": kubernetes.states}.get(launch["launcher"])
+        if ask is None:
+            continue
+        try:
+            found = ask(launch)
+        except UserError as error:
+            notes.append(str(error))
+            continue
+        states |= {name: state for name, state in found.items() if folder.launch_of(name) is launch}
+    return states, notes
 
 
 def render(title: str, runs: list[RunStatus]) -> Table:
@@ -199,8 +177,8 @@ def render(title: str, runs: list[RunStatus]) -> Table:
             done + (f" {run.batch / run.batches:4.0%}" if run.batches else ""),
             f"{run.loss:.4f}" if run.loss is not None else "–",
             f"{run.perplexity:.4g}" if run.perplexity is not None else "–",
-            duration(run.seconds),
-            duration(run.left),
+            duration(run.seconds) if run.seconds is not None else "",
+            duration(run.left) if run.left is not None else "",
             escape(run.error or ""),
         )
     return table

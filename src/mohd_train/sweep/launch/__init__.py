@@ -1,0 +1,1 @@
+"""How the runs of a sweep are started: on this machine (local), or by a scheduler (slurm, kubernetes)."""

@@ -1,0 +1,60 @@
+"""Runs as one SLURM array job, a task for each: rendered to a file, then submitted."""
+
+from __future__ import annotations
+
+import shlex
+from typing import Any
+
+from mohd_train.errors import UserError
+from mohd_train.sweep.folder import SweepFolder
+from mohd_train.sweep.launch.jobs import TEMPLATES, ClusterOptions, call, common_values, fill, run_command
+
+TEMPLATE = TEMPLATES / "sweep.sbatch"
+QUEUED = ("PENDING", "CONFIGURING", "REQUEUED", "SUSPENDED")
+RUNNING = ("RUNNING", "COMPLETING", "STAGE_OUT")
+
+
+def submit(folder: SweepFolder, names: list[str], options: ClusterOptions) -> dict[str, Any]:
+    """One array job, a task for each run. Returns the launch's record.
+
+    Raises:
+        UserError: no sbatch, or it refuses.
+    """
+    number = len(folder.record["launches"]) + 1
+    listing = folder.path / "jobs" / f"launch-{number}.runs"
+    listing.write_text("".join(f"{name}\n" for name in names), encoding="utf-8")
+    at_once = f"%{options.parallel}" if options.parallel else ""
+    values = common_values(folder, options) | {
+        "name": f"mohd-{folder.record['name']}",
+        "array": f"0-{len(names) - 1}{at_once}",
+        "runs": listing.resolve(),
+        "command": shlex.join(run_command(folder, options.processes)),
+    }
+    script = folder.path / "jobs" / f"launch-{number}.sbatch"
+    script.write_text(fill(options.template or TEMPLATE, values), encoding="utf-8")
+    output = call(["sbatch", "--parsable", *options.arguments, str(script)])
+    job = output.splitlines()[-1].partition(";")[0]
+    try:
+        return folder.add_launch("slurm", names, job=job, script=str(script), processes=options.processes)
+    except OSError as error:  # the disk is full: nothing would know of the job
+        raise UserError(
+            f"SLURM took the runs as job {job}, but {folder.path} can't be written to ({error.strerror}), so that a later "
+            f"launch would start them twice: scancel {job}, make room, and launch again"
+        ) from None
+
+
+def states(launch: dict[str, Any]) -> dict[str, str]:
+    """Run -> ``queued`` | ``running``, of those that SLURM still has. Raises UserError if it can't be asked."""
+    try:
+        output = call(["squeue", "--noheader", "--array", f"--jobs={launch['job']}", "--format=%K %T"])
+    except UserError as error:
+        if "Invalid job id" in str(error):  # how squeue says that the job ended long ago
+            return {}
+        raise
+    found = {}
+    for line in output.splitlines():
+        task, _, word = line.strip().partition(" ")
+        state = "queued" if word in QUEUED else "running" if word in RUNNING else None
+        if state and task.isdigit() and int(task) < len(launch["runs"]):
+            found[launch["runs"][int(task)]] = state
+    return found
