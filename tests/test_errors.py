@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import subprocess
 import sys
 import threading
@@ -52,6 +53,16 @@ def test_a_program_within_a_program_goes_on() -> None:
         run_cli(bad)
     stop.set()
     thread.join()
+
+
+def test_a_full_disk_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    def full() -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "out/sweep.json")
+
+    with pytest.raises(SystemExit) as caught:
+        run_cli(full)
+    assert caught.value.code == 1
+    assert capsys.readouterr().err == "error: no space left (out/sweep.json); make room, and run the command again\n"
 
 
 def test_bugs_keep_their_traceback() -> None:

@@ -22,12 +22,12 @@ MAY_IMPORT = {
     "data": {"config", "checkpoint"},
     "run_folder": {"config"},
     "train": {"config", "model", "checkpoint", "data", "kernels", "run_folder"},
-    "evaluate": {"config", "model", "checkpoint", "hf", "data", "sweep", "analysis"},
+    "evaluate": {"config", "model", "checkpoint", "hf", "data", "run_folder", "sweep", "analysis"},
     "analysis": {"config", "model", "checkpoint", "hf", "data"},
-    "sweep": {"config", "data", "model"},
+    "sweep": {"config", "data", "model", "run_folder"},
     "benchmark": {"config", "kernels", "model"},
     "estimate": {"config", "kernels", "model", "data", "train"},
-    "demo": {"config", "checkpoint", "data", "train", "evaluate", "run_folder"},
+    "demo": {"data", "run_folder"},
     "study": {"config", "data", "run_folder", "analysis", "sweep"},
 }
 

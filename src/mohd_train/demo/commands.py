@@ -14,8 +14,7 @@ CHECKOUT = Path(__file__).resolve().parents[3]
 
 def run(**given: str | int | None) -> None:
     """The whole demo. Paths are taken relative to where the user is, and shown relative to the checkout."""
-    from mohd_train.demo.plan import Options
-    from mohd_train.demo.run import run_demo
+    from mohd_train.demo.sequence import Options, run_demo
 
     for name in ("out", "raw", "tokenizer", "eval_data"):
         path = given.get(name)
@@ -33,10 +32,13 @@ def run(**given: str | int | None) -> None:
 
 
 def corpus(folder: Path) -> None:
-    """Writes the corpus and says what it holds."""
-    from mohd_train.demo.corpus import build_corpus
+    """Writes the corpus, unless it is there and whole, and says what it holds."""
+    from mohd_train.demo.corpus import build_corpus, read_corpus
 
-    for domain, entry in build_corpus(folder).items():
+    index = read_corpus(folder)
+    if index is not None:
+        print(f"{folder}: there already")
+    for domain, entry in (index or build_corpus(folder)).items():
         print(f"{domain:<8} {entry['documents']:>5} documents {entry['bytes'] / 1e6:6.2f} MB  {folder / domain}")
 
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from mohd_train.errors import UserError
+from mohd_train.utils.files import write_atomic, write_json
 
 INDEX = "corpus.json"
 SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idle_test", "idlelib", "lib2to3", "__pycache__"}
@@ -108,17 +109,6 @@ def _rows(documents: Documents, domain: str, limit: int) -> list[str]:
     return rows
 
 
-def _write(path: Path, text: str) -> None:
-    """Writes ``text`` whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.part")
-    with part.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, path)
-
-
 def build_corpus(folder: Path, *, domain_bytes: int = DOMAIN_BYTES) -> dict[str, dict[str, Any]]:
     """Writes ``folder/<domain>/<domain>.jsonl`` for every domain, and an index of them last.
 
@@ -141,10 +131,10 @@ def build_corpus(folder: Path, *, domain_bytes: int = DOMAIN_BYTES) -> dict[str,
                 "use a full installation, or give your own text with RAW=..."
             )
         text = "\n".join(rows) + "\n"
-        _write(folder / domain / f"{domain}.jsonl", text)
+        write_atomic(folder / domain / f"{domain}.jsonl", text)
         data = text.encode()
         index[domain] = {"documents": len(rows), "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-    _write(folder / INDEX, json.dumps(index, indent=2) + "\n")
+    write_json(folder / INDEX, index)
     return index
 
 

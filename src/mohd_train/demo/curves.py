@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import matplotlib
 
@@ -17,6 +14,9 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import ScalarFormatter
 
 from mohd_train.errors import UserError
+from mohd_train.run_folder.metrics import read_metrics
+from mohd_train.run_folder.paths import METRICS
+from mohd_train.utils.files import atomic_path
 
 # Okabe and Ito's colours; dashes and marks tell the runs apart where colour does not.
 STYLES = (
@@ -43,13 +43,10 @@ class Curve:
 
 def read_curve(run: Path) -> Curve:
     """The curve in ``run/metrics.jsonl``. Raises :class:`UserError` where there is none."""
-    path = run / "metrics.jsonl"
-    try:
-        rows: list[dict[str, Any]] = [json.loads(line) for line in path.read_text("utf-8").splitlines() if line]
-    except FileNotFoundError:
-        raise UserError(f"{run} holds no metrics.jsonl: not the folder of a run") from None
-    except ValueError as error:
-        raise UserError(f"{path}: broken ({error}); train the run again") from None
+    path = run / METRICS
+    if not path.is_file():
+        raise UserError(f"{run} holds no {METRICS}: not the folder of a run")
+    rows = read_metrics(path)
     train = [(row["tokens"], row[TRAIN]) for row in rows if TRAIN in row]
     validation = [(row["tokens"], row[VALIDATION]) for row in rows if VALIDATION in row]
     if not train:
@@ -100,8 +97,6 @@ def draw(curves: list[Curve], output: Path) -> None:
     left.legend(frameon=False)
     if any(curve.perplexity for curve in curves):
         right.legend(frameon=False, title="at the end")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    part = output.with_name(f".{output.stem}.part{output.suffix}")
-    figure.savefig(part, dpi=110)
+    with atomic_path(output) as temporary:
+        figure.savefig(temporary, dpi=110)
     plt.close(figure)
-    os.replace(part, output)

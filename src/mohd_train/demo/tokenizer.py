@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import io
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import sentencepiece
 
 from mohd_train.errors import UserError
+from mohd_train.utils.files import write_atomic
 
 VOCAB_SIZE = 4096
 SAMPLE_CHARS = 3_000_000  # enough for a vocabulary of this size, learned in seconds
@@ -63,13 +63,7 @@ def train_tokenizer(
         raise UserError(
             f"no tokenizer of {vocab_size} pieces can be learned from this text ({reason}); give more text"
         ) from None
-    model.parent.mkdir(parents=True, exist_ok=True)
-    part = model.with_name(f".{model.name}.part")
-    with part.open("wb") as file:
-        file.write(learned.getvalue())
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, model)
+    write_atomic(model, learned.getvalue())
     return load_tokenizer(model)
 
 

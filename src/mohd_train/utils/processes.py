@@ -104,7 +104,7 @@ class Command:
         echo: bool = False,
         shown: str | None = None,
     ) -> None:
-        self.log, self.began, self.last_output = log, time.monotonic(), time.monotonic()
+        self.log, self.began, self._last_output = log, time.monotonic(), time.monotonic()
         self._quiet, self._reader = threading.Event(), None
         try:
             log.parent.mkdir(parents=True, exist_ok=True)
@@ -142,6 +142,11 @@ class Command:
             self._finish_output()
         return code
 
+    @property
+    def silent_for(self) -> float:
+        """Seconds since it last said something, where it is echoed."""
+        return time.monotonic() - self._last_output
+
     def silence(self) -> None:
         """Its output goes to the log alone from here on."""
         self._quiet.set()
@@ -159,7 +164,7 @@ class Command:
                     chunk = os.read(reading, 1 << 16)
                 except OSError:  # how a pseudo-terminal says that its other end was closed
                     chunk = b""
-                self.last_output = time.monotonic()
+                self._last_output = time.monotonic()
                 if not self._quiet.is_set():
                     with contextlib.suppress(OSError, ValueError):  # our terminal went away; the command must not stall
                         sys.stdout.buffer.write(chunk)
