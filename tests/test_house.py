@@ -103,3 +103,20 @@ def test_every_public_function_and_class_has_a_docstring() -> None:
             ):
                 missing.append(f"{file.relative_to(ROOT)}:{node.lineno} {node.name}")
     assert not missing, "\n".join(missing)
+
+
+def test_transformers_never_asks_whether_to_run_a_folders_code() -> None:
+    """Without ``trust_remote_code`` it asks on standard input, where `yes |` answers."""
+    found, forgotten = 0, []
+    for file in SOURCE.rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            function = node.func if isinstance(node, ast.Call) else None
+            if isinstance(function, ast.Attribute) and ast.unparse(function).startswith("Auto"):
+                if function.attr not in ("from_pretrained", "from_config"):
+                    continue
+                found += 1
+                assert isinstance(node, ast.Call)
+                if "trust_remote_code" not in [keyword.arg for keyword in node.keywords]:
+                    forgotten.append(f"{file.relative_to(ROOT)}:{node.lineno}")
+    assert found >= 3
+    assert not forgotten, "\n".join(forgotten)

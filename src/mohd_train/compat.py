@@ -55,10 +55,13 @@ def composer_saves_whole_files(
 
 
 @contextmanager
-def streaming_finds_one_name_a_node() -> Iterator[None]:
+def streaming_finds_one_name_a_node(beyond: int = 0) -> Iterator[None]:
     """Every process of a node takes the name in shared memory that its first one found. In streaming each looks for
     itself, at its own moment (``streaming/base/shared/prefix.py``): if another run starts or ends in between, they find
     different ones and the start fails.
+
+    Args:
+        beyond: of the node's first process: how many names after the first free one to take. Streaming's names are numbers.
     """
     from composer.utils import dist
     from streaming.base.shared import prefix
@@ -68,7 +71,7 @@ def streaming_finds_one_name_a_node() -> Iterator[None]:
             found: int | str | None = None
             if dist.get_local_rank() == 0:
                 try:
-                    found = original(*args, **keywords)
+                    found = original(*args, **keywords) + beyond
                 except ValueError as error:
                     found = str(error)
             found = dist.all_gather_object(found)[dist.get_global_rank() - dist.get_local_rank()]

@@ -56,6 +56,7 @@ class ObserveOptions:
     task_data: Path | None
     limit: int | None
     overwrite: bool
+    trust_remote_code: bool = False
 
 
 def parse(description: str | None, arguments: list[str] | None = None) -> ObserveOptions:
@@ -96,6 +97,7 @@ def parse(description: str | None, arguments: list[str] | None = None) -> Observ
     add(
         "--overwrite", action="store_true", help="replace a stored observation of another model, or with other settings"
     )
+    add("--trust-remote-code", action="store_true", help="run the Python code that a Hugging Face folder may hold")
     add("--tokenizer", type=Path, help="folder; default: the model's own")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:N; default: %(default)s")
     add("--dtype", default="auto", choices=DTYPES, help="auto: as stored")
@@ -144,6 +146,7 @@ def parse(description: str | None, arguments: list[str] | None = None) -> Observ
         task_data=found.task_data,
         limit=found.limit,
         overwrite=found.overwrite,
+        trust_remote_code=found.trust_remote_code,
     )
 
 

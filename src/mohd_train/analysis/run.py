@@ -47,7 +47,13 @@ def run_observation(
         UserError: bad input, before anything is computed wherever that can be known.
     """
     console = console or Console()
-    subject = load_subject(options.model, tokenizer=options.tokenizer, device=device, dtype=options.dtype)
+    subject = load_subject(
+        options.model,
+        tokenizer=options.tokenizer,
+        device=device,
+        dtype=options.dtype,
+        trust_remote_code=options.trust_remote_code,
+    )
     transformer = subject.transformer
     mohd = transformer is not None and bool(transformer.plan.components)
     if options.knockout is not None and not mohd:

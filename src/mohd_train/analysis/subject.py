@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 import mohd_train
 from mohd_train import checkpoint
@@ -21,6 +21,7 @@ from mohd_train.errors import UserError
 from mohd_train.hf.convert import load_model
 from mohd_train.hf.modeling import MoHDForCausalLM
 from mohd_train.model.llama import Transformer
+from mohd_train.utils.encoding import custom_code_refused, open_tokenizer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
@@ -86,6 +87,7 @@ def load_subject(
     tokenizer: Path | None = None,
     device: torch.device | None = None,
     dtype: str = "auto",
+    trust_remote_code: bool = False,
 ) -> Subject:
     """Reads a model.
 
@@ -93,11 +95,16 @@ def load_subject(
         source: a checkpoint of any kind, here or on object storage, or a name on the hub.
         tokenizer: a folder; default: the run's beside a checkpoint, else the model's own.
         dtype: of the weights: ``auto`` (as stored), or one of :data:`DTYPES`. Statistics are in float32 or wider anyway.
+        trust_remote_code: run the Python code that a Hugging Face folder may hold.
     Raises:
         UserError: the model can't be had, or the tokenizer that was asked for.
     """
     opened = checkpoint.open(source) if checkpoint.exists(source) or source.endswith(".pt") else None
-    model = load_model(opened) if opened is not None else _from_hub(source)
+    model = (
+        load_model(opened, trust_remote_code=trust_remote_code)
+        if opened is not None
+        else _from_hub(source, trust_remote_code)
+    )
     if dtype != "auto":
         model = model.to(DTYPES[dtype])  # type: ignore[arg-type]
     model = model.to(device or torch.device("cpu")).eval()  # type: ignore[arg-type]
@@ -115,7 +122,7 @@ def load_subject(
         info["run"] = opened.metadata.get("run_name")
     sha256 = opened.tokenizer_sha256 if opened is not None else None
     place = tokenizer or (opened.tokenizer_folder if opened is not None else source)
-    found = _tokenizer(tokenizer, place)
+    found = _tokenizer(tokenizer, place, trust_remote_code)
     if found is not None:
         check_tokenizer(
             sha256,
@@ -155,18 +162,21 @@ def versions() -> dict[str, str]:
     return {"mohd_train": mohd_train.__version__, "python": platform.python_version(), **found}
 
 
-def _from_hub(name: str) -> PreTrainedModel:
+def _from_hub(name: str, trust_remote_code: bool) -> PreTrainedModel:
     if name.count("/") > 1 or name.startswith((".", "/", "~")):
         raise UserError(f"no model at {name}; give a checkpoint file, a Hugging Face folder, or a name on the hub")
     try:
-        return AutoModelForCausalLM.from_pretrained(name, torch_dtype="auto")
+        with custom_code_refused(name):
+            return AutoModelForCausalLM.from_pretrained(name, torch_dtype="auto", trust_remote_code=trust_remote_code)
+    except UserError:
+        raise
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise UserError(
             f"{name} is neither a file nor a folder here, and can't be had from the hub: {str(error).splitlines()[0]}"
         ) from None
 
 
-def _tokenizer(asked: Path | None, default: Path | str) -> PreTrainedTokenizerBase | None:
+def _tokenizer(asked: Path | None, default: Path | str, trust_remote_code: bool) -> PreTrainedTokenizerBase | None:
     place = asked or default
     if Path(place).is_dir() and not any((Path(place) / name).is_file() for name in _TOKENIZER_FILES):
         if asked is None:
@@ -175,7 +185,9 @@ def _tokenizer(asked: Path | None, default: Path | str) -> PreTrainedTokenizerBa
             f"{asked} holds no tokenizer ({', '.join(_TOKENIZER_FILES)}); give another folder with --tokenizer"
         )
     try:
-        return AutoTokenizer.from_pretrained(place)
+        return open_tokenizer(place, trust_remote_code=trust_remote_code)
+    except UserError:
+        raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         if asked is None and not Path(place).is_dir():
             return None

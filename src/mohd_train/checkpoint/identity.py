@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import xxhash
 
 from mohd_train.errors import UserError
+from mohd_train.utils.encoding import open_tokenizer
 from mohd_train.utils.files import write_json
 
 if TYPE_CHECKING:
@@ -140,15 +141,15 @@ def tokenizer_sha256(tokenizer: PreTrainedTokenizerBase, *, version: int = 2) ->
     return f"{VERSION_2}{digest}" if version > 1 else digest
 
 
-def read_tokenizer(folder: Path, remedy: str) -> PreTrainedTokenizerBase:
+def read_tokenizer(folder: Path, remedy: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """The tokenizer of a folder. Raises UserError, which ends with ``remedy``, where there is none or it can't be
     read."""
     if not folder.is_dir():
         raise UserError(f"no tokenizer at {folder}; {remedy}")
-    from transformers import AutoTokenizer
-
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        return open_tokenizer(folder, trust_remote_code=trust_remote_code, local_files_only=True)
+    except UserError:
+        raise
     except Exception as error:  # tokenizers and transformers each have exceptions of their own
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{folder} holds no readable tokenizer ({type(error).__name__}: {reason}); {remedy}") from error

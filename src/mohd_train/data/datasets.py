@@ -9,7 +9,11 @@ import hashlib
 import json
 import logging
 import os
+import re
+import shutil
 import signal
+import socket
+import sys
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import Future
@@ -35,9 +39,14 @@ from torch.utils.data import Dataset
 from mohd_train.compat import streaming_finds_one_name_a_node
 from mohd_train.data.order import Int64s, interleave, walk
 from mohd_train.errors import UserError
-from mohd_train.utils.text import first_line
+from mohd_train.utils.files import Lock
+from mohd_train.utils.text import first_line, short
 
 log = logging.getLogger(__name__)
+SHM = Path("/dev/shm")
+SHM_ADVICE = "enlarge it (docker run --shm-size=8g; mount -o remount,size=8g /dev/shm), or lower data.num_workers"
+START_NOTICE = 5.0  # seconds that a start waits for another one before it says so
+START_PATIENCE = 30.0  # seconds that a start waits for another one
 GRACE = 60  # seconds that a data worker keeps working after SIGTERM
 _held: int | None = None  # descriptor of the lock that says this run is alive
 
@@ -322,8 +331,7 @@ def outlive_signals(worker: int) -> None:
 def lock_path() -> Path:
     """In the folder of shared memory, if there is one: processes that share the memory then share the lock, in containers
     too."""
-    shared = Path("/dev/shm")
-    return (shared if shared.is_dir() else Path(tempfile.gettempdir())) / f"mohd_train.{os.getuid()}.lock"
+    return (SHM if SHM.is_dir() else Path(tempfile.gettempdir())) / f"mohd_train.{os.getuid()}.lock"
 
 
 @contextlib.contextmanager
@@ -334,16 +342,60 @@ def one_at_a_time() -> Iterator[None]:
     A run on several nodes doesn't take turns: its nodes wait for each other inside, so two such runs, each first on another
     node, or a run whose "nodes" share a machine, would wait forever."""
     one_node = dist.get_world_size() <= dist.get_local_world_size()
-    with contextlib.ExitStack() as stack:
-        if one_node and dist.get_local_rank() == 0:  # the others wait for rank 0 inside
-            lock = stack.enter_context(open(lock_path().with_suffix(".start"), "ab", opener=_mine))
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        stack.enter_context(streaming_finds_one_name_a_node())
-        yield
+    lock, beyond = None, 0
+    if one_node and dist.get_local_rank() == 0:  # the others wait for rank 0 inside
+        lock = _start_lock()
+        if lock is None:  # no other process takes this name, even if the one with the lock goes on
+            beyond = 1000 + os.getpid() % 900_000
+    try:
+        with streaming_finds_one_name_a_node(beyond):
+            yield
+    finally:
+        if lock is not None:
+            lock.release()
 
 
-def _mine(path: str, flags: int) -> int:
-    return os.open(path, flags, 0o600)
+def _start_lock() -> Lock | None:
+    """The lock of :func:`one_at_a_time`. None if another process has kept it for :data:`START_PATIENCE` seconds, or is stopped:
+    one that hangs must not hold up every start of its user."""
+    path = lock_path().with_suffix(".start")
+    try:
+        return Lock(path, "{holder}", wait=min(START_NOTICE, START_PATIENCE))
+    except UserError as busy:
+        holder = str(busy)
+    if not _is_stopped(holder):
+        print(f"warning: waiting for {holder}, which is starting on this machine ({path})", file=sys.stderr, flush=True)
+        try:
+            return Lock(path, "{holder}", wait=max(0.0, START_PATIENCE - START_NOTICE))
+        except UserError as busy:
+            holder = str(busy)
+    state = "is stopped (kill -CONT resumes it)" if _is_stopped(holder) else "is still starting"
+    print(f"warning: {holder} {state}; starting beside it ({path})", file=sys.stderr, flush=True)
+    return None
+
+
+def _is_stopped(holder: str) -> bool:
+    """Whether ``process 12 on HOST`` is a process of this machine that was stopped by a signal or a debugger."""
+    found = re.fullmatch(r"process (\d+) on (.*)", holder)
+    if found is None or found[2] != socket.gethostname():
+        return False
+    try:
+        state = Path(f"/proc/{found[1]}/stat").read_text().rpartition(")")[2].split()[0]
+    except (OSError, IndexError):
+        return False
+    return state in "Tt"
+
+
+def check_shared_memory(needed: int) -> None:
+    """Raises UserError if /dev/shm has less than `needed` bytes free. Without the check, the first write beyond its size kills
+    the process with SIGBUS."""
+    if SHM.is_dir() and (free := shutil.disk_usage(SHM).free) < needed:
+        raise UserError(f"{SHM} has {short(free)}B free, this run's data needs about {short(needed)}B; {SHM_ADVICE}")
+
+
+def shared_memory_is_full() -> bool:
+    """Whether less than 1 MiB of /dev/shm is free."""
+    return SHM.is_dir() and shutil.disk_usage(SHM).free < 1 << 20
 
 
 def claim_shared_memory() -> None:

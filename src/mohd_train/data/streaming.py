@@ -26,6 +26,7 @@ from mohd_train.data.datasets import (
     ShardStream,
     TokenStreams,
     ValidationSet,
+    check_shared_memory,
     claim_shared_memory,
     log_failures,
     outlive_signals,
@@ -41,6 +42,7 @@ __all__ = ["MixPlan", "build_eval_loaders", "build_train_loader", "check_data", 
 
 VOCAB_PADDING = 127  # a model's vocabulary may be the tokenizer's rounded up to a multiple of at most 128
 DEFAULT_BLOCK = 1 << 18  # samples shuffled together
+SMALL_ARRAYS = 1 << 18  # bytes of shared memory
 
 
 def check_data(data: DataConfig, *, vocab_size: int, seq_len: int, tokenizer_sha256: str | None = None) -> Manifest:
@@ -104,7 +106,7 @@ def build_train_loader(
         device_batch_size: samples per step in this process.
         seed: of the order, unless `data.shuffle_seed` is set.
     Raises:
-        UserError: the batch sizes don't fit the number of processes, or a domain has no samples.
+        UserError: the batch sizes don't fit the number of processes, a domain has no samples, or /dev/shm is too small.
     """
     if device_batch_size * dist.get_world_size() != global_batch_size:
         raise UserError(
@@ -113,10 +115,14 @@ def build_train_loader(
         )
     claim_shared_memory()
     domains, shares = mixture(data, manifest)
+    epoch_size = epoch_samples(data, manifest, global_batch_size)
+    # Streaming's sample ids, 8 bytes each; int64 ids and labels of the batches that workers prefetch; the rest is small.
+    batches = 2 * data.num_workers * dist.get_local_world_size() * device_batch_size * manifest.seq_len * 16
+    check_shared_memory(8 * epoch_size + batches + SMALL_ARRAYS)
     dataset = TokenStreams(
         {domain: _stream(data, domain, "train") for domain in domains},
         shares,
-        epoch_size=epoch_samples(data, manifest, global_batch_size),
+        epoch_size=epoch_size,
         batch_size=device_batch_size,
         shuffle=data.shuffle,
         seed=seed if data.shuffle_seed is None else data.shuffle_seed,

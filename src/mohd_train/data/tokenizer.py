@@ -13,11 +13,11 @@ from pathlib import Path
 import numpy as np
 import sentencepiece
 from numpy.typing import NDArray
-from transformers import AutoTokenizer, LlamaTokenizerFast, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import LlamaTokenizerFast, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from mohd_train.checkpoint.identity import tokenizer_sha256
 from mohd_train.errors import UserError
-from mohd_train.utils.encoding import encode_text, encode_texts
+from mohd_train.utils.encoding import encode_text, encode_texts, open_tokenizer
 from mohd_train.utils.text import first_line
 
 # (BOS, EOS) spellings, tried in this order for a bare tokenizer.json, which doesn't say which tokens they are.
@@ -71,7 +71,7 @@ class Tokenizer:
         Raises UserError if the copy loads as a different tokenizer (one with a custom class, for example).
         """
         self.hf.save_pretrained(folder)
-        copy = tokenizer_sha256(AutoTokenizer.from_pretrained(folder))
+        copy = tokenizer_sha256(open_tokenizer(folder))
         if copy != self.sha256:
             raise UserError(f"tokenizer {self.name}: its saved copy does not load as the same tokenizer ({folder})")
         return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(folder.iterdir())}
@@ -92,7 +92,7 @@ def load_tokenizer(source: str) -> Tokenizer:
         elif path.is_file():
             hf = _from_json(path)
         else:
-            hf = AutoTokenizer.from_pretrained(source)
+            hf = open_tokenizer(source)
     except UserError:
         raise
     except Exception as error:  # sentencepiece, tokenizers and the hub each have exceptions of their own
@@ -133,7 +133,7 @@ def _from_pieces(path: Path, pieces: sentencepiece.SentencePieceProcessor) -> Pr
 def _from_json(path: Path) -> PreTrainedTokenizerBase:
     """A `tokenizer.json`, with the configuration beside it if there is one, else with well-known names of BOS and EOS."""
     if path.name == "tokenizer.json" and (path.parent / "tokenizer_config.json").is_file():
-        return AutoTokenizer.from_pretrained(path.parent)
+        return open_tokenizer(path.parent)
     hf = PreTrainedTokenizerFast(tokenizer_file=str(path))
     vocab = hf.get_vocab()
     for bos, eos in _BOUNDARIES:

@@ -53,6 +53,7 @@ def load(
     name: str | None = None,
     device: str = "auto",
     dtype: str = "auto",
+    trust_remote_code: bool = False,
 ) -> LoadedModel:
     """Reads model and tokenizer.
 
@@ -60,16 +61,17 @@ def load(
         tokenizer: a folder; default: the Hugging Face folder itself, or `RUN/tokenizer` of a native checkpoint.
         name: shown in tables; default: the plan's name (`355m-x2`), or the folder's.
         dtype: of the weights: auto (as stored), float32, bfloat16 or float16.
+        trust_remote_code: run the Python code that a Hugging Face folder may hold.
 
     Raises:
         UserError: the weights or the tokenizer cannot be read, or the tokenizer is not the one the model was trained with.
     """
     where = pick_device(device)
     folder = tokenizer or found.tokenizer_folder
-    loaded_tokenizer = read_tokenizer(folder, "give the folder with --tokenizer")
+    loaded_tokenizer = read_tokenizer(folder, "give the folder with --tokenizer", trust_remote_code=trust_remote_code)
     if found.plan is not None:  # what can be refused before gigabytes are read
         _check_tokenizer(found, loaded_tokenizer, folder, found.plan.vocab_size)
-    model = load_model(found)
+    model = load_model(found, trust_remote_code=trust_remote_code)
     plan = model.config.to_plan() if hasattr(model.config, "to_plan") else None  # a MoHDConfig carries its plan
     if dtype != "auto":
         model = model.to(_DTYPES[dtype])  # type: ignore[arg-type]

@@ -28,6 +28,7 @@ class EvalOptions:
     name: str | None = None  # default: the model plan's
     tokenizer: Path | None = None
     overwrite: bool = False
+    trust_remote_code: bool = False  # of a Hugging Face folder
 
 
 @dataclass
@@ -45,6 +46,7 @@ class PerplexityOptions:
     name: str | None = None
     tokenizer: Path | None = None
     overwrite: bool = False
+    trust_remote_code: bool = False  # of a Hugging Face folder
 
 
 @dataclass
@@ -111,6 +113,9 @@ def _parse_one(description: str | None, arguments: Sequence[str]) -> EvalOptions
     parser.add_argument("--tokenizer", type=Path, help="default: beside the checkpoint")
     parser.add_argument(
         "--overwrite", action="store_true", help="replace stored results of another checkpoint or setting"
+    )
+    parser.add_argument(
+        "--trust-remote-code", action="store_true", help="run the Python code that a Hugging Face folder may hold"
     )
     parser.add_argument("--perplexity", action="store_true", help="validation perplexity per domain, on --data")
     parser.add_argument("--data", type=Path, help="a folder that data_prep/prepare.py made, for --perplexity")

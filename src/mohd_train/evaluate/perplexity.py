@@ -122,7 +122,12 @@ def run_perplexity(options: PerplexityOptions, console: Console | None = None) -
     found = checkpoint.open(options.checkpoint)
     manifest = load_manifest(options.data)
     loaded = checkpoints.load(
-        found, tokenizer=options.tokenizer, name=options.name, device=options.device, dtype=options.dtype
+        found,
+        tokenizer=options.tokenizer,
+        name=options.name,
+        device=options.device,
+        dtype=options.dtype,
+        trust_remote_code=options.trust_remote_code,
     )
     data = _data_config(options, manifest, loaded)
     output = Output(options.output)

@@ -44,7 +44,12 @@ def run_eval(options: EvalOptions, suite: Suite | None = None, console: Console 
     with tempfile.TemporaryDirectory(prefix="mohd_eval_") as cache:
         built, failed = _build(specs, options, Path(cache), console)
         loaded = checkpoints.load(
-            found, tokenizer=options.tokenizer, name=options.name, device=options.device, dtype=options.dtype
+            found,
+            tokenizer=options.tokenizer,
+            name=options.name,
+            device=options.device,
+            dtype=options.dtype,
+            trust_remote_code=options.trust_remote_code,
         )
         lm = HarnessLM(loaded, options.batch_size, {"auto": None, "yes": True, "no": False}[options.bos])
         info = {**loaded.info, "max_length": lm.max_length, "bos": lm.bos, "dropped": lm.dropped}

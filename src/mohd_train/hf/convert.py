@@ -22,7 +22,7 @@ from mohd_train.errors import UserError
 from mohd_train.hf.configuration import MoHDConfig
 from mohd_train.hf.modeling import MoHDForCausalLM
 from mohd_train.model.llama import Transformer
-from mohd_train.utils.encoding import append_nothing
+from mohd_train.utils.encoding import append_nothing, custom_code_refused
 
 # Our name -> Hugging Face's LLaMA name; `{}` is the layer.
 LLAMA_NAMES = {
@@ -141,8 +141,11 @@ def load_native(found: Checkpoint | str | Path, kernels: str = "auto") -> MoHDFo
     return model.eval()
 
 
-def load_model(found: Checkpoint | str | Path) -> PreTrainedModel:
+def load_model(found: Checkpoint | str | Path, *, trust_remote_code: bool = False) -> PreTrainedModel:
     """A causal LM, in evaluation mode, from a checkpoint of any kind; a Hugging Face folder may be of any architecture.
+
+    Args:
+        trust_remote_code: run the Python code that a Hugging Face folder may hold.
 
     Raises:
         UserError: as :func:`mohd_train.checkpoint.open`, or one that lacks weights.
@@ -151,7 +154,12 @@ def load_model(found: Checkpoint | str | Path) -> PreTrainedModel:
     if found.is_native:
         return load_native(found)
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(found.path, torch_dtype="auto", output_loading_info=True)
+        with custom_code_refused(found.path):
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                found.path, torch_dtype="auto", output_loading_info=True, trust_remote_code=trust_remote_code
+            )
+    except UserError:
+        raise
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise UserError(f"{found.path} can't be loaded as a causal LM: {str(error).splitlines()[0]}") from None
     model, info = loaded

@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-from transformers import AutoTokenizer
 
 from mohd_train.config.schema import DataConfig
 from mohd_train.data.manifest import TOKENIZER_FOLDER, load_manifest
 from mohd_train.data.streaming import build_eval_loaders
+from mohd_train.utils.encoding import open_tokenizer
 
 BATCH = 64  # samples
 
@@ -23,7 +23,7 @@ def bytes_per_token(folder: Path) -> dict[str, float]:
         UserError: no prepared data in ``folder``.
     """
     manifest = load_manifest(folder)
-    tokenizer = AutoTokenizer.from_pretrained(folder / TOKENIZER_FOLDER)
+    tokenizer = open_tokenizer(folder / TOKENIZER_FOLDER)
     names = [name for name in sorted(manifest.domains) if manifest.samples(name, "val")]
     data = DataConfig(local=str(folder), domains=dict.fromkeys(names, 1.0), num_workers=0)
     found = {}

@@ -13,9 +13,11 @@ import traceback
 from composer.core import State
 from composer.utils import dist
 
+from mohd_train.data.datasets import SHM, SHM_ADVICE, shared_memory_is_full
 from mohd_train.errors import UserError, causes
 from mohd_train.run_folder.record import RunRecord
 from mohd_train.utils.environment import now
+from mohd_train.utils.text import first_line
 
 log = logging.getLogger(__name__)
 KEPT = 50  # notices in run.json: the latest
@@ -61,6 +63,9 @@ def explain(
         return UserError(f"{NESTED.split(text)[-1].strip()} ({resume})")
     if isinstance(error, UserError):
         return error
+    full = isinstance(error, OSError) and error.errno == errno.ENOSPC and error.filename is None
+    if "Bus error" in text or (full and shared_memory_is_full()):
+        return UserError(f"{SHM} is full ({first_line(text)}); {SHM_ADVICE}; {resume}")
     if isinstance(error, MemoryError) or MEMORY.search(text):
         return UserError(_memory_advice(microbatch, resume))
     if stalled or "DataLoader timed out" in text:

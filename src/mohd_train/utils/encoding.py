@@ -8,6 +8,9 @@ boundary adds it by its id.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mohd_train.errors import UserError
@@ -16,6 +19,33 @@ if TYPE_CHECKING:  # importing transformers takes seconds
     from transformers import PreTrainedTokenizerBase
 
 _PROBES = ("a", "the", "1", ".", "w5")  # short texts of which any tokenizer knows one
+
+
+def open_tokenizer(folder: str | Path, *, trust_remote_code: bool = False, **options: Any) -> PreTrainedTokenizerBase:
+    """``AutoTokenizer.from_pretrained``, which would otherwise ask on standard input whether to run a folder's code.
+
+    Raises:
+        UserError: it has code of its own, which is not trusted.
+        Exception: whatever transformers and tokenizers raise.
+    """
+    from transformers import AutoTokenizer
+
+    with custom_code_refused(folder):
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, **options)
+
+
+@contextmanager
+def custom_code_refused(place: str | Path) -> Iterator[None]:
+    """Turns the error of transformers for a model or tokenizer with code of its own into a UserError."""
+    try:
+        yield
+    except ValueError as error:
+        if "trust_remote_code" not in str(error):
+            raise
+        raise UserError(
+            f"{place} holds Python code of its own, which is not run; if you trust it and the command has the option, add "
+            "--trust-remote-code"
+        ) from None
 
 
 def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
