@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import ast
+import importlib
+import inspect
 from pathlib import Path
 
 import pytest
+
+from mohd_train.cli import VERBS
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCE = ROOT / "src" / "mohd_train"
 
 # Imports run one way: errors, utils <- config <- kernels <- model <- checkpoint, hf <- data, run_folder <- train, evaluate
-# <- results, analysis, sweep <- scripts. errors, storage and utils are open to all; what is not named here is not allowed.
+# <- results, analysis, sweep <- cli <- scripts. errors, resources, storage and utils are open to all; what is not named here is
+# not allowed.
 MAY_IMPORT = {
     "utils": set(),
     "config": set(),
@@ -30,6 +35,7 @@ MAY_IMPORT = {
     "demo": {"data", "run_folder"},
     "study": {"config", "data", "run_folder", "analysis", "sweep"},
 }
+MAY_IMPORT["cli"] = set(MAY_IMPORT)  # and nothing imports cli
 
 
 def imported(file: Path) -> set[str]:
@@ -46,7 +52,7 @@ def imported(file: Path) -> set[str]:
 
 @pytest.mark.parametrize("part", sorted(path.name for path in SOURCE.iterdir() if (path / "__init__.py").is_file()))
 def test_imports_run_one_way(part: str) -> None:
-    allowed = MAY_IMPORT[part] | {part, "errors", "storage", "utils", "compat", "__version__"}
+    allowed = MAY_IMPORT[part] | {part, "errors", "resources", "storage", "utils", "compat", "__version__"}
     for file in (SOURCE / part).rglob("*.py"):
         assert imported(file) <= allowed, f"{file.relative_to(ROOT)} imports {imported(file) - allowed}"
 
@@ -76,13 +82,22 @@ def test_no_import_circle() -> None:
     assert not left, f"modules that import each other, directly or not: {sorted(left)}"
 
 
-def test_nothing_imports_scripts_and_scripts_stay_thin() -> None:
-    for folder in ("scripts", "data_prep", "eval"):
-        for file in (ROOT / folder).glob("*.py"):
-            if file.name == "setup_env.py":  # makes the environment, so it can import nothing of it
-                continue
-            lines = file.read_text(encoding="utf-8").splitlines()
-            assert len(lines) <= 80, f"{file.relative_to(ROOT)} has {len(lines)} lines; a script parses, calls, prints"
+def test_a_script_is_a_verb_and_nothing_else() -> None:
+    found = {
+        f"{folder}/{file.name}" for folder in ("scripts", "data_prep", "eval") for file in (ROOT / folder).glob("*.py")
+    }
+    assert found == {verb.script for verb in VERBS.values()} | {"scripts/setup_env.py"}  # it makes the environment
+    for name, verb in VERBS.items():
+        tree = ast.parse((ROOT / verb.script).read_text(encoding="utf-8"))
+        assert ast.unparse(ast.Module(tree.body[1:], [])) == (
+            f"from mohd_train.cli import script\nif __name__ == '__main__':\n    script('{name}')"
+        )
+
+
+def test_every_verb_is_a_function_with_help() -> None:
+    for name, verb in VERBS.items():
+        module, _, function = verb.function.partition(":")
+        assert inspect.getdoc(getattr(importlib.import_module(f"mohd_train.cli.{module}"), function)), name
 
 
 def test_files_stay_readable() -> None:

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from mohd_train.benchmark.run import add_arguments, main
+from mohd_train.benchmark.run import main
+from mohd_train.cli.benchmark import add_arguments
 from mohd_train.errors import UserError
 from mohd_train.kernels.grouped import sorted_spans
 
@@ -18,7 +19,7 @@ def run(root: Path, *words: str) -> int:
     parser = argparse.ArgumentParser()
     add_arguments(parser)
     fixed = ["--device", "cpu", "--rounds", "2", "--no-compile", "--tokens", "32"]
-    return main(root / "configs", parser.parse_args([*fixed, *words]))
+    return main(parser.parse_args([*fixed, *words]))
 
 
 @pytest.mark.parametrize("mode", ["layer", "train", "forward", "decode", "projections"])

@@ -10,7 +10,8 @@ import pytest
 
 from mohd_train.benchmark import record as recording
 from mohd_train.benchmark.cases import read_plan
-from mohd_train.benchmark.run import _workload, add_arguments
+from mohd_train.benchmark.run import _workload
+from mohd_train.cli.benchmark import add_arguments
 from mohd_train.errors import UserError
 
 FIXED = ("--rounds", "2", "--no-compile", "--tokens", "32", "--threads", "1")
@@ -23,7 +24,7 @@ def test_every_part_is_a_command_that_can_be_read(root: Path) -> None:
         for words in parts.values():
             arguments = parser.parse_args(["--device", "cpu", *words])
             for name in arguments.models.split(","):
-                read_plan(name, root / "configs", _workload(arguments))
+                read_plan(name, _workload(arguments))
     wanted = {f"355m:{kind}" for kind in ("50", "75", "x2", "x3", "x4")} | {
         f"1.13b:{kind}" for kind in ("50", "x2", "x4")
     }
@@ -40,7 +41,7 @@ def test_a_part_that_fails_stops_no_other_and_nothing_is_overwritten(
     monkeypatch.setitem(recording.PARTS, "cpu", parts)
     monkeypatch.setattr(recording, "hardware", lambda kind: {"device": "A Machine (R) 9"})
     for _ in range(2):
-        assert recording.record(root / "scripts" / "benchmark.py", tmp_path, "cpu") == 1
+        assert recording.record(tmp_path, "cpu") == 1
     said = " ".join(capfd.readouterr().err.split())
     assert "failed: bad (exit 1)" in said
     files = sorted(file.name.partition("a-machine")[2] for file in tmp_path.iterdir())
@@ -54,4 +55,4 @@ def test_a_part_that_fails_stops_no_other_and_nothing_is_overwritten(
 def test_a_folder_that_can_not_be_is_named(root: Path, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"--record .*file"):
-        recording.record(root / "scripts" / "benchmark.py", tmp_path / "file", "cpu")
+        recording.record(tmp_path / "file", "cpu")

@@ -43,8 +43,8 @@ MILLIONS = {
 
 
 @pytest.fixture(scope="module")
-def models(root: Path):
-    return paper_models(root)
+def models():
+    return paper_models()
 
 
 def test_every_number_of_tables_1_2_and_5(models) -> None:
@@ -78,17 +78,17 @@ def test_counts_equal_the_model_on_the_meta_device(models, name: str) -> None:
     assert {part: getattr(counts, part) for part in built} == built
 
 
-def test_router_and_fusion_have_columns_of_their_own(root: Path) -> None:
-    counts = count(compose(root / "configs", "355m", "x4"))
+def test_router_and_fusion_have_columns_of_their_own() -> None:
+    counts = count(compose("355m", "x4"))
     assert (counts.router, counts.fusion) == (3_145_728, 3_145_728)
 
 
-def test_flops_are_two_per_weight_and_the_causal_scores(root: Path) -> None:
-    plan = compose(root / "configs", "355m", "dense")
+def test_flops_are_two_per_weight_and_the_causal_scores() -> None:
+    plan = compose("355m", "dense")
     counts = count(plan, seq_len=4096)
     keys = sum(range(1, 4097)) / 4096
     assert counts.flops_per_token == 2 * (289_406_976 + 32_768_000) + 24 * 2 * 2 * 1024 * keys
-    ratio = count(compose(root / "configs", "355m", "x2"), 4096).flops_per_token / counts.flops_per_token
+    ratio = count(compose("355m", "x2"), 4096).flops_per_token / counts.flops_per_token
     assert 1.07 < ratio < 1.09
 
 

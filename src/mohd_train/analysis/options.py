@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import argparse
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+from mohd_train.resources import find
 
 INTERVENTIONS = ("removed", "banned", "forced")  # told apart in mohd_train.analysis.interventions
 MAGNITUDES = ("square", "absolute")  # the paper's (eq. 1), and |x|
@@ -59,9 +62,11 @@ class ObserveOptions:
     trust_remote_code: bool = False
 
 
-def parse(description: str | None, arguments: list[str] | None = None) -> ObserveOptions:
+def parse(description: str | None, arguments: Sequence[str] | None = None, prog: str | None = None) -> ObserveOptions:
     """Reads the command line; leaves through argparse, with 2, for a usage error."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog=prog, description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add = parser.add_argument
     study, knockout = StudyOptions(), KnockoutOptions()
     add("--model", required=True, help="checkpoint (.pt), Hugging Face folder, or a name on the hub")
@@ -108,7 +113,7 @@ def parse(description: str | None, arguments: list[str] | None = None) -> Observ
     )
     add("--knockout-layers", type=_numbers, default=knockout.layers, help="such as 0,5,11; default: all")
     add("--tasks", type=_words, default=(), help="score these tasks under every intervention too (slow)")
-    add("--task-data", type=Path, help="rows of the tasks, as run_eval.py --data-dir; default: the hub")
+    add("--task-data", type=find, help="rows of the tasks, as run_eval.py --data-dir; default: the hub")
     add("--limit", type=_positive, help="questions a task")
     found = parser.parse_args(arguments)
     for name in ("interventions", "knockout_layers", "tasks", "task_data", "limit"):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import DynamicCache
 
+from mohd_train import resources
 from mohd_train.config.load import load_model_plan
 from mohd_train.config.plan import ModelPlan
 from mohd_train.errors import UserError
@@ -20,7 +20,6 @@ from mohd_train.model.count import count
 from mohd_train.model.llama import Attention, Block, Transformer, rotary_table
 from mohd_train.model.mohd import ForwardContext, Routing
 
-MODES = ("train", "forward", "decode", "projections", "layer")
 Step = Callable[[], list[Tensor]]
 
 
@@ -48,12 +47,13 @@ class Workload:
     layers: int | None = None
 
 
-def read_plan(name: str, configs: Path, workload: Workload, overrides: list[str] | None = None) -> ModelPlan:
+def read_plan(name: str, workload: Workload, overrides: list[str] | None = None) -> ModelPlan:
     """The plan of `355m:x2`: configs/model/355m.yaml with configs/mohd/x2.yaml.
 
     Raises:
         UserError: the name has another form, or a file is missing.
     """
+    configs = resources.path("configs")
     model, _, mohd = name.partition(":")
     files = [configs / "model" / f"{model}.yaml", configs / "mohd" / f"{mohd}.yaml"]
     for file in files:

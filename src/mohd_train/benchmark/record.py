@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import re
 import subprocess
-import sys
 from pathlib import Path
 
+import torch
 from rich.console import Console
 
 from mohd_train.errors import UserError
-from mohd_train.utils.environment import hardware, now
+from mohd_train.utils.environment import hardware, now, verb_command
 
 ALL_355M = "355m:50,355m:75,355m:x2,355m:x3,355m:x4"
 LAYER = ("--mode", "layer", "--threads", "1", "--tokens", "2048", "--rounds", "8")
@@ -45,8 +45,8 @@ PARTS: dict[str, dict[str, tuple[str, ...]]] = {  # by device, then by name of t
 }
 
 
-def record(script: Path, folder: Path, device: str) -> int:
-    """Runs every part for `device` with `script` (scripts/benchmark.py). Results and plots go to `folder` and overwrite nothing.
+def record(folder: Path, device: str | None) -> int:
+    """Measures every part of `device` (None: the GPU if there is one). Results and plots go to `folder` and overwrite nothing.
 
     Returns:
         0, or 1 if a part failed; it doesn't stop the others.
@@ -58,6 +58,7 @@ def record(script: Path, folder: Path, device: str) -> int:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--record {folder}: {error.strerror}") from error
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     console, failed = Console(stderr=True), []
     name = hardware(device)["device"].lower()
     machine = re.sub(r"[^a-z0-9]+", "-", re.sub(r"\((r|tm)\)", "", name)).strip("-")
@@ -65,7 +66,7 @@ def record(script: Path, folder: Path, device: str) -> int:
         file = _unused(folder, f"{now()[:10]}-{machine}-{name}")
         console.print(f"part {number} of {len(PARTS[device])}, {name}: {file}", highlight=False)
         plot = ("--plot", str(file.with_suffix(".png")))
-        command = [sys.executable, str(script), "--device", device, *args, "--json", str(file), *plot]
+        command = verb_command("benchmark", "--device", device, *args, "--json", file, *plot)
         if (code := subprocess.run(command).returncode) != 0:
             failed.append(f"{name} (exit {code})")
     if failed:

@@ -84,12 +84,12 @@ def environment(workload: Workload, peak: Peak) -> dict[str, Any]:
 
 def _command() -> str:
     """The command line, without the paths of the record and its plot: those files get moved."""
-    args = [Path(sys.argv[0]).name, *sys.argv[1:]]
+    args = [arg for place, arg in enumerate(sys.argv[1:]) if (place, arg) != (0, "benchmark")]  # mohd benchmark ...
     for option in ("--json", "--plot"):
         if option in args:
             index = args.index(option)
             args = args[:index] + args[index + 2 :]
-    return "python scripts/" + " ".join(args)
+    return " ".join(["python scripts/benchmark.py", *args])
 
 
 def write_results(path: Path, env: dict[str, Any], rows: list[dict[str, Any]]) -> None:

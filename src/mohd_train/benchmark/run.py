@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from mohd_train.benchmark.cases import MODES, Workload, build, flops, read_plan
+from mohd_train.benchmark.cases import Workload, build, flops, read_plan
 from mohd_train.benchmark.measure import (
     Peak,
     activation_bytes,
@@ -30,38 +30,7 @@ from mohd_train.kernels.ops import resolve_backend
 SWEEPS = ("tokens", "sub_dims", "expansion")
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of the command line."""
-    parser.add_argument(
-        "--models",
-        default="355m:dense,355m:x2",
-        help="model:setting,... by the files of configs/model and configs/mohd",
-    )
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--mode", choices=MODES, default="layer")
-    parser.add_argument("--tokens", type=int, default=2048, help="tokens in a step (decode: in the cache)")
-    parser.add_argument("--seq-len", type=int, help="tokens in a sequence; default: min(tokens, 4096)")
-    parser.add_argument("--batch", type=int, default=1, help="sequences decoded at once")
-    parser.add_argument("--rounds", type=int, default=10)
-    parser.add_argument("--threads", type=int, help="CPU threads; default: torch's")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: float32 on cpu, bfloat16 on cuda")
-    parser.add_argument("--kernels", default="auto", help="auto, reference, grouped or triton")
-    parser.add_argument("--layers", type=int, help="cut the models to this many layers of the same shapes")
-    parser.add_argument("--no-compile", action="store_true")
-    parser.add_argument("--peak-tflops", type=float, help="peak for MFU; default: the data sheet's, measured on a CPU")
-    parser.add_argument("--sweep", help="repeat for each value of tokens=512,1024 or sub_dims=8,16 or expansion=1,2,4")
-    parser.add_argument("--json", type=Path, help="write {environment, rows} to this file")
-    parser.add_argument(
-        "--record",
-        type=Path,
-        help="measure everything that benchmarks/ holds of a machine, part by part, into this folder",
-    )
-    parser.add_argument("--load", type=Path, help="measure nothing; show (and plot) the results in this file")
-    parser.add_argument("--plot", type=Path, help="draw the ratios to this file (.svg or .png)")
-    parser.add_argument("--profile", action="store_true", help="also profile a step of each model")
-
-
-def main(configs: Path, arguments: argparse.Namespace) -> int:
+def main(arguments: argparse.Namespace) -> int:
     """Measures, prints, plots and writes what the arguments ask for."""
     if arguments.load:
         return show(read_rows(arguments.load), arguments.plot)
@@ -73,7 +42,7 @@ def main(configs: Path, arguments: argparse.Namespace) -> int:
     peak = peak_flops(workload, arguments.peak_tflops)
     console, rows = Console(stderr=True), []
     for value, overrides, changed in _sweep(arguments.sweep, workload):
-        for entry in compare(names, configs, changed, overrides, arguments, peak, console):
+        for entry in compare(names, changed, overrides, arguments, peak, console):
             rows.append({**entry, "sweep": value} if value else entry)
             if arguments.json:
                 write_results(arguments.json, {**environment(workload, peak), "keeps_freed_pages": keeps}, rows)
@@ -90,7 +59,6 @@ def show(rows: list[dict[str, Any]], plot_path: Path | None) -> int:
 
 def compare(
     names: list[str],
-    configs: Path,
     workload: Workload,
     overrides: list[str],
     arguments: argparse.Namespace,
@@ -102,7 +70,7 @@ def compare(
     for base in dict.fromkeys(name.partition(":")[0] for name in names):
         baseline = f"{base}:dense"
         members = [baseline, *(name for name in names if name.partition(":")[0] == base and name != baseline)]
-        plans = {name: read_plan(name, configs, workload, [] if name == baseline else overrides) for name in members}
+        plans = {name: read_plan(name, workload, [] if name == baseline else overrides) for name in members}
         steps, found = {}, {}
         for name, plan in plans.items():
             console.print(f"{name}: building, checking against the reference, warming up", highlight=False)
@@ -140,12 +108,13 @@ def _workload(arguments: argparse.Namespace) -> Workload:
     seq_len = arguments.seq_len or min(arguments.tokens, 4096)
     if arguments.tokens % seq_len:
         raise UserError(f"--tokens {arguments.tokens} is not a multiple of the sequence length {seq_len}")
-    if arguments.device == "cuda" and not torch.cuda.is_available():
+    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: no CUDA device found; use --device cpu")
-    dtype = arguments.dtype or ("bfloat16" if arguments.device == "cuda" else "float32")
+    dtype = arguments.dtype or ("bfloat16" if device == "cuda" else "float32")
     return Workload(
         mode=arguments.mode,
-        device=torch.device(arguments.device),
+        device=torch.device(device),
         dtype=getattr(torch, dtype),
         tokens=arguments.tokens,
         seq_len=seq_len,

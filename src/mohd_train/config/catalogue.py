@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import yaml
 
+from mohd_train import resources
 from mohd_train.config.load import load_model_plan
 from mohd_train.config.plan import ModelPlan
 
@@ -22,8 +22,9 @@ def model_name(base: str, attention: str, ffn: str) -> str:
     return f"{base}-{attention}" if attention == ffn else f"{base}-attn{attention}-ffn{ffn}"
 
 
-def compose(configs: Path, base: str, attention: str, ffn: str | None = None) -> ModelPlan:
+def compose(base: str, attention: str, ffn: str | None = None) -> ModelPlan:
     """The plan of ``configs/model/{base}.yaml`` with the attention of one MoHD setting and the FFN of another."""
+    configs = resources.path("configs")
     base_file = str(configs / "model" / f"{base}.yaml")
     plan = load_model_plan([base_file, str(configs / "mohd" / f"{attention}.yaml")])
     if ffn is None or ffn == attention:
@@ -33,17 +34,13 @@ def compose(configs: Path, base: str, attention: str, ffn: str | None = None) ->
     return replace(plan, name=model_name(base, attention, ffn), ffn=other.ffn)
 
 
-def paper_models(root: Path) -> list[tuple[ModelPlan, dict[str, str]]]:
-    """Every model of Tables 1, 2 and 5 with the paper's ``{"activated": "289M", "total": "355M"}`` beside it.
-
-    Args:
-        root: the checkout, which holds ``configs/`` and ``eval/paper/results.yaml``.
-    """
-    configs = root / "configs"
-    figures = _paper_figures(yaml.safe_load((root / "eval" / "paper" / "results.yaml").read_text(encoding="utf-8")))
-    plans = [compose(configs, base, setting) for base in BASES for setting in SETTINGS]
-    plans.append(compose(configs, "2.7b", "dense"))
-    plans += [compose(configs, "355m", attention, ffn) for attention, ffn in DECOUPLED]
+def paper_models() -> list[tuple[ModelPlan, dict[str, str]]]:
+    """Every model of Tables 1, 2 and 5 with the paper's ``{"activated": "289M", "total": "355M"}`` beside it."""
+    paper = yaml.safe_load(resources.path("eval/paper/results.yaml").read_text(encoding="utf-8"))
+    figures = _paper_figures(paper)
+    plans = [compose(base, setting) for base in BASES for setting in SETTINGS]
+    plans.append(compose("2.7b", "dense"))
+    plans += [compose("355m", attention, ffn) for attention, ffn in DECOUPLED]
     return [(plan, figures[plan.name]) for plan in plans]
 
 

@@ -19,6 +19,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from mohd_train import resources
 from mohd_train.config.check import check
 from mohd_train.config.plan import ModelPlan, current_name, make_plan
 from mohd_train.config.schema import Config, ModelConfig, MoHDSettings
@@ -72,10 +73,19 @@ def _refuse_unknown(value: Any, source: str, prefix: str = "") -> None:
                 raise UserError(f"{source}: {name} is {child!r}; it must be a mapping of keys")
 
 
+def _packaged(path: str) -> str:
+    """The nearest file of the package to a missing ``configs/KIND/NAME.yaml``, as a hint."""
+    configs = resources.path("configs")
+    names = [f"configs/{file.relative_to(configs).as_posix()}" for file in sorted(configs.rglob("*.yaml"))]
+    return nearest(path, names) if path.startswith("configs/") else ""
+
+
 def _read(path: str) -> dict[str, Any]:
-    file = Path(path)
+    file = resources.find(path)
     if not file.is_file():
-        raise UserError(f"{path}: no such config file; give YAML files first, then key=value overrides")
+        raise UserError(
+            f"{path}: no such config file{_packaged(path)}; give YAML files first, then key=value overrides"
+        )
     try:
         value = OmegaConf.to_container(OmegaConf.load(io.StringIO(file.read_text(encoding="utf-8"))), resolve=False)
     except UnicodeDecodeError as error:
@@ -147,6 +157,12 @@ def _resolve(config: Config) -> Config:
     if config.data.shuffle_seed is None:
         config.data.shuffle_seed = config.seed
     return config
+
+
+def packaged_files(files: list[str]) -> dict[str, Path]:
+    """Those of ``files`` that are not where the user is but come with the package, and where they are."""
+    found = {file: resources.find(file) for file in files}
+    return {file: path for file, path in found.items() if path != Path(file)}
 
 
 def split_arguments(arguments: list[str]) -> tuple[list[str], list[str]]:

@@ -2,32 +2,25 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from itertools import zip_longest
 from pathlib import Path
 
 from mohd_train.errors import UserError
-
-CHECKOUT = Path(__file__).resolve().parents[3]
+from mohd_train.resources import find
 
 
 def run(**given: str | int | None) -> None:
-    """The whole demo. Paths are taken relative to where the user is, and shown relative to the checkout."""
+    """The whole demo, in the current folder."""
     from mohd_train.demo.sequence import Options, run_demo
 
-    for name in ("out", "raw", "tokenizer", "eval_data"):
+    for name in ("raw", "eval_data"):  # a tokenizer may be a name on the hub
         path = given.get(name)
-        if isinstance(path, str) and (
-            name != "tokenizer" or Path(path).exists()
-        ):  # a tokenizer may be a name on the hub
-            if name != "out" and not Path(path).exists():
-                raise UserError(f"--{name.replace('_', '-')}: there is no {path}")
-            given[name] = path if os.path.isabs(path) else os.path.relpath(path, CHECKOUT)
+        if isinstance(path, str) and not find(path).exists():
+            raise UserError(f"--{name.replace('_', '-')}: there is no {path}")
     limit = given.get("limit")
     if isinstance(limit, int) and limit < 1:
         raise UserError(f"--limit is {limit}; it must be at least 1")
-    os.chdir(CHECKOUT)
     run_demo(Options(**{name: value for name, value in given.items() if value is not None}))  # type: ignore[arg-type]
 
 

@@ -23,6 +23,11 @@ from mohd_train.run_folder.paths import latest_checkpoint
 from mohd_train.utils.files import write_atomic, write_json
 from mohd_train.utils.processes import Command, Every, Job, SharedLock, Supervisor
 
+PROGRAMS = {  # of this environment, also where its folder is not on the PATH
+    "python": [sys.executable],
+    "mohd": [sys.executable, "-m", "mohd_train.cli"],
+    "composer": [sys.executable, "-m", "composer.cli.launcher"],
+}
 SETTINGS = ("dense", "50", "x2")  # configs/mohd
 SEQ_LEN = 512
 VAL_TOKENS = 40_000
@@ -34,7 +39,7 @@ SILENCE = 60.0  # seconds without output after which a line says that a step is 
 
 @dataclass(frozen=True)
 class Options:
-    """What a user chooses. Paths are relative to the checkout, where every command runs."""
+    """What a user chooses. Paths are relative to the current folder, where every command runs."""
 
     out: str = "runs/demo"
     raw: str | None = None  # RedPajama rows; None: a corpus of this Python installation's own text
@@ -63,7 +68,7 @@ class Step:
 
     name: str  # of its log
     title: str
-    command: tuple[str, ...]  # run in the checkout; `python` and `composer` are those of the environment
+    command: tuple[str, ...]  # `mohd` and `composer` are those of the environment
     leaves: Path  # what is there once it has succeeded
     before: Callable[[], None] = lambda: None
 
@@ -86,28 +91,28 @@ def steps(options: Options) -> list[Step]:
         sequence.append(Step(name, title, command, leaves, before))
 
     if not options.raw:
-        corpus = ("python", "scripts/demo.py", "corpus", raw)
+        corpus = ("mohd", "demo", "corpus", raw)
         then("corpus", "a corpus of this Python's own text", *corpus, leaves=Path(raw))
     if not options.tokenizer:
         then(
-            "tokenizer", "a tokenizer", "python", "scripts/demo.py", "tokenizer", raw, tokenizer, leaves=Path(tokenizer)
+            "tokenizer", "a tokenizer", "mohd", "demo", "tokenizer", raw, tokenizer, leaves=Path(tokenizer)
         )
     then(
-        "shards", "shards", "python", "data_prep/prepare.py", "--raw", raw, "--out", f"{out}/data", "--tokenizer", tokenizer,
+        "shards", "shards", "mohd", "prepare", "--raw", raw, "--out", f"{out}/data", "--tokenizer", tokenizer,
         "--seq-len", str(SEQ_LEN), "--val-tokens", str(VAL_TOKENS), leaves=folder / "data" / MANIFEST,
     )  # fmt: skip
     for setting, name in zip(SETTINGS, names, strict=True):
-        train = ("composer", "-n", "1", "scripts/train.py", *recipe_files(options, setting))
+        train = ("composer", "-n", "1", "-m", "mohd_train.cli", "train", *recipe_files(options, setting))
         checkpoint = latest_checkpoint(folder / name)
         then(f"train-{name}", f"training {name}", *train, leaves=checkpoint, before=lambda: write_recipe(options))
     for name in names:
         checkpoint = latest_checkpoint(folder / name)
-        evaluate = ("python", "eval/run_eval.py", "--checkpoint", str(checkpoint), "--output", f"{out}/eval")
+        evaluate = ("mohd", "eval", "--checkpoint", str(checkpoint), "--output", f"{out}/eval")
         then(f"eval-{name}", f"ten tasks for {name}", *evaluate, *questions, leaves=folder / "eval" / name)
-    table = ("python", "eval/make_tables.py", f"{out}/eval", "--format", "md", "--output", f"{out}/table.md")
+    table = ("mohd", "tables", f"{out}/eval", "--format", "md", "--output", f"{out}/table.md")
     then("table", "the table", *table, leaves=folder / "table.md")
     runs = [f"{out}/{name}" for name in names]
-    curves = ("python", "scripts/demo.py", "curves", *runs, "--output", f"{out}/curves.png")
+    curves = ("mohd", "demo", "curves", *runs, "--output", f"{out}/curves.png")
     then("curves", "the loss curves", *curves, leaves=folder / "curves.png")
     return sequence
 
@@ -201,8 +206,7 @@ def run_step(step: Step, log: Path, number: str, *keep: int) -> None:
     Raises:
         UserError: it fails, or leaves nothing.
     """
-    programs = {name: str(Path(sys.executable).parent / name) for name in ("python", "composer")}
-    words = [programs.get(step.command[0], step.command[0]), *step.command[1:]]
+    words = [*PROGRAMS.get(step.command[0], [step.command[0]]), *step.command[1:]]
     codes: list[int] = []
     line = Every(SILENCE)
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from mohd_train.resources import find
 from mohd_train.storage import path_or_uri
 
 
@@ -59,15 +60,15 @@ class SweepEvalOptions:
 
 
 def parse(
-    description: str | None, arguments: Sequence[str] | None = None
+    description: str | None, arguments: Sequence[str] | None = None, prog: str | None = None
 ) -> EvalOptions | PerplexityOptions | SweepEvalOptions:
     """The command line of `eval/run_eval.py`. Usage errors leave with status 2, as argparse does."""
-    sweep = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    sweep = argparse.ArgumentParser(prog=prog, add_help=False, allow_abbrev=False)
     sweep.add_argument("--sweep", type=Path)
     sweep.add_argument("--jobs", type=int)
     found, words = sweep.parse_known_args(arguments)
     if found.sweep is None and found.jobs is None:
-        return _parse_one(description, words)
+        return _parse_one(description, words, prog)
     if found.sweep is None or (found.jobs is not None and found.jobs < 1):
         sweep.error(
             "--jobs goes with --sweep" if found.sweep is None else f"argument --jobs: {found.jobs} is not positive"
@@ -76,13 +77,16 @@ def parse(
         if any(word.partition("=")[0] == option for word in words):
             sweep.error(f"{option} does not go with --sweep, which sets it for each run")
     checked = ["--data", "given"] if "--perplexity" in words and "--data" not in words else []
-    _parse_one(description, [*words, *checked, "--checkpoint", "each"])  # usage errors once, before any process
+    _parse_one(description, [*words, *checked, "--checkpoint", "each"], prog)  # usage errors once, before any process
     return SweepEvalOptions(found.sweep, found.jobs, words)
 
 
-def _parse_one(description: str | None, arguments: Sequence[str]) -> EvalOptions | PerplexityOptions:
+def _parse_one(description: str | None, arguments: Sequence[str], prog: str | None) -> EvalOptions | PerplexityOptions:
     parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        prog=prog,
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     parser.add_argument(
         "--checkpoint",
@@ -96,7 +100,7 @@ def _parse_one(description: str | None, arguments: Sequence[str]) -> EvalOptions
     parser.add_argument("--jobs", metavar="N", help="with --sweep: checkpoints at once; default: one a GPU")
     parser.add_argument("--tasks", nargs="+", default=[], help="default: all ten (eval/tasks.yaml)")
     parser.add_argument(
-        "--data-dir", type=Path, help="rows from DIR/<task>/<split>.jsonl (mmlu/<subject>/<split>.jsonl)"
+        "--data-dir", type=find, help="rows from DIR/<task>/<split>.jsonl (mmlu/<subject>/<split>.jsonl)"
     )
     parser.add_argument("--limit", type=int, help="questions a task, for trials; such results are marked")
     parser.add_argument(

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import yaml
 
+from mohd_train import resources
 from mohd_train.config.catalogue import agrees
 from mohd_train.errors import UserError
 
-DEFAULT_PAPER = Path(__file__).resolve().parents[3] / "eval" / "paper" / "results.yaml"
+DEFAULT_PAPER = resources.root() / "eval" / "paper" / "results.yaml"
 
 
 @dataclass(frozen=True)

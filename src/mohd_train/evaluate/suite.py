@@ -11,9 +11,10 @@ from typing import Any
 
 import yaml
 
+from mohd_train import resources
 from mohd_train.errors import UserError
 
-DEFAULT_SUITE = Path(__file__).resolve().parents[3] / "eval" / "tasks.yaml"
+DEFAULT_SUITE = resources.root() / "eval" / "tasks.yaml"
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import sys
 import time
 from pathlib import Path
 
@@ -11,10 +10,10 @@ from mohd_train.errors import UserError
 from mohd_train.evaluate.options import SweepEvalOptions
 from mohd_train.evaluate.sweep_results import RESULTS
 from mohd_train.run_folder.paths import latest_checkpoint
-from mohd_train.sweep.file import CHECKOUT
 from mohd_train.sweep.folder import RECORD, SweepFolder
 from mohd_train.sweep.launch.local import LINE, slots, visible_gpus
 from mohd_train.sweep.status import last_error, run_status
+from mohd_train.utils.environment import verb_command
 from mohd_train.utils.processes import Command, Every, Job, Slot, Supervisor
 from mohd_train.utils.text import duration
 
@@ -22,7 +21,7 @@ from mohd_train.utils.text import duration
 def commands(folder: SweepFolder, words: list[str]) -> dict[str, list[str]]:
     """Run -> the command that evaluates it, for the finished runs."""
     data = [] if "--perplexity" not in words or "--data" in words else ["--data", str(folder.source.place(folder.path))]
-    program = [sys.executable, str(CHECKOUT / "eval" / "run_eval.py"), "--output", str(folder.path / RESULTS)]
+    program = verb_command("eval", "--output", folder.path / RESULTS)
     return {
         name: [*program, "--checkpoint", str(latest_checkpoint(folder.path / name)), "--name", name, *words, *data]
         for name in folder.runs

@@ -37,11 +37,11 @@ from typing import Any
 
 import yaml
 
+from mohd_train import resources
 from mohd_train.errors import UserError
 from mohd_train.utils.text import nearest
 
-CHECKOUT = Path(__file__).resolve().parents[3]
-CONFIGS = CHECKOUT / "configs"
+CONFIGS = resources.root() / "configs"
 NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
 SUB_DIMENSION_KEYS = ("sub_dims", "top_k", "shared_sub_dims")
 
@@ -274,7 +274,7 @@ def read_sweep(path: str | Path) -> SweepFile:
     Raises:
         UserError: no such file, broken YAML, an unknown key or name (with the nearest known one), a wrong type.
     """
-    path = Path(path)
+    path = resources.find(path)
     reader = _Reader(path)
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))

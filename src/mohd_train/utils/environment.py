@@ -7,6 +7,7 @@ import importlib.metadata
 import os
 import platform
 import subprocess
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,11 @@ def versions(packages: Iterable[str] = PACKAGES) -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return found
+
+
+def verb_command(verb: str, *words: object) -> list[str]:
+    """The command line of ``mohd VERB`` in this interpreter, from whatever folder, with or without a checkout."""
+    return [sys.executable, "-m", "mohd_train.cli", verb, *map(str, words)]
 
 
 def code_version() -> dict[str, Any]:

@@ -6,15 +6,15 @@ import re
 import shlex
 import shutil
 import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from mohd_train import resources
 from mohd_train.errors import UserError
-from mohd_train.sweep.file import CHECKOUT
 from mohd_train.sweep.folder import SweepFolder
+from mohd_train.utils.environment import verb_command
 
-TEMPLATES = CHECKOUT / "scripts/launch"
+TEMPLATES = resources.root() / "scripts/launch"
 
 
 @dataclass(frozen=True)
@@ -62,15 +62,14 @@ def call(command: list[str]) -> str:
 
 def run_command(folder: SweepFolder, processes: int) -> list[str]:
     """What a job calls, but for the run's name, which comes last."""
-    words = [sys.executable, str(CHECKOUT / "scripts/sweep.py"), "run", str(folder.path.resolve())]
-    return [*words, "--processes", str(processes), "--only"]
+    return verb_command("sweep", "run", folder.path.resolve(), "--processes", processes, "--only")
 
 
 def common_values(folder: SweepFolder, options: ClusterOptions) -> dict[str, object]:
     """What every template may name."""
     return {
         "folder": folder.path.resolve(),
-        "checkout": CHECKOUT,
+        "checkout": resources.root(),
         "cwd": Path.cwd(),
         "gpus": options.processes,
     }

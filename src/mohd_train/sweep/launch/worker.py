@@ -6,7 +6,6 @@ import contextlib
 import json
 import os
 import socket
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,18 +13,18 @@ from pathlib import Path
 import psutil
 
 from mohd_train.errors import UserError
-from mohd_train.sweep.file import CHECKOUT
 from mohd_train.sweep.folder import SweepFolder
+from mohd_train.utils.environment import verb_command
 from mohd_train.utils.files import write_atomic
 from mohd_train.utils.processes import Command, Job, Slot, Supervisor
 
 
 def train_command(config: Path, processes: int) -> list[str]:
     """The command that trains ``config``: under the composer launcher, or plain where one process is all."""
-    script = [str(CHECKOUT / "scripts" / "train.py"), str(config)]
+    python, *words = verb_command("train", config)
     if processes == 1:
-        return [sys.executable, "-u", *script]
-    return [sys.executable, "-m", "composer.cli.launcher", "-n", str(processes), *script]
+        return [python, "-u", *words]
+    return [python, "-m", "composer.cli.launcher", "-n", str(processes), *words]  # it takes -m MODULE too
 
 
 def threads(processes: int) -> str:

@@ -1,0 +1,59 @@
+"""``mohd benchmark``."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from mohd_train.benchmark import MODES
+from mohd_train.cli import make_parser
+
+
+def benchmark(argv: Sequence[str], prog: str) -> int:
+    """Times MoHD against LLaMA of equal activated size, in turn in one process. Each backend is first checked for correctness.
+
+    %(prog)s --models 355m:dense,355m:50,355m:x2 --mode layer --device cpu --threads 1 --tokens 2048
+    %(prog)s --models 355m:x4 --mode decode --batch 1 --tokens 256 --json benchmarks/decode.json
+    %(prog)s --models 355m:x4 --mode projections --layers 4
+    %(prog)s --models 355m:x4 --sweep tokens=512,1024,2048 --profile
+    %(prog)s --record benchmarks   # everything that benchmarks/ holds, measured on this machine
+    """
+    parser = make_parser(benchmark, prog)
+    add_arguments(parser)
+    arguments = parser.parse_args(argv)
+
+    from mohd_train.benchmark import record, run  # after parsing: importing torch takes seconds
+
+    return record.record(arguments.record, arguments.device) if arguments.record else run.main(arguments)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of the command line."""
+    parser.add_argument(
+        "--models",
+        default="355m:dense,355m:x2",
+        help="model:setting,... by the files of configs/model and configs/mohd",
+    )
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if there is a GPU")
+    parser.add_argument("--mode", choices=MODES, default="layer")
+    parser.add_argument("--tokens", type=int, default=2048, help="tokens in a step (decode: in the cache)")
+    parser.add_argument("--seq-len", type=int, help="tokens in a sequence; default: min(tokens, 4096)")
+    parser.add_argument("--batch", type=int, default=1, help="sequences decoded at once")
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--threads", type=int, help="CPU threads; default: torch's")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: float32 on cpu, bfloat16 on cuda")
+    parser.add_argument("--kernels", default="auto", help="auto, reference, grouped or triton")
+    parser.add_argument("--layers", type=int, help="cut the models to this many layers of the same shapes")
+    parser.add_argument("--no-compile", action="store_true")
+    parser.add_argument("--peak-tflops", type=float, help="peak for MFU; default: the data sheet's, measured on a CPU")
+    parser.add_argument("--sweep", help="repeat for each value of tokens=512,1024 or sub_dims=8,16 or expansion=1,2,4")
+    parser.add_argument("--json", type=Path, help="write {environment, rows} to this file")
+    parser.add_argument(
+        "--record",
+        type=Path,
+        help="measure everything that benchmarks/ holds of a machine, part by part, into this folder",
+    )
+    parser.add_argument("--load", type=Path, help="measure nothing; show (and plot) the results in this file")
+    parser.add_argument("--plot", type=Path, help="draw the ratios to this file (.svg or .png)")
+    parser.add_argument("--profile", action="store_true", help="also profile a step of each model")

@@ -1,0 +1,66 @@
+"""``mohd prepare`` and ``mohd verify``."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+from mohd_train.cli import make_parser
+
+
+def prepare(argv: Sequence[str], prog: str) -> None:
+    """Raw JSON-lines rows -> a folder of packed, sharded training data.
+
+        %(prog)s --raw DIR --out DIR --tokenizer PATH_OR_NAME [--domains cc wiki ...] [--seq-len 4096]
+            [--val-tokens N] [--workers N] [--max-bad-rows SHARE_OR_COUNT]
+
+    It resumes if you run it again after a kill. docs/data.md describes the input layouts and the output.
+    """
+    parser = make_parser(prepare, prog)
+    raw = os.environ.get("RED_PAJAMA_DATA_DIR")
+    parser.add_argument(
+        "--raw", default=raw, required=raw is None, help="folder that holds the domains (default: $RED_PAJAMA_DATA_DIR)"
+    )
+    parser.add_argument(
+        "--out",
+        required=True,
+        help="folder to write: a new one, or one that an interrupted run with the same settings left",
+    )
+    parser.add_argument(
+        "--tokenizer", required=True, help="sentencepiece .model, tokenizer.json, or a Hugging Face folder or name"
+    )
+    parser.add_argument("--domains", nargs="+", help="only these domains (default: all)")
+    parser.add_argument("--seq-len", type=int, default=4096, help="tokens per sample")
+    parser.add_argument("--val-tokens", type=int, default=2_000_000, help="validation tokens in total; 0 for none")
+    parser.add_argument("--workers", type=int, default=0, help="processes (default: one per core)")
+    parser.add_argument(
+        "--max-bad-rows", type=float, default=0.01, help="allowed bad rows: below 1 a share of all rows, else a count"
+    )
+    args = parser.parse_args(argv)
+
+    from mohd_train.data import prepare as preparing
+    from mohd_train.data.manifest import describe
+
+    options = vars(args) | {"domains": tuple(args.domains) if args.domains else None}
+    prepared = preparing.prepare(preparing.Request(**options))
+    print(describe(prepared.manifest))
+    print(f"{'already done' if prepared.already_done else 'done'}: {args.out}")
+
+
+def verify(argv: Sequence[str], prog: str) -> int:
+    """Checks a prepared folder: every shard against the sizes and hashes in the manifest. Exits with 1 if there is a problem.
+
+    %(prog)s DIR [--quick]
+    """
+    parser = make_parser(verify, prog)
+    parser.add_argument("folder", help="prepared data")
+    parser.add_argument("--quick", action="store_true", help="compare sizes only, not hashes")
+    args = parser.parse_args(argv)
+
+    from mohd_train.data import verify as verifying
+    from mohd_train.data.manifest import describe, load_manifest
+
+    problems = verifying.verify(args.folder, hashes=not args.quick)
+    print("\n".join(problems) or describe(load_manifest(args.folder)))
+    print(f"{len(problems)} problem(s)" if problems else f"sound: {args.folder}")
+    return 1 if problems else 0

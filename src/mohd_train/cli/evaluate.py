@@ -1,0 +1,63 @@
+"""``mohd eval`` and ``mohd prefetch``."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from mohd_train.cli import make_parser
+from mohd_train.evaluate.options import EvalOptions, SweepEvalOptions, parse
+
+
+def evaluate(argv: Sequence[str], prog: str) -> int:
+    """Scores a checkpoint on the ten tasks of the paper's Table 2 through lm-eval, and stores one JSON file a task.
+
+        %(prog)s --checkpoint runs/355m-x2/checkpoints/latest-rank0.pt
+        %(prog)s --checkpoint HF_FOLDER --tasks sciq,arc_easy --data-dir DIR --limit 100 --output eval/results
+
+        %(prog)s --checkpoint CHECKPOINT --perplexity --data PREPARED_FOLDER
+        %(prog)s --sweep SWEEP_DIR [--perplexity] [--jobs N]      # every finished run, into SWEEP_DIR/eval
+
+    Without --data-dir the questions come from the Hugging Face hub. What is stored already is not computed again. --perplexity
+    measures the validation perplexity of each domain instead of the tasks.
+    """
+    options = parse(inspect.getdoc(evaluate), argv, prog)
+    if isinstance(options, EvalOptions):  # imported after parsing: --help and usage errors answer at once
+        from mohd_train.evaluate.run import run_eval
+
+        return run_eval(options)
+    if isinstance(options, SweepEvalOptions):
+        from mohd_train.evaluate.sweep_eval import run_sweep
+
+        return run_sweep(options)
+    from mohd_train.evaluate.perplexity import run_perplexity
+
+    return run_perplexity(options)
+
+
+def prefetch(argv: Sequence[str], prog: str) -> int:
+    """Downloads the questions of the ten tasks from the Hugging Face hub into the layout that --data-dir reads, with hashes.
+
+        %(prog)s DIR [--tasks sciq,mmlu ...]       # on a machine with a network; continues where it stopped
+        %(prog)s DIR --verify                      # after copying: is every file whole?
+        mohd eval --checkpoint CHECKPOINT --data-dir DIR
+
+    DIR/manifest.json names each file's rows, hash and source. A task that is not to be had is named with the reason (exit code 1).
+    """
+    parser = make_parser(prefetch, prog)
+    parser.add_argument("folder", type=Path, metavar="DIR")
+    parser.add_argument("--tasks", nargs="+", default=[], help="default: all ten (eval/tasks.yaml)")
+    parser.add_argument("--verify", action="store_true", help="compare the files with the manifest; downloads nothing")
+    args = parser.parse_args(argv)
+    names = [name for item in args.tasks for name in re.split(r"[,\s]+", item) if name]
+
+    from mohd_train.evaluate import prefetch as fetching
+    from mohd_train.evaluate.suite import load_suite
+
+    if not args.verify:
+        return fetching.prefetch(args.folder, load_suite(), names, lambda text: print(text, flush=True))
+    problems, remarks = fetching.verify(args.folder, load_suite(), names)
+    print("\n".join([*remarks, *problems, f"{len(problems)} problem(s)" if problems else "every file is whole"]))
+    return 1 if problems else 0

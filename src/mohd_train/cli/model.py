@@ -1,0 +1,133 @@
+"""``mohd count``, ``estimate``, ``train`` and ``export``: a model before, in and after a run."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from mohd_train.cli import make_parser, positive
+from mohd_train.storage import path_or_uri
+
+
+def count(argv: Sequence[str], prog: str) -> None:
+    """Parameters and FLOPs of a model by part, as the paper counts them.
+
+    %(prog)s configs/model/355m.yaml configs/mohd/x2.yaml [key=value...]
+    %(prog)s --all            # every row of Tables 1, 2 and 5, the paper's figure beside it
+    %(prog)s --all --json
+    """
+    parser = make_parser(count, prog)
+    parser.add_argument("config", nargs="*", help="YAML files and key=value overrides")
+    parser.add_argument("--all", action="store_true", help="every model of the paper's Tables 1, 2 and 5")
+    parser.add_argument("--json", action="store_true", help="a JSON list instead of a table")
+    arguments = parser.parse_args(argv)
+    if bool(arguments.config) == arguments.all:
+        parser.error("give config files, or --all")
+
+    from rich.console import Console
+
+    from mohd_train.config.catalogue import paper_models
+    from mohd_train.config.load import load_model_plan, split_arguments
+
+    rows = paper_models() if arguments.all else [(load_model_plan(*split_arguments(arguments.config)), None)]
+
+    from mohd_train.model import count as counting  # after the config: importing torch takes seconds
+    from mohd_train.model.count_table import render_counts
+
+    counted = [(plan, counting.count(plan), paper) for plan, paper in rows]
+    if arguments.json:
+        found = [{"name": plan.name, **counts.to_dict(), "paper": paper} for plan, counts, paper in counted]
+        print(json.dumps(found, indent=1))
+    else:
+        console = Console()
+        console.width = max(console.width, 160)  # rather than cut numbers off in a narrow window or a pipe
+        console.print(render_counts(counted))
+
+
+def estimate(argv: Sequence[str], prog: str) -> None:
+    """Estimates what a run will take: memory of each GPU, time, disk, data. See docs/before_you_launch.md.
+
+        %(prog)s configs/recipe/paper_50b.yaml configs/model/355m.yaml configs/mohd/x2.yaml --gpus 8 --gpu h100
+        %(prog)s CONFIG... [key=value...] [--mfu 0.4] [--json]
+
+    Needs no GPU. Exits with 0 even if the run does not fit: see `fits` in --json.
+    """
+    parser = make_parser(estimate, prog)
+    parser.add_argument("config", nargs="+", metavar="FILE | key=value")
+    parser.add_argument("--gpus", type=positive, default=8, help="GPUs over all nodes (default 8)")
+    parser.add_argument("--gpu", default="a100-80gb", help="a100-40gb, a100-80gb (default), h100, h200")
+    parser.add_argument("--mfu", type=_share, help="model FLOPs utilization; default: by GPU and model")
+    parser.add_argument("--json", action="store_true", help="print a JSON object instead of text")
+    options = parser.parse_args(argv)
+
+    from mohd_train.config.load import load_config, split_arguments
+
+    config = load_config(*split_arguments(options.config))
+
+    from mohd_train.estimate import launch  # after the config: importing torch takes seconds
+    from mohd_train.estimate.hardware import gpu_named
+    from mohd_train.estimate.report import render
+
+    found = launch.estimate(config, gpu_named(options.gpu), options.gpus, options.mfu)
+    print(json.dumps(found.to_dict(), indent=1) if options.json else render(found))
+
+
+def train(argv: Sequence[str], prog: str) -> None:
+    """Trains a model: YAML files, merged left to right, then key=value overrides.
+
+        composer [-n PROCESSES] scripts/train.py FILE... [key=value...] [--print-config] [--dry-run]    in a checkout
+        composer [-n PROCESSES] -c mohd train FILE... [key=value...]                                    anywhere
+        %(prog)s FILE... [key=value...]                                                        one process
+
+    A file that is not in the current folder is looked for in the package, as in
+        ... configs/recipe/paper_50b.yaml configs/model/355m.yaml configs/mohd/x2.yaml data.local=/data/mds
+    """
+    parser = make_parser(train, prog)
+    parser.add_argument("arguments", nargs="+", metavar="FILE | key=value")
+    parser.add_argument("--print-config", action="store_true", help="print the resolved config and exit")
+    parser.add_argument("--dry-run", action="store_true", help="run every check, write nothing, and exit")
+    options = parser.parse_args(argv)
+
+    from mohd_train.config.load import load_config, packaged_files, split_arguments, to_yaml
+
+    files, overrides = split_arguments(options.arguments)
+    config = load_config(files, overrides)
+    if options.print_config:
+        for file, path in packaged_files(files).items():
+            print(f"# {file}: {path}")
+        print(to_yaml(config), end="")
+        return
+
+    from mohd_train.train import train as training  # after the config: importing Composer takes seconds
+
+    (training.dry_run if options.dry_run else training.train)(config)
+
+
+def export(argv: Sequence[str], prog: str) -> None:
+    """A native checkpoint as a Hugging Face folder, with its config and tokenizer.
+
+        %(prog)s runs/355m-x2/checkpoints/latest-rank0.pt exported/355m-x2
+        %(prog)s runs/355m-dense/checkpoints/latest-rank0.pt exported/355m --llama
+
+    Load it with `import mohd_train.hf` and `AutoModelForCausalLM.from_pretrained(OUT_DIR)`; a --llama folder needs no import.
+    """
+    parser = make_parser(export, prog)
+    parser.add_argument("checkpoint", type=path_or_uri, help="a checkpoint in its run folder, here or s3://...")
+    parser.add_argument("out_dir", type=Path, help="the folder to write; it must not hold anything")
+    parser.add_argument("--llama", action="store_true", help="write a dense model as LlamaForCausalLM")
+    arguments = parser.parse_args(argv)
+
+    from mohd_train.hf import convert
+
+    model = convert.export(arguments.checkpoint, arguments.out_dir, llama=arguments.llama)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    print(f"{arguments.out_dir}: {type(model).__name__} with {parameters:,} parameters, and its tokenizer")
+
+
+def _share(text: str) -> float:
+    value = float(text)
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a share: give a number above 0, at most 1")
+    return value

@@ -1,0 +1,32 @@
+"""``mohd study``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from mohd_train.cli import make_parser
+
+
+def study(argv: Sequence[str], prog: str) -> None:
+    """What a sweep has shown: differences paired by seed with 95% intervals, curves over tokens, and a record. See docs/study.md.
+
+    %(prog)s status runs/sweep/study-small              # how its runs stand, and every comparison so far
+    %(prog)s figures runs/sweep/study-small --output DIR
+    %(prog)s record runs/sweep/study-small              # benchmarks/DATE-study-small.{json,md} and figures
+    """
+    parser = make_parser(study, prog)
+    subparsers = parser.add_subparsers(dest="command", required=True)
+    subparsers.add_parser("status").add_argument("folder", type=Path)
+    figures = subparsers.add_parser("figures")
+    figures.add_argument("folder", type=Path)
+    figures.add_argument("--output", type=Path, help="default: FOLDER/figures")
+    record = subparsers.add_parser("record")
+    record.add_argument("folder", type=Path)
+    record.add_argument("--output", type=Path, default=Path("benchmarks"), help="folder; default: %(default)s")
+    record.add_argument("--name", help="of the files; default: DATE-NAME-SCALE")
+    options = vars(parser.parse_args(argv))
+
+    from mohd_train.study import commands  # after parsing: --help answers at once
+
+    getattr(commands, options.pop("command"))(**options)

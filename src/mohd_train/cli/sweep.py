@@ -1,0 +1,71 @@
+"""``mohd sweep``."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from mohd_train.cli import make_parser, positive
+from mohd_train.storage import path_or_uri, refuse_remote
+from mohd_train.sweep.commands import COMMANDS, LAUNCHERS, Request
+from mohd_train.sweep.scale import PURPOSES, SCALES
+
+
+def sweep(argv: Sequence[str], prog: str) -> int | None:
+    """Sweeps: many runs from one short file, launched, watched and resumed together. docs/sweeps.md says more.
+
+        %(prog)s list                                     # the sweeps of configs/sweep
+        %(prog)s list|show configs/sweep/table4.yaml      # its runs; the command that trains each
+        %(prog)s launch configs/sweep/table4.yaml --scale tiny --raw DIR --tokenizer MODEL [key=value ...]
+        %(prog)s launch configs/sweep/table2.yaml --data DIR --launcher slurm --parallel 4
+        %(prog)s status|resume configs/sweep/table4.yaml  # or the folder of a launched sweep
+
+    A finished run is never trained again; a failed, stopped or killed one continues from its last checkpoint.
+    """
+    command, request = parse(argv, prog)
+    return COMMANDS[command](request)
+
+
+def parse(argv: Sequence[str], prog: str) -> tuple[str, Request]:
+    """The command and what it is asked for. Leaves through argparse, with 2, for a usage error."""
+    parser = make_parser(sweep, prog)
+    parser.add_argument("command", choices=COMMANDS, help="run: one run of a launched sweep (what cluster jobs call)")
+    parser.add_argument(
+        "target", nargs="?", type=Path, metavar="FILE", help="a sweep file, or a launched sweep's folder"
+    )
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="config of every run")
+    parser.add_argument("--only", nargs="+", default=[], help="runs, settings or models; patterns such as '*x2*'")
+    parser.add_argument("--seeds", nargs="+", type=_seed, help="in place of the file's")
+    parser.add_argument("--scale", choices=SCALES, help=f"default: paper; {PURPOSES}")
+    parser.add_argument("--out", type=path_or_uri, help="default: runs/sweep/NAME[-SCALE]")
+    parser.add_argument("--data", help="prepared data, for all runs")
+    parser.add_argument("--raw", help="or raw rows, prepared once into OUT/data,")
+    parser.add_argument("--tokenizer", help="with this tokenizer")
+    parser.add_argument("--launcher", choices=LAUNCHERS, default="local", help="default: %(default)s")
+    parser.add_argument("--parallel", type=positive, help="runs at once; default: 1 locally, as many as fit on SLURM")
+    parser.add_argument(
+        "--processes", type=positive, help="GPUs (or CPU processes) a run; default: 8, 1 below the paper's scale"
+    )
+    parser.add_argument("--submit-args", default="", help="more words for sbatch or kubectl apply, in quotes")
+    parser.add_argument("--template", type=Path, help="of the jobs; default: in scripts/launch")
+    parser.add_argument("--image", help="k8s: container image")
+    parser.add_argument("--namespace", default="default", help="k8s; default: %(default)s")
+    parser.add_argument("--claim", metavar="PVC:PATH", help="k8s: volume with checkout, data and runs, and where it is")
+    parser.add_argument("--once", action="store_true", help="status: print the table once")
+    options = vars(parser.parse_intermixed_args(argv))
+    refuse_remote(options["out"], "--out", "then copy it (aws s3 sync OUT s3://...)")
+    overrides = list(options["overrides"])
+    for name in ("only", "seeds"):  # they take every word that follows, key=value too
+        words = options[name] or []
+        overrides += [word for word in words if "=" in str(word)]
+        options[name] = tuple(word for word in words if "=" not in str(word))
+    options |= {"overrides": tuple(overrides), "seeds": options["seeds"] or None}
+    return options.pop("command"), Request(**options)
+
+
+def _seed(text: str) -> int | str:
+    """A number; a key=value word that follows is passed on."""
+    if "=" not in text and not text.isdigit():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number, 0 or more")
+    return text if "=" in text else int(text)
