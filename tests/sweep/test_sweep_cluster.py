@@ -124,7 +124,7 @@ def test_kubernetes_jobs_and_their_states(sweep_file: Path, data: Path, programs
     pod = job["spec"]["template"]["spec"]
     container = pod["containers"][0]
     assert container["command"][-2:] == ["--only", DENSE]
-    assert container["command"][2:4] == ["run", str(folder.path)]
+    assert container["command"][1:6] == ["-m", "mohd_train.cli", "sweep", "run", str(folder.path)]
     assert container["image"] == "registry/mohd:1"
     assert container["resources"]["limits"] == {"nvidia.com/gpu": 1}
     assert container["volumeMounts"][0]["mountPath"] == "/work"
