@@ -73,10 +73,15 @@ def call(verb: str, argv: Sequence[str], prog: str) -> int | None:
 
 
 def make_parser(function: Callable[..., object], prog: str) -> argparse.ArgumentParser:
-    """A parser whose help is ``function``'s docstring, with ``%(prog)s`` in its examples filled in."""
+    """A parser whose help is ``function``'s docstring (see :func:`describe`)."""
     return argparse.ArgumentParser(
-        prog=prog, description=inspect.getdoc(function), formatter_class=argparse.RawDescriptionHelpFormatter
+        prog=prog, description=describe(function, prog), formatter_class=argparse.RawDescriptionHelpFormatter
     )
+
+
+def describe(function: Callable[..., object], prog: str) -> str:
+    """``function``'s docstring with ``%(prog)s`` in its examples filled in."""
+    return (inspect.getdoc(function) or "").replace("%(prog)s", prog)
 
 
 def positive(text: str) -> int:

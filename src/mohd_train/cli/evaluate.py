@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import inspect
 import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from mohd_train.cli import make_parser
+from mohd_train.cli import describe, make_parser
 from mohd_train.evaluate.options import EvalOptions, SweepEvalOptions, parse
 
 
@@ -23,7 +22,7 @@ def evaluate(argv: Sequence[str], prog: str) -> int:
     Without --data-dir the questions come from the Hugging Face hub. What is stored already is not computed again. --perplexity
     measures the validation perplexity of each domain instead of the tasks.
     """
-    options = parse(inspect.getdoc(evaluate), argv, prog)
+    options = parse(describe(evaluate, prog), argv, prog)
     if isinstance(options, EvalOptions):  # imported after parsing: --help and usage errors answer at once
         from mohd_train.evaluate.run import run_eval
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import inspect
 import tempfile
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from mohd_train.analysis.options import ObserveOptions, parse
+from mohd_train.cli import describe
 
 if TYPE_CHECKING:
     from mohd_train.analysis.knockout import Score
@@ -23,7 +23,7 @@ def observe(argv: Sequence[str], prog: str) -> None:
 
     Writes observation.json, router.json and knockout.json (MoHD checkpoints) and figures (PDF, PNG); see docs/observation.md.
     """
-    options = parse(inspect.getdoc(observe), argv, prog)
+    options = parse(describe(observe, prog), argv, prog)
     from mohd_train.analysis.run import run_observation  # after parsing: --help and usage errors answer at once
     from mohd_train.evaluate.checkpoint import pick_device
 
