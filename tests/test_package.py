@@ -141,11 +141,13 @@ class Wheel:
     def __init__(self, path: Path, folder: Path) -> None:
         self.path, self.folder = path, folder
 
-    def mohd(self, *words: object, code: int = 0) -> str:
+    def mohd(self, *words: object, code: int = 0, timeout: float = 240) -> str:
         """What ``mohd WORDS`` prints."""
         command = [sys.executable, "-m", "mohd_train.cli", *map(str, words)]
         environment = os.environ | {"PYTHONPATH": str(self.path), "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(command, capture_output=True, text=True, cwd=self.folder, env=environment, timeout=240)
+        done = subprocess.run(
+            command, capture_output=True, text=True, cwd=self.folder, env=environment, timeout=timeout
+        )
         assert done.returncode == code, done.stderr + done.stdout
         return done.stdout + (done.stderr if code else "")
 
@@ -203,8 +205,9 @@ def test_a_wheel_works_in_another_folder(wheel: Wheel) -> None:
 
 
 @pytest.mark.expensive
+@pytest.mark.timeout(1800)
 def test_a_wheel_trains_and_evaluates(wheel: Wheel) -> None:
     """The demo from a folder that holds nothing: corpus, tokenizer, shards, three models, ten tasks, table and figure."""
-    shown = wheel.mohd("demo", "run", "--max-duration", "2ba", "--limit", 1)
+    shown = wheel.mohd("demo", "run", "--max-duration", "2ba", "--limit", 1, timeout=1700)
     assert shown.endswith("figure  runs/demo/curves.png\n")
     assert "MoHD" in (wheel.folder / "runs/demo/table.md").read_text(encoding="utf-8")
