@@ -53,8 +53,9 @@ def test_print_config(config: Path) -> None:
     assert "router_lr: 0.001" in done.stdout  # resolved: the router follows
 
 
-def test_launcher_passes_the_error_on(config: Path) -> None:
-    done = run(*LAUNCHER, SCRIPT, str(config), "max_duration=5")
+@pytest.mark.parametrize("program", [[SCRIPT], ["-m", "mohd_train.cli", "train"]])
+def test_launcher_passes_the_error_on(config: Path, program: list[str]) -> None:
+    done = run(*LAUNCHER, *program, str(config), "max_duration=5")
     assert done.returncode == 1
     errors = {line for line in done.stderr.splitlines() if line.startswith("error: ")}
     assert len(errors) == 1, done.stderr

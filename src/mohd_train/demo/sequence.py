@@ -94,9 +94,7 @@ def steps(options: Options) -> list[Step]:
         corpus = ("mohd", "demo", "corpus", raw)
         then("corpus", "a corpus of this Python's own text", *corpus, leaves=Path(raw))
     if not options.tokenizer:
-        then(
-            "tokenizer", "a tokenizer", "mohd", "demo", "tokenizer", raw, tokenizer, leaves=Path(tokenizer)
-        )
+        then("tokenizer", "a tokenizer", "mohd", "demo", "tokenizer", raw, tokenizer, leaves=Path(tokenizer))
     then(
         "shards", "shards", "mohd", "prepare", "--raw", raw, "--out", f"{out}/data", "--tokenizer", tokenizer,
         "--seq-len", str(SEQ_LEN), "--val-tokens", str(VAL_TOKENS), leaves=folder / "data" / MANIFEST,
