@@ -105,22 +105,22 @@ def test_a_number_that_was_typed_is_refused_under_its_name(value: str, files: li
 
 
 REFUSED = [
-    ("seed=-1", "seed is -1; it must lie in 0 .. 4294967295"),
-    ("seed=4294967296", "seed is 4294967296; it must lie in 0 .. 4294967295"),
-    ("optimizer.weight_decay=.nan", "optimizer.weight_decay is nan; it must lie in 0 .. 10"),
+    ("seed=-1", "seed is -1; it must be at least 0 and at most 4294967295"),
+    ("seed=4294967296", "seed is 4294967296; it must be at least 0 and at most 4294967295"),
+    ("optimizer.weight_decay=.nan", "optimizer.weight_decay is nan; it must be at least 0 and at most 10"),
     ("gradient_clipping=.inf", "gradient_clipping is inf; it must be positive, at most 1e12, or null for none"),
     ("mohd.balance_loss_weight=.nan", "mohd.balance_loss_weight is nan; it must be 0 (off) or positive"),
     ("model.initializer_range=.inf", "model.initializer_range is inf; it must be more than 0 and at most 100"),
     ("optimizer.lr=1e38", "optimizer.lr is 1e+38; it must be a positive number, at most 10"),
-    ("data.shuffle_block_size=-3", "data.shuffle_block_size is -3; it must lie in 1 .. "),
-    ("data.predownload=-1", "data.predownload is -1; it must lie in 0 .. "),
-    ("data.num_canonical_nodes=0", "data.num_canonical_nodes is 0; it must lie in 1 .. 65536"),
-    ("dist_timeout=-5", "dist_timeout is -5.0; it must be more than 0 and at most 31536000"),
+    ("data.shuffle_block_size=-3", "data.shuffle_block_size is -3; it must be at least 1 and at most "),
+    ("data.predownload=-1", "data.predownload is -1; it must be at least 0 and at most "),
+    ("data.num_canonical_nodes=0", "data.num_canonical_nodes is 0; it must be at least 1 and at most 65536"),
+    ("dist_timeout=-5", "dist_timeout is -5.0; it must be a positive number of seconds, at most 31536000 (a year)"),
     ("optimizer.betas=[0.9, 1.0]", "optimizer.betas is 1.0; it must be two numbers in [0, 1)"),
     ("optimizer.betas=[0.9]", "optimizer.betas is [0.9]; it must be two numbers in [0, 1)"),
     ("eval_subset_num_batches=0", "eval_subset_num_batches is 0; it must be -1 (all) or lie in 1 .. "),
     ("save_num_checkpoints_to_keep=0", "save_num_checkpoints_to_keep is 0; it must be -1 (all) or at least 1"),
-    ("model.vocab_size=0", "model.vocab_size is 0; it must lie in 1 .. "),
+    ("model.vocab_size=0", "model.vocab_size is 0; it must be at least 1 and at most "),
 ]
 
 

@@ -51,7 +51,7 @@ class Bounds:
         return said[self.open] + "".join(f", or be {value}" for value in self.other)
 
 
-_SECONDS = Bounds(0, YEAR, open="low")
+_SECONDS = Bounds(0, YEAR, open="low", rule=f"it must be a positive number of seconds, at most {YEAR:.0f} (a year)")
 _RATE = Bounds(0, 10, open="low", rule="it must be a positive number, at most 10")
 _SIZE = Bounds(1, 2**20)
 
@@ -90,7 +90,7 @@ BOUNDS = {
     "data.download_retry": Bounds(0, 1000),
     "data.download_timeout": _SECONDS,
     "data.worker_timeout": Bounds(
-        0, YEAR, rule=f"it must be 0 (for ever) or more seconds, at most {YEAR:.0f} (a year)"
+        0, YEAR, rule=f"it must be a number of seconds, 0 to wait forever, at most {YEAR:.0f} (a year)"
     ),
     "optimizer.lr": _RATE,
     "optimizer.router_lr": _RATE,
