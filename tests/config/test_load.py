@@ -9,18 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mohd_train.config.compare import config_differences
-from mohd_train.config.load import KNOWN_KEYS, load_config, load_model_plan, to_yaml
+from mohd_train.config.keys import KNOWN_KEYS
+from mohd_train.config.load import load_config, load_model_plan, to_yaml
 from mohd_train.config.plan import ModelPlan
 from mohd_train.errors import UserError
-
-RUN = "max_duration: 20ba\nglobal_train_batch_size: 8\ndata: {local: somewhere, domains: {cc: 3, wiki: 1}}\n"
-
-
-@pytest.fixture
-def files(tmp_path: Path, root: Path) -> list[str]:
-    recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(RUN)
-    return [str(recipe), str(root / "configs/model/355m.yaml"), str(root / "configs/mohd/x2.yaml")]
 
 
 def test_files_merge_left_to_right_then_overrides(files: list[str], tmp_path: Path) -> None:
@@ -62,9 +54,12 @@ BAD = [
     ("seed=abc", "seed: Value 'abc'"),
     ("optimizer.lr=x", "optimizer.lr: Value 'x'"),
     ("model=3", "model is 3; it must be a mapping"),
-    ("mohd.ffn.sub_dims=7", "does not divide the hidden size 2048; nearest that do: 2, 4, 8"),
-    ("mohd.attention.top_k=9", "mohd.attention.top_k is 9; it must lie in 1 .. sub_dims = 8"),
-    ("mohd.attention.shared_sub_dims=5", "it must lie in 0 .. top_k = 4"),
+    (
+        "mohd.ffn.sub_dims=7",
+        "does not divide the hidden size 2048 (mohd.expansion x model.hidden_size); nearest that do: 2, 4, 8",
+    ),
+    ("mohd.attention.top_k=9", "mohd.attention.top_k is 9; it must lie in 1 .. mohd.attention.sub_dims = 8"),
+    ("mohd.attention.shared_sub_dims=5", "it must lie in 0 .. mohd.attention.top_k = 4"),
     ("model.num_key_value_heads=5", "no multiple of model.num_key_value_heads = 5"),
     ("model.head_dim=31", "rotary embeddings need an even number"),
     (

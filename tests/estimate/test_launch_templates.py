@@ -95,6 +95,36 @@ def test_two_nodes_through_slurm_train_as_one_process(tmp_path: Path) -> None:
         assert left["tokens"] == right["tokens"]
 
 
+def test_words_of_any_kind_reach_the_run_as_they_are(tmp_path: Path) -> None:
+    """Through run.sbatch and node.sh; ``composer`` notes what it is given."""
+    place = tmp_path / "a b $(touch hit) 'q'"
+    launch = place / "scripts" / "launch"
+    launch.mkdir(parents=True)
+    for name in ("run.sbatch", "node.sh"):
+        (launch / name).write_text((LAUNCH / name).read_text())
+    programs = tmp_path / "bin"
+    program(programs, "srun", '#!/bin/bash\nshift\nSLURM_NODEID=0 exec "$@"\n')
+    program(programs, "scontrol", "#!/bin/sh\necho 127.0.0.1\n")
+    composer = program(place, "launch", '#!/bin/bash\nprintf "%s\\0" "$@" > "$NOTES"\n')
+    environment = os.environ | {
+        "PATH": f"{programs}:{os.environ['PATH']}", "COMPOSER": str(composer), "NOTES": str(tmp_path / "notes"),
+        "SLURM_SUBMIT_DIR": str(place), "SLURM_JOB_NUM_NODES": "1", "SLURM_JOB_NODELIST": "n", "SLURM_JOB_ID": "1",
+    }  # fmt: skip
+    words = ["run_name=$(touch hit)", "data.local=/a b/`touch hit`", """x='"q"';touch hit""", "*"]
+    done = subprocess.run(["bash", str(launch / "run.sbatch"), *words], capture_output=True, text=True, env=environment)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert (tmp_path / "notes").read_text().split("\0")[:-1] == ["scripts/train.py", *words, "autoresume=true"]
+    assert not list(tmp_path.rglob("hit"))
+
+
+def test_words_of_any_kind_reach_the_pod_as_they_are() -> None:
+    words = ["run_name=$(HOME)", 'a="b" # c', "x: {y}"]
+    job = list(yaml.safe_load_all(kubernetes_job(words, **{**JOB, "workdir": '/w "x" $(Y)'})))[1]
+    container = job["spec"]["template"]["spec"]["containers"][0]
+    assert container["workingDir"] == '/w "x" $(Y)'
+    assert container["command"][2:] == ["run_name=$$(HOME)", *words[1:]]  # which Kubernetes reads as $(HOME)
+
+
 @pytest.mark.parametrize("notice", [signal.SIGTERM, signal.SIGUSR1])
 def test_a_notice_reaches_the_training_processes_and_not_the_launcher(tmp_path: Path, notice: signal.Signals) -> None:
     """SIGTERM from Kubernetes, SIGUSR1 from SLURM; the stand-in for a rank saves and ends with a code of its own."""

@@ -23,6 +23,7 @@ from support.plans import small_plan
 from support.s3_server import BUCKET, S3Server
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from mohd_train.analysis.subject import load_subject
 from mohd_train.checkpoint import open as open_checkpoint
 from mohd_train.checkpoint.identity import fingerprint, tokenizer_sha256
 from mohd_train.errors import UserError
@@ -360,6 +361,25 @@ def test_tokenizer_must_be_there_and_fit(llama: Path, tmp_path: Path) -> None:
     path = save_native(tmp_path / "run", plan, Transformer(plan))
     with pytest.raises(UserError, match=r"has 600 pieces, the model 97"):
         checkpoints.load(open_checkpoint(path), tokenizer=llama)
+
+
+@pytest.mark.parametrize("name", ["../x", "a/b", "..", "", "a\nb", "x" * 300])
+def test_a_name_leads_no_result_out_of_the_output_folder(
+    name: str, suite: Suite, demo_questions: Path, tmp_path: Path
+) -> None:
+    """Neither one that is given, nor the one that a checkpoint brings; ``--name`` gives the latter another."""
+    plan = small_plan(max_seq_len=96)
+    good = save_native(tmp_path / "good", plan, Transformer(plan))
+    options = EvalOptions(good, tmp_path / "results" / "out", ["sciq"], demo_questions, device="cpu", name=name)
+    with pytest.raises(UserError, match=r"--name is .*(plain name|control characters|at most 200)"):
+        run_eval(options, suite)
+    evil = save_native(tmp_path / "evil", replace(plan, name=name), Transformer(plan))
+    with pytest.raises(UserError, match=r"the model's name in .*evil.* \(--name gives it another\) is "):
+        run_eval(replace(options, checkpoint=evil, name=None), suite)
+    with pytest.raises(UserError, match=r"the model's name in .*evil.* is "):
+        load_subject(str(evil))
+    assert checkpoints.load(open_checkpoint(evil), name="mine", device="cpu").info["name"] == "mine"
+    assert not list((tmp_path / "results").rglob("*.json"))
 
 
 def test_a_tokenizer_that_is_not_the_checkpoint_s_is_refused(tmp_path: Path) -> None:

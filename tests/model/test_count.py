@@ -114,6 +114,6 @@ def test_command_line_error(root: Path) -> None:
     )
     assert run.returncode == 1
     assert run.stderr.strip() == (
-        "error: override 'mohd.ffn.sub_dims=7': mohd.ffn.sub_dims is 7, which does not divide the hidden size 2048; "
-        "nearest that do: 2, 4, 8"
+        "error: override 'mohd.ffn.sub_dims=7': mohd.ffn.sub_dims is 7, which does not divide the hidden "
+        "size 2048 (mohd.expansion x model.hidden_size); nearest that do: 2, 4, 8"
     )

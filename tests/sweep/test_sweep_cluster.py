@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,7 @@ from sweep.sweep_support import request
 from mohd_train.errors import UserError
 from mohd_train.sweep.commands import Request, launch, resume
 from mohd_train.sweep.folder import SweepFolder
-from mohd_train.sweep.launch.jobs import fill
+from mohd_train.sweep.launch.jobs import fill, shell_word
 from mohd_train.sweep.launch.kubernetes import job_name
 from mohd_train.sweep.status import job_states, run_status
 
@@ -172,9 +174,67 @@ def test_job_names_are_what_kubernetes_takes() -> None:
 def test_templates(tmp_path: Path) -> None:
     template = tmp_path / "t"
     template.write_text("a {{name}} {{name}} $HOME {other}")
-    assert fill(template, {"name": "x"}) == "a x x $HOME {other}"
+    assert fill(template, {"name": "x"}, shell_word) == "a x x $HOME {other}"
     template.write_text("{{nmae}}")
     with pytest.raises(UserError, match=r"unknown placeholder {{nmae}}; known: name"):
-        fill(template, {"name": "x"})
+        fill(template, {"name": "x"}, shell_word)
     with pytest.raises(UserError, match="can't read the job template"):
-        fill(tmp_path / "none", {})
+        fill(tmp_path / "none", {}, shell_word)
+    template.write_text('cd "{{name}}"')
+    assert fill(template, {"name": "/a/b"}, shell_word) == 'cd "/a/b"'  # harmless, so an older template still works
+    with pytest.raises(UserError, match=r"write {{name}} without quotes around it"):
+        fill(template, {"name": "/a b"}, shell_word)
+    with pytest.raises(UserError, match=r"name is .*control characters"):
+        fill(template, {"name": "a\nrm -r x"}, shell_word)
+
+
+ODD = """a b $(touch hit) `touch hit` 'q' "d" ;touch hit; %j #SBATCH"""
+
+
+def test_nothing_in_a_path_runs_in_a_job(
+    sweep_file: Path, data: Path, programs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The rendered script under a real shell, a stand-in for Python noting the words it is given and where it stands."""
+    place = tmp_path / ODD
+    place.mkdir()
+    monkeypatch.chdir(place)
+    python = place / "python"
+    python.write_text('#!/bin/bash\npwd > "$NOTES"\nprintf "%s\\0" "$@" >> "$NOTES"\n')
+    python.chmod(0o755)
+    fake(programs, "sbatch", "echo 4711")
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "executable", str(python))
+        launch(request(sweep_file, data, launcher="slurm", out=place / "sweep"))
+    script = place / "sweep" / "jobs" / "launch-1.sbatch"
+    notes = tmp_path / "notes"
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    environment = os.environ | {"SLURM_ARRAY_TASK_ID": "1", "NOTES": str(notes)}
+    done = subprocess.run(["bash", str(script)], capture_output=True, text=True, env=environment, cwd=elsewhere)
+    assert (done.returncode, done.stderr) == (0, "")
+    stood, _, given = notes.read_text().partition("\n")
+    assert stood == str(place)
+    assert given.split("\0")[-7:-1] == ["run", str(place / "sweep"), "--processes", "1", "--only", X2]
+    assert not list(tmp_path.rglob("hit"))
+    (output,) = [line for line in script.read_text().splitlines() if line.startswith("#SBATCH --output=")]
+    (log,) = shlex.split(output.removeprefix("#SBATCH "))
+    assert log == f"--output={place}/sweep/jobs/%A_%a.log".replace("%j", "%%j")
+
+
+def test_nothing_in_a_path_runs_in_a_pod(
+    sweep_file: Path, data: Path, programs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The words are a list, and Kubernetes would replace ``$(NAME)`` in it; elsewhere text is as it was given."""
+    place = tmp_path / ODD
+    place.mkdir()
+    monkeypatch.chdir(place)
+    fake(programs, "kubectl", "exit 0")
+    odd = 'i", command: ["rm"] # $(X)'
+    launch(request(sweep_file, data, launcher="k8s", image=odd, claim=f"c:/m {ODD}", only=("x2",), out=place / "sweep"))
+    (file,) = (place / "sweep" / "jobs").glob("*.yaml")
+    pod = yaml.safe_load(file.read_text())["spec"]["template"]["spec"]
+    container = pod["containers"][0]
+    assert (container["image"], container["workingDir"]) == (odd, str(place))
+    assert container["volumeMounts"][0]["mountPath"] == f"/m {ODD}"
+    assert container["command"][-5:-3] == [str(place / "sweep").replace("$(", "$$("), "--processes"]
+    assert not list(tmp_path.rglob("hit"))

@@ -78,3 +78,12 @@ def test_kernels_are_settled_before_the_first_step() -> None:
     assert parallel.resolve_kernels(config(precision="fp32", kernels="triton"), dense, "cpu") == "dense"
     with pytest.raises(UserError, match="use kernels: grouped"):
         parallel.resolve_kernels(config(precision="fp32", kernels="triton"), x2, "cpu")
+
+
+def test_the_seed_of_every_process_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Composer adds the rank to it."""
+    parallel.check_seed(2**32 - 1)
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    parallel.check_seed(2**32 - 8)
+    with pytest.raises(UserError, match="seed is 4294967295; with 8 processes it must be at most 4294967288"):
+        parallel.check_seed(2**32 - 1)

@@ -12,7 +12,7 @@ from train.train_support import make_config, make_data, write_config
 
 from mohd_train.config.load import load_config
 from mohd_train.errors import UserError
-from mohd_train.train.train import train
+from mohd_train.train.train import dry_run, train
 
 
 def refused(match: str, *args: Any, **kwargs: Any) -> None:
@@ -96,6 +96,16 @@ def test_unknown_parts_are_refused_before_the_data_is_read(tmp_path: Path) -> No
     refused("did you mean 'window_size'", tmp_path, tmp_path / "none", "callbacks.speed_monitor.window=1")
     refused("precision=fp32", tmp_path, tmp_path / "none", "precision=amp_bf16")
     refused("share of the run", tmp_path, tmp_path / "none", "scheduler.t_warmup=5tok")
+
+
+def test_a_warmup_longer_than_an_epoch_is_refused_once_the_data_says_how_long_that_is(
+    tmp_path: Path, data: Path
+) -> None:
+    with pytest.raises(UserError, match=r"scheduler.t_warmup is '100ba', 100 batches, and the run has \d+ .*'1ep'"):
+        dry_run(make_config(tmp_path, data, "max_duration=1ep", "scheduler.t_warmup=100ba"))
+    with pytest.raises(UserError, match=r"scheduler.t_warmup is '9ep', \d+ batches, and the run has 6 "):
+        dry_run(make_config(tmp_path, data, "scheduler.t_warmup=9ep"))
+    dry_run(make_config(tmp_path, data, "max_duration=1ep", "scheduler.t_warmup=1ep"))
 
 
 def test_config_file_alone_lacks_nothing(tmp_path: Path, data: Path) -> None:

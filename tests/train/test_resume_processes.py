@@ -94,7 +94,7 @@ def test_processes_of_a_node_take_one_name(folder: Folder) -> None:
         return theirs(*args, **keywords) + 1000 * dist.get_global_rank()
 
     with mock.patch.object(prefix, "_check_and_find", as_seen):
-        run_in(2, folder.job("x2-named", "x2", "max_duration=1ba"))
+        run_in(2, folder.job("x2-named", "x2", "max_duration=1ba", "scheduler.t_warmup=0ba"))
 
 
 def test_a_hang_of_one_process_is_told_by_each(

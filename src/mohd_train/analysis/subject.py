@@ -22,6 +22,7 @@ from mohd_train.hf.convert import load_model
 from mohd_train.hf.modeling import MoHDForCausalLM
 from mohd_train.model.llama import Transformer
 from mohd_train.utils.encoding import custom_code_refused, open_tokenizer
+from mohd_train.utils.text import plain_name
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
@@ -110,7 +111,7 @@ def load_subject(
     model = model.to(device or torch.device("cpu")).eval()  # type: ignore[arg-type]
     plan = model.config.to_plan() if isinstance(model, MoHDForCausalLM) else None
     info: dict[str, Any] = {
-        "name": plan.name if plan is not None else Path(source).name,
+        "name": plain_name(plan.name, f"the model's name in {source}") if plan is not None else Path(source).name,
         "source": source,
         "kind": "native" if opened is not None and opened.is_native else "hf",
         "architecture": type(model).__name__,

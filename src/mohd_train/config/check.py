@@ -1,15 +1,20 @@
-"""Rules that span keys, checked before anything is built."""
+"""Rules about a config's values, all checked before anything is built. The range of each number: ``bounds.py``."""
 
 from __future__ import annotations
 
-import math
 import re
+from pathlib import Path
 
+from mohd_train.config.bounds import check_numbers
+from mohd_train.config.keys import TEXT_KEYS, items, value_of
 from mohd_train.config.plan import make_plan
 from mohd_train.config.schema import Config
 from mohd_train.errors import UserError
+from mohd_train.storage import is_remote
+from mohd_train.utils.text import NAME_BYTES, plain_name, printable
 
-DURATION = re.compile(r"^(\d+(?:\.\d+)?)(ba|ep|tok|sp|dur)$")
+DURATION = re.compile(r"([0-9]+(?:\.[0-9]+)?)(ba|ep|tok|sp|dur)")
+LONGEST = 2**53  # of any unit: counters are int64, and shares of them are computed in float64
 CHOICES = {
     "device": ("auto", "cpu", "gpu"),
     "precision": ("amp_bf16", "amp_fp16", "fp32"),
@@ -31,17 +36,15 @@ DURATIONS = {
     "save_keep_every": ("ba",),
     "console_log_interval": ("ba", "ep"),
 }
+PATHS = ("run_folder", "save_folder", "load_path", "data.local", "data.remote")  # `~` may begin them
+FILE_NAME_BYTES = 255
+# Names that a domain can't have: Composer's label for training, ours for the total over domains, and what lies beside
+# the domains in a data folder.
+RESERVED_DOMAINS = ("train", "eval", "manifest.json", "tokenizer", "bad_rows.jsonl")
 
 
-def _get(config: Config, dotted: str) -> object:
-    value: object = config
-    for part in dotted.split("."):
-        value = getattr(value, part)
-    return value
-
-
-def _check_duration(key: str, value: object, units: tuple[str, ...]) -> None:
-    match = DURATION.match(str(value))
+def _check_duration(key: str, value: str, units: tuple[str, ...]) -> None:
+    match = DURATION.fullmatch(value)
     if not match or match[2] not in units:
         examples = " or ".join(f'"100{unit}"' for unit in units if unit != "dur")
         raise UserError(f"{key} is {value!r}; it must be a number with a unit, such as {examples}")
@@ -49,71 +52,80 @@ def _check_duration(key: str, value: object, units: tuple[str, ...]) -> None:
         raise UserError(f"{key} is {value!r}; it must be more than 0")
     if "." in match[1] and match[2] != "dur":
         raise UserError(f"{key} is {value!r}; only the unit 'dur' (a share of the run) takes a fraction")
+    if match[2] == "dur" and float(match[1]) > 1:
+        raise UserError(f"{key} is {value!r}; 'dur' is a share of the run, at most 1dur")
+    if float(match[1]) > LONGEST:
+        raise UserError(f"{key} is {value!r}; it must be at most {LONGEST}")
 
 
-def _check_numbers(config: Config) -> None:
-    for key in ("global_train_batch_size", "device_eval_batch_size"):
-        if _get(config, key) < 1:  # type: ignore[operator]
-            raise UserError(f"{key} is {_get(config, key)}; it must be at least 1")
-    micro = config.device_train_microbatch_size
-    if micro != "auto" and (not isinstance(micro, int) or micro < 1):
-        raise UserError(f"device_train_microbatch_size is {micro!r}; it must be 'auto' or at least 1")
-    for key in ("optimizer.lr", "optimizer.router_lr", "optimizer.eps"):
-        value = _get(config, key)
-        if not isinstance(value, float) or not math.isfinite(value) or value <= 0:
-            raise UserError(f"{key} is {value}; it must be a positive number")
-    if len(config.optimizer.betas) != 2 or not all(0 <= beta < 1 for beta in config.optimizer.betas):
-        raise UserError(f"optimizer.betas is {config.optimizer.betas}; it must be two numbers in [0, 1)")
-    if config.optimizer.weight_decay < 0:
-        raise UserError(f"optimizer.weight_decay is {config.optimizer.weight_decay}; it must be 0 or more")
-    if not 0 <= config.scheduler.alpha_f <= 1:
-        raise UserError(f"scheduler.alpha_f is {config.scheduler.alpha_f}; it must lie in 0 .. 1")
-    if config.gradient_clipping is not None and config.gradient_clipping <= 0:
-        raise UserError(f"gradient_clipping is {config.gradient_clipping}; it must be positive, or null for none")
-    if config.loss_spike_factor is not None and not config.loss_spike_factor > 1:
-        raise UserError(f"loss_spike_factor is {config.loss_spike_factor}; it must be more than 1, or null for off")
-    if not 0 < config.router_collapse_share <= 1:
-        raise UserError(f"router_collapse_share is {config.router_collapse_share}; it must lie in 0 .. 1")
-    if not config.start_timeout > 0:
-        raise UserError(f"start_timeout is {config.start_timeout}; it must be more than 0 seconds")
-    _check_data(config)
-    if config.data.worker_timeout < 0:
-        raise UserError(f"data.worker_timeout is {config.data.worker_timeout}; it must be 0 (for ever) or more seconds")
-    keep = config.save_num_checkpoints_to_keep
-    if keep < -1 or (keep == 0 and "://" not in config.save_folder):
-        raise UserError(f"save_num_checkpoints_to_keep is {keep}; it must be -1 (all) or at least 1")
-    if config.data.num_workers < 0:
-        raise UserError(f"data.num_workers is {config.data.num_workers}; it must be 0 or more")
-
-
-def _check_data(config: Config) -> None:
-    data = config.data
-    for key, least in (
-        ("shuffle_block_size", 1),
-        ("num_canonical_nodes", 1),
-        ("predownload", 0),
-        ("download_retry", 0),
-    ):
-        value = getattr(data, key)
-        if value is not None and value < least:
-            raise UserError(f"data.{key} is {value}; it must be at least {least}")
-    if not 0 < data.download_timeout < math.inf:
-        raise UserError(f"data.download_timeout is {data.download_timeout}; it must be a positive number of seconds")
-    if not math.isfinite(data.worker_timeout):
+def _check_warmup(config: Config) -> None:
+    """Compares the warm-up with the run in one unit. Epochs with batches: only once the data is there (train/data.py)."""
+    key, warmup, whole = "scheduler.t_warmup", config.scheduler.t_warmup, config.max_duration
+    matches = DURATION.fullmatch(warmup), DURATION.fullmatch(whole)
+    assert all(matches), "both were checked to be durations"
+    (number, unit), (end, end_unit) = (match.groups() for match in matches if match)
+    samples = config.global_train_batch_size
+    tokens = {"ba": samples * config.max_seq_len, "sp": config.max_seq_len, "tok": 1}
+    if unit != end_unit and not {unit, end_unit} <= tokens.keys():
+        return
+    if int(number) * tokens.get(unit, 1) > int(end) * tokens.get(end_unit, 1):
         raise UserError(
-            f"data.worker_timeout is {data.worker_timeout}; it must be a number of seconds, 0 to wait forever"
+            f"{key} is {warmup!r}, longer than the run (max_duration is {whole!r}): the learning rate would never reach "
+            'its peak; give a shorter one, or a share of the run such as "0.03dur"'
         )
+
+
+def check_names(config: Config) -> None:
+    """Raises :class:`UserError` for a name that can't be a folder's: before folders are named after it."""
+    plain_name(config.model.name, "model.name")
+    plain_name(config.mohd.name, "mohd.name")
+    name = str(config.run_name)
+    refuse_braces("run_name", name)
+    for part in name.split("/"):
+        plain_name(part, "run_name" if part == name else f"run_name {name!r}: a part")
+    if len(name.encode()) > NAME_BYTES:
+        raise UserError(f"run_name is {name[:20]!r}... of {len(name.encode())} bytes; a name has at most {NAME_BYTES}")
+
+
+def refuse_braces(key: str, text: str, known: str = "") -> None:
+    """Composer fills in braces such as ``{rank}``: checkpoints would go where resuming doesn't look.
+
+    Args:
+        known: the placeholders that this key may hold.
+
+    Raises:
+        UserError: ``text`` still holds a brace.
+    """
+    found = re.search(r"\{(\w*)\}?|\}", text)
+    if found:
+        what = f"unknown placeholder {found[1]!r}" if found[1] else f"it must not hold {found[0]!r}"
+        raise UserError(f"{key} is {text!r}: {what}; known: {known or 'none'}")
+
+
+def _check_text(config: Config) -> None:
+    for key in TEXT_KEYS:
+        for name, text in items(key, value_of(config, key)):
+            printable(text, name)
+    for key in PATHS:
+        path = value_of(config, key)
+        if path is None or is_remote(path):
+            continue
+        if not path.strip():
+            raise UserError(f"{key} is {path!r}; it must be a path")
+        if any(len(part.encode()) > FILE_NAME_BYTES for part in Path(path).parts):
+            raise UserError(f"{key} has a part of more than {FILE_NAME_BYTES} bytes, which no file system takes")
+    if config.load_path:
+        refuse_braces("load_path", config.load_path)
 
 
 def _check_domains(config: Config) -> None:
     domains = config.data.domains
     if not domains:
         raise UserError("data.domains is empty; name the domains and their proportions, such as {cc: 0.67, wiki: 0.33}")
-    for name, share in domains.items():
-        if not math.isfinite(share) or share <= 0:
-            raise UserError(
-                f"data.domains.{name} is {share}; a proportion must be positive (leave the domain out for none)"
-            )
+    for name in domains:
+        if name in RESERVED_DOMAINS or name.startswith("."):
+            raise UserError(f"data.domains.{name} is a reserved name; prepare the domain under another name")
+        plain_name(name, "data.domains: a name")
     unknown = [name for name in config.data.optional_domains if name not in domains]
     if unknown:
         raise UserError(f"data.optional_domains names {', '.join(unknown)}, which data.domains does not have")
@@ -122,11 +134,17 @@ def _check_domains(config: Config) -> None:
 def check(config: Config) -> None:
     """Raises :class:`UserError` for the first rule that ``config`` breaks."""
     for key, known in CHOICES.items():
-        if _get(config, key) not in known:
-            raise UserError(f"{key} is {_get(config, key)!r}; it must be one of {', '.join(known)}")
+        if value_of(config, key) not in known:
+            raise UserError(f"{key} is {value_of(config, key)!r}; it must be one of {', '.join(known)}")
+    _check_text(config)
     for key, units in DURATIONS.items():
-        if _get(config, key) is not None:
-            _check_duration(key, _get(config, key), units)
-    _check_numbers(config)
+        if value_of(config, key) is not None:
+            _check_duration(key, value_of(config, key), units)
+    check_numbers(config)
+    if len(config.optimizer.betas) != 2:
+        raise UserError(f"optimizer.betas is {config.optimizer.betas}; it must be two numbers in [0, 1)")
+    if config.save_num_checkpoints_to_keep == 0 and not is_remote(config.save_folder):
+        raise UserError("save_num_checkpoints_to_keep is 0; it must be -1 (all) or at least 1")
     _check_domains(config)
+    _check_warmup(config)
     make_plan(config.model, config.mohd, config.max_seq_len)

@@ -7,55 +7,32 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import io
 import logging
-import types
 import typing
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from mohd_train import resources
-from mohd_train.config.check import check
+from mohd_train.config.check import PATHS, check, check_names, refuse_braces
+from mohd_train.config.keys import KNOWN_KEYS, schema_of
 from mohd_train.config.plan import ModelPlan, current_name, make_plan
+from mohd_train.config.read import read_file, read_override, split_arguments
 from mohd_train.config.schema import Config, ModelConfig, MoHDSettings
 from mohd_train.errors import UserError
+from mohd_train.storage import is_remote
 from mohd_train.utils.text import first_line, nearest
+
+__all__ = ["load_config", "load_model_plan", "split_arguments", "to_yaml"]
 
 log = logging.getLogger(__name__)
 
+RUN_CONFIG, RUN_RECORD = "config.yaml", "run.json"  # of a run folder
 # A later source's mapping replaces these whole (a mix is one thing); other mappings merge key by key.
 REPLACED_WHOLE = ("data.domains",)
-
-
-def _schema_of(annotation: Any) -> Any:
-    """The dataclass inside ``X`` or ``Optional[X]``, or None."""
-    options = (
-        typing.get_args(annotation)
-        if typing.get_origin(annotation) in (typing.Union, types.UnionType)
-        else (annotation,)
-    )
-    return next((option for option in options if dataclasses.is_dataclass(option)), None)
-
-
-def _all_keys(schema: Any, prefix: str = "") -> dict[str, Any]:
-    """Every dotted key of the schema with its annotation."""
-    keys: dict[str, Any] = {}
-    hints = typing.get_type_hints(schema)
-    for field in dataclasses.fields(schema):
-        name = f"{prefix}{field.name}"
-        keys[name] = hints[field.name]
-        nested = _schema_of(hints[field.name])
-        if nested is not None:
-            keys |= _all_keys(nested, f"{name}.")
-    return keys
-
-
-KNOWN_KEYS = _all_keys(Config)
 
 
 def _refuse_unknown(value: Any, source: str, prefix: str = "") -> None:
@@ -66,41 +43,11 @@ def _refuse_unknown(value: Any, source: str, prefix: str = "") -> None:
             siblings = [k for k in KNOWN_KEYS if k.startswith(prefix) and "." not in k[len(prefix) :]]
             hint = nearest(name, siblings) or nearest(str(key), [k.rsplit(".", 1)[-1] for k in KNOWN_KEYS])
             raise UserError(f"{source}: unknown key {name!r}{hint}")
-        if _schema_of(KNOWN_KEYS[name]) is not None:
+        if schema_of(KNOWN_KEYS[name]) is not None:
             if isinstance(child, dict):
                 _refuse_unknown(child, source, f"{name}.")
             elif child is not None:
                 raise UserError(f"{source}: {name} is {child!r}; it must be a mapping of keys")
-
-
-def _packaged(path: str) -> str:
-    """The nearest file of the package to a missing ``configs/KIND/NAME.yaml``, as a hint."""
-    configs = resources.path("configs")
-    names = [f"configs/{file.relative_to(configs).as_posix()}" for file in sorted(configs.rglob("*.yaml"))]
-    return nearest(path, names) if path.startswith("configs/") else ""
-
-
-def _read(path: str) -> dict[str, Any]:
-    file = resources.find(path)
-    if not file.is_file():
-        raise UserError(
-            f"{path}: no such config file{_packaged(path)}; give YAML files first, then key=value overrides"
-        )
-    try:
-        value = OmegaConf.to_container(OmegaConf.load(io.StringIO(file.read_text(encoding="utf-8"))), resolve=False)
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f" at line {mark.line + 1}" if mark else ""
-        raise UserError(f"{path}: broken YAML{where}: {getattr(error, 'problem', None) or first_line(error)}") from None
-    except OSError as error:  # OmegaConf's word for a document that is neither a mapping nor a list
-        raise UserError(f"{path}: holds no mapping of keys to values ({first_line(error)})") from None
-    except (OmegaConfBaseException, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: {first_line(error)}") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: holds no mapping of keys to values")
-    return typing.cast("dict[str, Any]", value)
 
 
 def _pop(mapping: dict[str, Any], dotted: str) -> Any:
@@ -125,33 +72,26 @@ def _merge(config: DictConfig, value: dict[str, Any], source: str, *, replace: b
         raise UserError(f"{source}: {first_line(error)}") from None
 
 
-def _override(text: str) -> tuple[dict[str, Any], bool]:
-    """``key=value`` as a nested mapping, and whether it gives a whole mapping that replaces the earlier one."""
-    key, sign, _ = text.partition("=")
-    if not sign or not key:
-        raise UserError(f"{text!r} is neither a YAML file nor an override; overrides look like key=value")
-    try:
-        value = OmegaConf.to_container(OmegaConf.from_dotlist([text]), resolve=False)
-    except (OmegaConfBaseException, yaml.YAMLError, ValueError) as error:
-        raise UserError(f"override {text!r}: {first_line(error)}") from None
-    assert isinstance(value, dict)
-    return typing.cast("dict[str, Any]", value), key in REPLACED_WHOLE
-
-
 def _resolve(config: Config) -> Config:
-    """Fills in what follows from other keys, under today's names."""
+    """Fills in names and paths, under today's names."""
     scaling = current_name("mohd.scaling", config.mohd.scaling)
     if scaling != config.mohd.scaling:
         log.warning("mohd.scaling: %s is called %s now", config.mohd.scaling, scaling)
         config.mohd.scaling = scaling
     config.run_name = config.run_name or f"{config.model.name}-{config.mohd.name}"
-    try:
-        config.run_folder = config.run_folder.format(run_name=config.run_name)
-        config.save_folder = config.save_folder.format(run_name=config.run_name, run_folder=config.run_folder)
-    except (KeyError, IndexError, ValueError) as error:
-        raise UserError(
-            f"run_folder, save_folder: unknown placeholder {error}; known: {{run_name}}, {{run_folder}}"
-        ) from None
+    check_names(config)
+    config.run_folder = _path("run_folder", config.run_folder, run_name=config.run_name)
+    config.save_folder = _path(
+        "save_folder", config.save_folder, run_name=config.run_name, run_folder=config.run_folder
+    )
+    config.load_path = config.load_path and _home_expanded("load_path", config.load_path)
+    config.data.local = _home_expanded("data.local", config.data.local)
+    config.data.remote = config.data.remote and _home_expanded("data.remote", config.data.remote)
+    return config
+
+
+def _follow(config: Config) -> Config:
+    """Sets what follows another key unless it is given; after the checks, which name the key that the user set."""
     if config.optimizer.router_lr is None:
         config.optimizer.router_lr = config.optimizer.lr
     if config.data.shuffle_seed is None:
@@ -165,18 +105,63 @@ def packaged_files(files: list[str]) -> dict[str, Path]:
     return {file: path for file, path in found.items() if path != Path(file)}
 
 
-def split_arguments(arguments: list[str]) -> tuple[list[str], list[str]]:
-    """The words of a command line as (YAML files, key=value overrides)."""
-    files = [word for word in arguments if "=" not in word]
-    return files, [word for word in arguments if "=" in word]
+def _path(key: str, text: str, **values: str) -> str:
+    """``text`` with its placeholders filled in and ``~`` expanded."""
+    for name, value in values.items():
+        text = text.replace(f"{{{name}}}", value)
+    refuse_braces(key, text, ", ".join(f"{{{name}}}" for name in values))
+    return _home_expanded(key, text)
+
+
+def _home_expanded(key: str, path: str) -> str:
+    """A local path with ``~`` or ``~user`` expanded. Raises UserError for a user that is not known here."""
+    assert key in PATHS
+    if is_remote(path) or not path.startswith("~"):
+        return path
+    try:
+        return str(Path(path).expanduser())
+    except RuntimeError:
+        raise UserError(
+            f"{key} is {path!r}; there is no such home folder (./{path} is a folder of that name)"
+        ) from None
+
+
+def _following(path: str, value: dict[str, Any]) -> dict[str, Any]:
+    """A run folder's own config whose ``save_folder`` follows ``run_folder``; earlier versions wrote it out."""
+    run_folder, save_folder = str(value.get("run_folder")), str(value.get("save_folder"))
+    if _of_run_folder(path) and save_folder.startswith(f"{run_folder}/"):
+        value["save_folder"] = "{run_folder}" + save_folder.removeprefix(run_folder)
+    return value
+
+
+def _of_run_folder(path: str) -> bool:
+    """Whether a config file is what a run wrote in its folder."""
+    file = Path(path).expanduser()
+    return file.name == RUN_CONFIG and (file.parent / RUN_RECORD).is_file()
+
+
+def _refuse_moved(config: Config, source: str) -> None:
+    """Raises if ``source``, which set ``run_folder``, is the config of a run folder that lies elsewhere by now.
+
+    Training would start anew in the old place, and not resume what lies beside the file.
+    """
+    if _of_run_folder(source):
+        here = Path(source).expanduser().parent
+        if Path(config.run_folder).resolve() != here.resolve():
+            raise UserError(
+                f"{source} lies beside a run, but its run_folder is {config.run_folder}: the run was moved or copied, or "
+                f"was started from another folder; add run_folder={here} to go on with it"
+            )
 
 
 def _merge_all(files: list[str], overrides: list[str]) -> tuple[DictConfig, dict[str, str]]:
     """All sources merged, and where each key was last set."""
     config: DictConfig = OmegaConf.structured(Config)
     origin: dict[str, str] = {}
-    sources = [(path, _read(path), True) for path in files]
-    sources += [(f"override {text!r}", *_override(text)) for text in overrides]
+    sources = [(path, _following(path, read_file(path)), True) for path in files]
+    for text in overrides:
+        value, key = read_override(text)
+        sources.append((f"override {text!r}", value, key in REPLACED_WHOLE))
     for source, value, replace in sources:
         _refuse_unknown(value, source)
         origin |= dict.fromkeys(_leaves(value), source)
@@ -227,7 +212,8 @@ def load_config(files: list[str], overrides: list[str] | None = None) -> Config:
     assert isinstance(result, Config)
     with _naming_the_source(origin):
         check(_resolve(result))
-    return result
+    _refuse_moved(result, origin.get("run_folder", ""))
+    return _follow(result)
 
 
 def load_model_plan(files: list[str], overrides: list[str] | None = None) -> ModelPlan:
@@ -250,5 +236,11 @@ def load_model_plan(files: list[str], overrides: list[str] | None = None) -> Mod
 
 
 def to_yaml(config: Config) -> str:
-    """The resolved config as YAML that :func:`load_config` reads back to an equal one."""
+    """The resolved config as YAML that :func:`load_config` reads back to an equal one.
+
+    A ``save_folder`` inside ``run_folder`` is written relative to it, so that it follows when the run is moved.
+    """
+    if config.save_folder.startswith(f"{config.run_folder}/"):
+        inside = config.save_folder.removeprefix(config.run_folder)
+        config = dataclasses.replace(config, save_folder=f"{{run_folder}}{inside}")
     return OmegaConf.to_yaml(OmegaConf.structured(config))

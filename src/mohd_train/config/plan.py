@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from dataclasses import dataclass
 from typing import Any
 
+from mohd_train.config.bounds import check_number, check_numbers
 from mohd_train.config.schema import ModelConfig, MoHDSettings, SubDimensionConfig
 from mohd_train.errors import UserError
 
@@ -133,12 +133,6 @@ class ModelPlan:
 _PLAN_FIELDS = {field.name for field in dataclasses.fields(ModelPlan)}
 
 
-def _positive(section: str, **values: float) -> None:
-    for key, value in values.items():
-        if not 0 < value < math.inf:
-            raise UserError(f"{section}.{key} is {value}; it must be positive")
-
-
 def _one_of(key: str, value: str, known: tuple[str, ...]) -> None:
     if value not in known:
         raise UserError(f"{key} is {value!r}; it must be one of {', '.join(known)}")
@@ -148,17 +142,17 @@ def _component(section: str, config: SubDimensionConfig | None, hidden_size: int
     if config is None:
         return None
     n, k, s = config.sub_dims, config.top_k, config.shared_sub_dims
-    if n < 1 or hidden_size % n:
+    if hidden_size % n:
         near = sorted((x for x in range(1, 513) if hidden_size % x == 0), key=lambda x: abs(x - n))[:3]
         raise UserError(
-            f"{section}.sub_dims is {n}, which does not divide the hidden size {hidden_size}; "
-            f"nearest that do: {', '.join(map(str, sorted(near)))}"
+            f"{section}.sub_dims is {n}, which does not divide the hidden size {hidden_size} (mohd.expansion x "
+            f"model.hidden_size); nearest that do: {', '.join(map(str, sorted(near)))}"
         )
     if not 1 <= k <= n:
-        raise UserError(f"{section}.top_k is {k}; it must lie in 1 .. sub_dims = {n}")
+        raise UserError(f"{section}.top_k is {k}; it must lie in 1 .. {section}.sub_dims = {n}")
     if not 0 <= s <= k:
         raise UserError(
-            f"{section}.shared_sub_dims is {s}; it must lie in 0 .. top_k = {k}, since shared ones are always active"
+            f"{section}.shared_sub_dims is {s}; it must lie in 0 .. {section}.top_k = {k}, since shared ones are always active"
         )
     return SubDimPlan(sub_dims=n, top_k=k, shared=s, width=hidden_size // n)
 
@@ -169,10 +163,10 @@ def make_plan(model: ModelConfig, mohd: MoHDSettings, max_seq_len: int) -> Model
     Raises:
         UserError: an impossible combination, with the key and what would do.
     """
+    check_numbers(model, "model")
+    check_numbers(mohd, "mohd")
+    check_number("max_seq_len", max_seq_len)
     sizes = {field.name: getattr(model, field.name) for field in dataclasses.fields(model)}
-    _positive("model", **{key: value for key, value in sizes.items() if not isinstance(value, str)})
-    if max_seq_len < 1:
-        raise UserError(f"max_seq_len is {max_seq_len}; it must be positive")
     if model.num_attention_heads % model.num_key_value_heads:
         raise UserError(
             f"model.num_attention_heads is {model.num_attention_heads}, no multiple of model.num_key_value_heads = "
@@ -180,21 +174,12 @@ def make_plan(model: ModelConfig, mohd: MoHDSettings, max_seq_len: int) -> Model
         )
     if model.head_dim % 2:
         raise UserError(f"model.head_dim is {model.head_dim}; rotary embeddings need an even number")
-    if mohd.expansion < 1:
-        raise UserError(f"mohd.expansion is {mohd.expansion}; it must be 1 (compression) or more (expansion)")
     readings = {
         field.name: getattr(mohd, field.name) for field in dataclasses.fields(mohd) if field.name in _PLAN_FIELDS
     }
     readings |= {"name": f"{model.name}-{mohd.name}", "scaling": current_name("mohd.scaling", mohd.scaling)}
     for key, known in READINGS.items():
         _one_of(f"model.{key}" if key == "init" else f"mohd.{key}", (sizes | readings)[key], known)
-    if not 0 <= mohd.balance_loss_weight < math.inf:
-        raise UserError(f"mohd.balance_loss_weight is {mohd.balance_loss_weight}; it must be 0 (off) or positive")
-    if mohd.router_init_std is not None and not 0 <= mohd.router_init_std < math.inf:
-        raise UserError(
-            f"mohd.router_init_std is {mohd.router_init_std}; it must be 0 or positive, or null for a router that is "
-            "drawn like any other matrix"
-        )
     hidden_size = mohd.expansion * model.hidden_size
     components = {part: _component(f"mohd.{part}", getattr(mohd, part), hidden_size) for part in ("attention", "ffn")}
     sizes |= {"base_hidden_size": model.hidden_size, "hidden_size": hidden_size, "max_seq_len": max_seq_len}

@@ -16,6 +16,7 @@ from mohd_train.config.plan import ModelPlan
 from mohd_train.errors import UserError
 from mohd_train.hf.convert import load_model
 from mohd_train.model.count import count
+from mohd_train.utils.text import plain_name
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -66,13 +67,17 @@ def load(
     Raises:
         UserError: the weights or the tokenizer cannot be read, or the tokenizer is not the one the model was trained with.
     """
+    if name is not None:
+        plain_name(name, "--name")  # results go into a folder of this name
     where = pick_device(device)
     folder = tokenizer or found.tokenizer_folder
     loaded_tokenizer = read_tokenizer(folder, "give the folder with --tokenizer", trust_remote_code=trust_remote_code)
     if found.plan is not None:  # what can be refused before gigabytes are read
         _check_tokenizer(found, loaded_tokenizer, folder, found.plan.vocab_size)
+        name = name or _plan_name(found, found.plan)
     model = load_model(found, trust_remote_code=trust_remote_code)
     plan = model.config.to_plan() if hasattr(model.config, "to_plan") else None  # a MoHDConfig carries its plan
+    name = name or (_plan_name(found, plan) if plan is not None else found.path.name)
     if dtype != "auto":
         model = model.to(_DTYPES[dtype])  # type: ignore[arg-type]
     model = model.to(where).eval()  # type: ignore[arg-type]
@@ -81,7 +86,7 @@ def load(
         _check_tokenizer(found, loaded_tokenizer, folder, vocabulary)
     activated, total = _count(model, plan)
     info = {
-        "name": name or (plan.name if plan is not None else found.path.name),
+        "name": name,
         "checkpoint": found.source,
         "kind": "native" if found.is_native else "hf",
         "fingerprint": found.fingerprint,
@@ -95,6 +100,10 @@ def load(
         "tokenizer_sha256": tokenizer_sha256(loaded_tokenizer),
     }
     return LoadedModel(model, loaded_tokenizer, info, vocabulary, ours=plan is not None)
+
+
+def _plan_name(found: Checkpoint, plan: ModelPlan) -> str:
+    return plain_name(plan.name, f"the model's name in {found.source} (--name gives it another)")
 
 
 def _check_tokenizer(found: Checkpoint, tokenizer: PreTrainedTokenizerBase, folder: Path, vocabulary: int) -> None:

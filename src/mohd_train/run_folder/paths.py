@@ -20,10 +20,11 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from mohd_train.config.load import RUN_CONFIG, RUN_RECORD
 from mohd_train.config.schema import Config
 from mohd_train.storage import is_remote
 
-RECORD, CONFIG, METRICS = "run.json", "config.yaml", "metrics.jsonl"
+RECORD, CONFIG, METRICS = RUN_RECORD, RUN_CONFIG, "metrics.jsonl"
 OWNER = "owner.json"  # in a save_folder outside the run folder
 TOKENIZER, CHECKPOINTS, LOGS = "tokenizer", "checkpoints", "logs"
 LATEST = "latest-rank0.pt"

@@ -4,7 +4,6 @@ domain."""
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 from composer.core import DataSpec, Evaluator, Time, TimeUnit
@@ -16,8 +15,6 @@ from mohd_train.errors import UserError
 from mohd_train.train.parallel import device_batch_size
 from mohd_train.utils.distributed import from_first_of_node
 
-RESERVED = ("train", "eval")  # Composer's label for training, ours for the total over domains
-
 
 def check_on_nodes(config: Config) -> Manifest:
     """Checks the data once a node, where it may be a copy of its own; every process raises what one of them finds.
@@ -25,19 +22,8 @@ def check_on_nodes(config: Config) -> Manifest:
     Raises:
         UserError: the folder, a domain, the tokenizer, the sequence length or a shard is wrong.
     """
-    _refuse_reserved(config.data.domains)
     from_first_of_node(lambda: check_data(config.data, vocab_size=config.model.vocab_size, seq_len=config.max_seq_len))
-    manifest = load_manifest(config.data.local)
-    _refuse_reserved(config.data.domains or manifest.domains)
-    return manifest
-
-
-def _refuse_reserved(domains: Iterable[str]) -> None:
-    reserved = [name for name in domains if name in RESERVED]
-    if reserved:
-        raise UserError(
-            f"data.domains: {reserved[0]!r} is a reserved name of the logs; prepare the domain under another name"
-        )
+    return load_manifest(config.data.local)
 
 
 @dataclass
@@ -61,6 +47,20 @@ def total_steps(max_duration: str, *, batch_size: int, seq_len: int, steps_per_e
     return math.ceil(value / per_step)
 
 
+def _check_warmup(config: Config, seq_len: int, steps: int, steps_per_epoch: int) -> None:
+    """The part of config/check.py's rule that needs the data: how many batches an epoch has."""
+    warmup = config.scheduler.t_warmup
+    if warmup.endswith("dur"):
+        return
+    size = config.global_train_batch_size
+    length = total_steps(warmup, batch_size=size, seq_len=seq_len, steps_per_epoch=steps_per_epoch)
+    if length > steps:
+        raise UserError(
+            f"scheduler.t_warmup is {warmup!r}, {length} batches, and the run has {steps} (max_duration is "
+            f'{config.max_duration!r}); give a shorter one, or a share of the run such as "0.03dur"'
+        )
+
+
 def build_data(config: Config, manifest: Manifest) -> TrainData:
     """Loaders of this rank, and the mix that the whole run will see."""
     loader = build_train_loader(
@@ -77,6 +77,7 @@ def build_data(config: Config, manifest: Manifest) -> TrainData:
         seq_len=manifest.seq_len,
         steps_per_epoch=steps_per_epoch,
     )
+    _check_warmup(config, manifest.seq_len, steps, steps_per_epoch)
     mix = plan_mix(config.data, manifest, steps * config.global_train_batch_size)
     loaders = build_eval_loaders(config.data, manifest, device_batch_size=config.device_eval_batch_size)
     evaluators = [Evaluator(label=domain, dataloader=DataSpec(part)) for domain, part in loaders.items()]

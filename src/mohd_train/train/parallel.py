@@ -13,6 +13,7 @@ from composer.utils.parallelism import FSDPConfig
 from torch.distributed.checkpoint import DefaultLoadPlanner
 
 from mohd_train.checkpoint import kind_of
+from mohd_train.config.bounds import BOUNDS
 from mohd_train.config.plan import ModelPlan
 from mohd_train.config.schema import Config
 from mohd_train.errors import UserError
@@ -60,6 +61,13 @@ def check_precision(precision: str, device: str) -> None:
         raise UserError(
             f"precision is amp_bf16, which {torch.cuda.get_device_name()} lacks; set precision=amp_fp16 or fp32"
         )
+
+
+def check_seed(seed: int) -> None:
+    """Each process adds its rank to the seed, and what comes of it must still be one. Raises UserError if it is not."""
+    largest = BOUNDS["seed"].high - world_size() + 1
+    if seed > largest:
+        raise UserError(f"seed is {seed}; with {world_size()} processes it must be at most {largest:.0f}")
 
 
 def device_batch_size(config: Config) -> int:

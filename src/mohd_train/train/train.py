@@ -143,6 +143,7 @@ def check(config: Config, lock: RunLock) -> Run:
     """
     device = parallel.resolve_device(config.device)
     parallel.check_precision(config.precision, device)
+    parallel.check_seed(config.seed)
     parallel.microbatch_size(config, device)
     parallel.parallelism_config(config, device)
     build_scheduler(config.scheduler, config.max_duration)

@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 import difflib
+import unicodedata
 from collections.abc import Iterable
+
+from mohd_train.errors import UserError
+
+NAME_BYTES = 200  # of the 255 that a file name may have: endings and temporary names are added
+_UNPRINTABLE = ("Cc", "Cs", "Zl", "Zp")  # control characters, undecodable bytes, separators of lines and paragraphs
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
@@ -34,3 +40,30 @@ def duration(seconds: float) -> str:
     if hours:
         return f"{hours}h {minutes:02d}m"
     return f"{minutes}m {seconds % 60:02d}s" if minutes else f"{seconds}s"
+
+
+def printable(text: str, what: str) -> str:
+    """``text`` as it is. Raises UserError if it holds a control character, a line break or undecodable bytes."""
+    for character in text:
+        if unicodedata.category(character) in _UNPRINTABLE:
+            raise UserError(f"{what} is {text!r}; it must not hold control characters such as {character!r}")
+    return text
+
+
+def plain_name(name: str, what: str) -> str:
+    """``name`` as it is, if it can be one folder or file: nothing in it leads elsewhere, on any file system.
+
+    To be called wherever a name comes from outside: a command line, a config, a checkpoint, a manifest.
+
+    Args:
+        what: says in the error where the name stands, such as ``--name``.
+
+    Raises:
+        UserError: it is empty, ``.`` or ``..``, has a separator, a control character or a space at an end, or is too long.
+    """
+    printable(name, what)
+    if name in ("", ".", "..") or "/" in name or "\\" in name or name != name.strip():
+        raise UserError(f"{what} is {name!r}; it must be a plain name: no '/', '\\' or '..', no space at its ends")
+    if len(name.encode()) > NAME_BYTES:
+        raise UserError(f"{what} is {name[:20]!r}... of {len(name.encode())} bytes; a name has at most {NAME_BYTES}")
+    return name

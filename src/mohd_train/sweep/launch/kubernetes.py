@@ -8,7 +8,16 @@ from typing import Any
 
 from mohd_train.errors import UserError
 from mohd_train.sweep.folder import SweepFolder
-from mohd_train.sweep.launch.jobs import TEMPLATES, ClusterOptions, call, common_values, fill, run_command
+from mohd_train.sweep.launch.jobs import (
+    TEMPLATES,
+    ClusterOptions,
+    call,
+    common_values,
+    fill,
+    run_command,
+    yaml_list,
+    yaml_text,
+)
 
 TEMPLATE = TEMPLATES / "sweep-job.yaml"
 ONE_RUN_TEMPLATE = TEMPLATES / "run-job.yaml"
@@ -41,8 +50,8 @@ def submit(folder: SweepFolder, names: list[str], options: ClusterOptions) -> di
     files = {}
     for name, job in jobs.items():
         files[name] = folder.path / "jobs" / f"{job}.yaml"
-        command = json.dumps([*run_command(folder, options.processes), name])
-        text = fill(options.template or TEMPLATE, common | {"name": job, "run": name, "command": command})
+        command = yaml_list([*run_command(folder, options.processes), name])
+        text = fill(options.template or TEMPLATE, common | {"name": job, "run": name, "command": command}, yaml_text)
         files[name].write_text(text, encoding="utf-8")
     launch = folder.add_launch("k8s", [], jobs={}, namespace=options.namespace, processes=options.processes)
     for name, file in files.items():
@@ -123,6 +132,6 @@ def kubernetes_job(
     values: dict[str, object] = {
         "name": name, "namespace": namespace, "image": image, "claim": volume, "mount": mount, "workdir": workdir,
         "nodes": nodes, "gpus": gpus, "world_size": nodes * gpus, "retries": retries * nodes,
-        "command": json.dumps(["bash", "scripts/launch/node.sh", *words]),
+        "command": yaml_list(["bash", "scripts/launch/node.sh", *words]),
     }  # fmt: skip
-    return fill(ONE_RUN_TEMPLATE, values)
+    return fill(ONE_RUN_TEMPLATE, values, yaml_text)

@@ -7,7 +7,16 @@ from typing import Any
 
 from mohd_train.errors import UserError
 from mohd_train.sweep.folder import SweepFolder
-from mohd_train.sweep.launch.jobs import TEMPLATES, ClusterOptions, call, common_values, fill, run_command
+from mohd_train.sweep.launch.jobs import (
+    TEMPLATES,
+    ClusterOptions,
+    Rendered,
+    call,
+    common_values,
+    fill,
+    run_command,
+    shell_word,
+)
 
 TEMPLATE = TEMPLATES / "sweep.sbatch"
 QUEUED = ("PENDING", "CONFIGURING", "REQUEUED", "SUSPENDED")
@@ -24,14 +33,18 @@ def submit(folder: SweepFolder, names: list[str], options: ClusterOptions) -> di
     listing = folder.path / "jobs" / f"launch-{number}.runs"
     listing.write_text("".join(f"{name}\n" for name in names), encoding="utf-8")
     at_once = f"%{options.parallel}" if options.parallel else ""
-    values = common_values(folder, options) | {
-        "name": f"mohd-{folder.record['name']}",
-        "array": f"0-{len(names) - 1}{at_once}",
-        "runs": listing.resolve(),
-        "command": shlex.join(run_command(folder, options.processes)),
-    }
+    values = (
+        common_values(folder, options)
+        | {
+            "name": f"mohd-{folder.record['name']}",
+            "log": f"{str(folder.path.resolve()).replace('%', '%%')}/jobs/%A_%a.log",  # SLURM fills in what follows a single %
+            "array": f"0-{len(names) - 1}{at_once}",
+            "runs": listing.resolve(),
+            "command": Rendered(shlex.join(run_command(folder, options.processes))),
+        }
+    )
     script = folder.path / "jobs" / f"launch-{number}.sbatch"
-    script.write_text(fill(options.template or TEMPLATE, values), encoding="utf-8")
+    script.write_text(fill(options.template or TEMPLATE, values, shell_word), encoding="utf-8")
     output = call(["sbatch", "--parsable", *options.arguments, str(script)])
     job = output.splitlines()[-1].partition(";")[0]
     try:
