@@ -184,5 +184,5 @@ def test_ctrl_c_on_a_terminal(tmp_path: Path, root: Path) -> None:
     text = shown.decode()
     assert "Traceback" not in text
     assert "interrupted: ending this step; run the demo again to go on" in text
-    assert (tmp_path / "saved").exists()  # before the demo ended, though the launcher died at once
+    assert (tmp_path / "saved").exists()  # before the demo ended
     measured(lost=None)

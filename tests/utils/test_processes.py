@@ -127,7 +127,7 @@ def test_what_ignores_the_notice_is_killed(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_a_stop_waits_for_the_ranks_of_a_launcher_that_died_at_once(tmp_path: Path) -> None:
-    """Composer's launcher dies of SIGTERM; its ranks still save."""
+    """Its ranks got the signal too, and are still saving."""
     rank = textwrap.dedent(SAVES.format(saved=str(tmp_path / "saved"), ready=str(tmp_path / "ready")))
     launcher = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {rank!r}])"
     codes: dict[str, int] = {}
