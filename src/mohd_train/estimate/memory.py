@@ -110,13 +110,13 @@ class MemoryModel:
         return whole + (self.root + self.block if backward else 0)
 
     def _loss_forward(self, tokens: int) -> int:
-        """The hidden states, the head in the compute dtype, and one chunk's logits with their gradient."""
+        """The hidden states, the head in the compute dtype, and of one chunk the log-softmax and two gradients in float32."""
         head, hidden = self.counts.head, tokens * self.plan.hidden_size
         chunk = min(tokens, max(1, CHUNK_LOGITS // self.plan.vocab_size)) * self.plan.vocab_size
         if self.compute == WIDE:
-            return WIDE * hidden + 2 * WIDE * chunk + WIDE * head
+            return WIDE * hidden + 3 * WIDE * chunk + WIDE * head
         casts = self.compute * (head + hidden)
-        return WIDE * hidden + casts + max((2 * WIDE + self.compute) * chunk, (WIDE + self.compute) * chunk + 2 * head)
+        return WIDE * hidden + casts + max((3 * WIDE + self.compute) * chunk, (WIDE + self.compute) * chunk + 2 * head)
 
     def _loss_backward(self, tokens: int) -> int:
         """The hidden states, the scaled gradients, and the head's gradient cast back to float32."""
