@@ -23,7 +23,7 @@ from lm_eval.models.huggingface import HFLM
 from tqdm import tqdm
 
 from mohd_train.errors import UserError
-from mohd_train.evaluate.checkpoint import LoadedModel
+from mohd_train.evaluate.load import LoadedModel
 from mohd_train.evaluate.tasks import BuiltTask
 from mohd_train.utils.encoding import added_ids, encode_text
 

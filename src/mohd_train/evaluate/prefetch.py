@@ -19,11 +19,10 @@ import huggingface_hub
 from lm_eval.tasks import TaskManager
 
 from mohd_train.errors import UserError
-from mohd_train.evaluate.row_manifest import MANIFEST, Entry, RowsManifest, read_manifest
-from mohd_train.evaluate.rows import check_file
-from mohd_train.evaluate.suite import Suite, TaskSpec
+from mohd_train.evaluate.rows import MANIFEST, Entry, RowsManifest, check_file, read_manifest
 from mohd_train.evaluate.tasks import stock_config, stock_manager, subject_tasks
-from mohd_train.evaluate.text_file import write_text
+from mohd_train.results.suite import Suite, TaskSpec
+from mohd_train.utils.files import write_output
 
 CONVERSION = "refs/convert/parquet"  # where the hub keeps a Parquet copy of what it could convert
 
@@ -187,7 +186,7 @@ def _write(folder: Path, name: str, text: str, digest: str, task: str, known: Ro
         )
     fresh = path.with_name(f".{path.name}.new")  # checked before it bears the name that is read
     try:
-        write_text(fresh, text)
+        write_output(fresh, text)
         try:
             check_file(fresh, task)
         except UserError as error:

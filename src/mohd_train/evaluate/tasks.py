@@ -22,7 +22,8 @@ from lm_eval.tasks._yaml_loader import load_yaml
 
 from mohd_train.errors import UserError
 from mohd_train.evaluate.rows import RowFile, check_file
-from mohd_train.evaluate.suite import TaskSpec, nearest
+from mohd_train.results.suite import TaskSpec
+from mohd_train.utils.text import nearest
 
 _STOCK = Path(lm_eval.tasks.__file__).parent
 _GROUP_KEYS = {entry.name for entry in dataclasses.fields(GroupConfig)}

@@ -1,32 +1,34 @@
-"""What a launched sweep has brought so far: per run its state, curve and results; per model and setting the mean over seeds."""
+"""A launched sweep so far: the state, curve and results of each run; for each model and setting the mean over seeds."""
 
 from __future__ import annotations
 
 import json
 import math
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from mohd_train.config.plan import ModelPlan
 from mohd_train.errors import UserError
-from mohd_train.evaluate import results
-from mohd_train.evaluate.perplexity import FORMAT as PERPLEXITY_FORMAT
-from mohd_train.evaluate.perplexity import TOTAL
-from mohd_train.evaluate.suite import load_suite
+from mohd_train.results import store
+from mohd_train.results.store import TOTAL, Missing, Result
+from mohd_train.results.suite import load_suite
+from mohd_train.run_folder.metrics import read_metrics
+from mohd_train.run_folder.paths import METRICS
+from mohd_train.storage import is_remote
 from mohd_train.sweep.folder import RECORD, SweepFolder
 from mohd_train.sweep.scale import paper_name
 from mohd_train.sweep.status import RunStatus, run_status
 
-RESULTS = "eval"  # folder of a sweep that run_eval.py --sweep fills
+RESULTS = "eval"  # the folder of a sweep that run_eval.py --sweep fills
 PERPLEXITY = "metrics/eval/LanguagePerplexity"
 
 
 @dataclass(frozen=True)
 class Mean:
-    """Mean over ``n`` seeds, with its standard error where there are two or more; ``unfinished`` of them were not at their end."""
+    """Mean over ``n`` seeds, with its standard error if there are two or more; ``unfinished`` of them had not ended."""
 
     value: float
     error: float | None
@@ -35,7 +37,7 @@ class Mean:
 
 
 def mean(values: list[float], unfinished: int = 0) -> Mean | None:
-    """Mean and standard error (sample standard deviation over the root of n); None without values."""
+    """Mean and standard error (sample standard deviation over the root of n); None if there are no values."""
     if not values:
         return None
     error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
@@ -44,7 +46,16 @@ def mean(values: list[float], unfinished: int = 0) -> Mean | None:
 
 @dataclass(frozen=True)
 class RunResult:
-    """One run. ``metrics`` are the lines of metrics.jsonl; ``measured`` is the perplexity that run_eval.py --perplexity stored."""
+    """One run.
+
+    Attributes:
+        label: what the setting is, in words.
+        record: its ``run.json``; None if it has not started.
+        metrics: the lines of its ``metrics.jsonl``.
+        tasks: task -> its stored result.
+        measured: the stored result of ``run_eval.py --perplexity``.
+        missing: why it lacks results.
+    """
 
     status: RunStatus
     model: str
@@ -55,13 +66,13 @@ class RunResult:
     folder: Path
     record: dict[str, Any] | None
     metrics: list[dict[str, Any]]
-    tasks: dict[str, results.Result]
+    tasks: dict[str, Result]
     measured: dict[str, Any] | None
-    missing: list[results.Missing] = field(default_factory=list)
+    missing: list[Missing] = field(default_factory=list)
 
     @property
     def row(self) -> str:
-        """Its row in Table 2, named as the paper's are: ``355m-x2``, whatever the scale and seed."""
+        """Its row in Table 2, named after the paper's: ``355m-x2``, at any scale and seed."""
         return f"{self.base}-{self.setting}"
 
     @property
@@ -82,7 +93,7 @@ class RunResult:
 
 @dataclass
 class SweepResults:
-    """A sweep. ``notes`` name what was set aside, and why."""
+    """A sweep. ``notes`` say what was set aside, and why."""
 
     folder: Path
     name: str
@@ -92,19 +103,23 @@ class SweepResults:
     notes: list[str] = field(default_factory=list)
 
     def titled(self, text: str) -> str:
-        """A figure's title, with the scale where it is not the paper's."""
+        """A figure's title, with the scale if it isn't the paper's."""
         return text if self.scale == "paper" else f"{text} ({self.scale} scale)"
 
     def groups(self) -> dict[tuple[str, str], list[RunResult]]:
-        """(model, setting) -> its seeds, in the sweep's order."""
+        """(model, setting) -> its runs, one a seed, in the sweep's order."""
         found: dict[tuple[str, str], list[RunResult]] = {}
         for run in self.runs:
             found.setdefault((run.model, run.setting), []).append(run)
         return found
 
+    def of(self, setting: str) -> list[RunResult]:
+        """The runs with a setting."""
+        return [run for run in self.runs if run.setting == setting]
+
     def perplexity_source(self) -> tuple[str, Callable[[RunResult], float | None]]:
         """One source for a whole column: the stored measurements if every finished run has one on the same data, else the
-        validation of training itself. Returns it in words, and what gives it."""
+        validation within training. Returns its name, and a function from a run to its perplexity."""
         finished = [run for run in self.runs if run.status.state == "finished"]
         settings = {json.dumps(run.measured and run.measured["settings"], sort_keys=True) for run in finished}
         if finished and len(settings) == 1 and all(run.measured for run in finished):
@@ -115,7 +130,7 @@ class SweepResults:
         return "the last validation within training", lambda run: run.status.perplexity
 
     def perplexity(self, runs: list[RunResult]) -> Mean | None:
-        """Over seeds; runs that are not finished count where no seed is, and are marked."""
+        """The mean over seeds. Unfinished runs count only if no seed is finished, and are marked."""
         _, of = self.perplexity_source()
         finished = [value for run in runs if run.status.state == "finished" and (value := of(run)) is not None]
         if finished:
@@ -124,13 +139,18 @@ class SweepResults:
         return mean(rest, unfinished=len(rest))
 
 
+def is_sweep(sources: Sequence[Path | str]) -> bool:
+    """Whether ``sources`` is the folder of one launched sweep, not of results."""
+    return len(sources) == 1 and not is_remote(sources[0]) and (Path(sources[0]) / RECORD).is_file()
+
+
 def read_sweep_results(path: Path) -> SweepResults:
     """Reads a sweep's folder; broken results are set aside and named in the notes.
 
     Raises:
         UserError: no sweep was launched there.
     """
-    if not (path / RECORD).is_file():
+    if not is_sweep([path]):
         raise UserError(
             f"{path} is not the folder of a launched sweep (it has no {RECORD}); scripts/sweep.py launch makes one"
         )
@@ -139,80 +159,59 @@ def read_sweep_results(path: Path) -> SweepResults:
     for name, entry in folder.runs.items():
         status = run_status(folder, name)
         tasks, measured = _stored(path / RESULTS / name, found.notes)
-        missing = results.read_missing(path / RESULTS / name, found.notes)
+        missing = store.read_missing(path / RESULTS / name, found.notes)
         if status.state != "finished" and status.batch:
             total = f" of {status.batches}" if status.batches else ""
             found.notes.append(f"{name} is not finished ({status.state}, batch {status.batch}{total})")
-        found.runs.append(
-            RunResult(
-                status,
-                entry["model"],
-                entry["setting"],
-                entry["label"],
-                entry["seed"],
-                ModelPlan.from_dict(entry["plan"]),
-                path / name,
-                folder.run_record(name),
-                _metrics(path / name / "metrics.jsonl", found.notes),
-                tasks,
-                measured,
-                missing,
-            )
+        run = RunResult(
+            status=status,
+            model=entry["model"],
+            setting=entry["setting"],
+            label=entry["label"],
+            seed=entry["seed"],
+            plan=ModelPlan.from_dict(entry["plan"]),
+            folder=path / name,
+            record=folder.run_record(name),
+            metrics=read_metrics(path / name / METRICS, found.notes),
+            tasks=tasks,
+            measured=measured,
+            missing=missing,
         )
+        found.runs.append(run)
     return found
 
 
-def _metrics(path: Path, notes: list[str]) -> list[dict[str, Any]]:
-    """Whole lines; the last may be half-written by a run under way. Broken ones are named and set aside."""
-    if not path.exists():
-        return []
-    found, broken = [], []
-    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
-        try:
-            values = json.loads(line)
-            found.append({"batch": values["batch"], "tokens": values["tokens"], **values})
-        except (ValueError, KeyError, TypeError):
-            broken.append(number)
-    if broken:
-        others = f" and {len(broken) - 1} more" if len(broken) > 1 else ""
-        notes.append(f"{path}, line {broken[0]}{others}: no valid JSON of a batch, set aside")
-    return found
-
-
-def _stored(folder: Path, notes: list[str]) -> tuple[dict[str, results.Result], dict[str, Any] | None]:
-    tasks: dict[str, results.Result] = {}
+def _stored(folder: Path, notes: list[str]) -> tuple[dict[str, Result], dict[str, Any] | None]:
+    """Task -> result, and the perplexity result, of one run."""
+    tasks: dict[str, Result] = {}
     measured = None
     for file in sorted(folder.glob("*.json")) if folder.is_dir() else []:
         if file.name.startswith(".") or file.name.endswith(".missing.json"):
             continue
         try:
-            content = json.loads(file.read_text(encoding="utf-8"))[results.KEY]
-            if content["format"] == PERPLEXITY_FORMAT:
-                content["settings"], content[TOTAL]["perplexity"]
-                measured = content
-            elif content["format"] == results.FORMAT:
-                result = results.read(file)
-                tasks[result.settings.task] = result
+            if file.name == store.PERPLEXITY:
+                measured = store.read_perplexity(file)
             else:
-                raise ValueError(f"unknown format {content['format']!r}")
-        except (ValueError, KeyError, TypeError) as error:
-            notes.append(f"{file} is broken and set aside ({str(error) or type(error).__name__}); evaluate again")
+                result = store.read(file)
+                tasks[result.settings.task] = result
+        except UserError as error:
+            notes.append(f"{file} is broken and set aside ({str(error).removeprefix(f'{file} ')})")
     return tasks, measured
 
 
-def merged_tasks(found: SweepResults) -> list[results.Result]:
-    """One result for each model, setting and task: the mean over seeds, named as the paper's rows are (``355m-x2``).
+def merged_tasks(found: SweepResults) -> list[Result]:
+    """One result for each model, setting and task: the mean over seeds, named after the paper's rows (``355m-x2``).
 
-    Results asked in another way than the suite or the first seed's (shots, metric, harness, rows) are not averaged with it but
-    named in the notes; those of runs that are not finished count, marked, where no finished run has one.
+    Results with other settings (shots, metric, harness, questions) than the suite's or the first seed's are not averaged but
+    named in the notes. Those of unfinished runs count, marked, only if no finished run has one.
     """
     suite, merged = load_suite(), []
     for runs in found.groups().values():
-        parts: dict[str, dict[str, results.Result]] = {}
+        parts: dict[str, dict[str, Result]] = {}
         for task in dict.fromkeys(task for run in runs for task in run.tasks if task in suite.tasks):
             all_of = [(run.name, _marked(run, run.tasks[task])) for run in runs if task in run.tasks]
             all_of.sort(
-                key=lambda one: (bool(results.asked_otherwise(suite, one[1].settings)), "unfinished" in one[1].model)
+                key=lambda one: (bool(store.settings_mismatch(suite, one[1].settings)), "unfinished" in one[1].model)
             )
             first = all_of[0][1]
             parts[task] = {name: one for name, one in all_of if _alike(one, first)}
@@ -228,8 +227,8 @@ def merged_tasks(found: SweepResults) -> list[results.Result]:
     return merged
 
 
-def missing_tasks(found: SweepResults) -> list[results.Missing]:
-    """Why rows of Table 2 lack a task, named as :func:`merged_tasks` names them."""
+def missing_tasks(found: SweepResults) -> list[Missing]:
+    """Why rows of Table 2 lack a task, under the names that :func:`merged_tasks` gives."""
     return [
         replace(one, model={**one.model, "name": run.row, "fingerprint": run.row})
         for run in found.runs
@@ -237,20 +236,20 @@ def missing_tasks(found: SweepResults) -> list[results.Missing]:
     ]
 
 
-def _marked(run: RunResult, one: results.Result) -> results.Result:
-    """The result; one of a run that has not reached its end says so."""
+def _marked(run: RunResult, one: Result) -> Result:
+    """The result; its model says so if the run is unfinished."""
     if run.status.state == "finished":
         return one
     return replace(one, model={**one.model, "unfinished": f"{run.status.state}, batch {run.status.batch}"})
 
 
-def _alike(one: results.Result, other: results.Result) -> bool:
+def _alike(one: Result, other: Result) -> bool:
     """Whether two seeds' results may stand in one mean."""
     return one.settings == other.settings and ("unfinished" in one.model) == ("unfinished" in other.model)
 
 
-def _merge(runs: dict[str, results.Result], row: str) -> results.Result:
-    """The mean over runs that differ by seed only; each standard error is then that over seeds. One run stays as it is."""
+def _merge(runs: dict[str, Result], row: str) -> Result:
+    """The mean over runs that differ only by seed, with the standard error over seeds. A single run's result is only renamed."""
     alike = list(runs.values())
     model = {**alike[0].model, "name": row, "fingerprint": row}
     if len(alike) == 1:
@@ -269,7 +268,7 @@ def _merge(runs: dict[str, results.Result], row: str) -> results.Result:
 
 
 def _means(parts: list[dict[str, float | None]]) -> dict[str, float | None]:
-    """Of each score that all parts have, its mean and the standard error over parts."""
+    """Score -> mean, and standard error over ``parts``; None if one of them lacks it."""
     means: dict[str, float | None] = {}
     for key in parts[0]:
         if key.endswith("_stderr"):

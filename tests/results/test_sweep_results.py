@@ -15,15 +15,17 @@ from typing import Any
 import pytest
 
 from mohd_train.errors import UserError
-from mohd_train.evaluate import figure_scores, figures, options, results, sweep_eval
-from mohd_train.evaluate.grid import FORMATS, Grid, Number, to_csv, to_markdown
-from mohd_train.evaluate.paper_tables import TABLES, load_numbers, sweep_grid
-from mohd_train.evaluate.perplexity import FORMAT as PERPLEXITY_FORMAT
-from mohd_train.evaluate.report_html import write_report
-from mohd_train.evaluate.suite import load_suite
+from mohd_train.evaluate import options, sweep_eval
 from mohd_train.evaluate.sweep_eval import commands, run_sweep
-from mohd_train.evaluate.sweep_results import mean, merged_tasks, read_sweep_results
-from mohd_train.evaluate.table_text import table_text
+from mohd_train.results import figures
+from mohd_train.results import store as results
+from mohd_train.results.paper import load_numbers
+from mohd_train.results.report import write_report
+from mohd_train.results.store import PERPLEXITY_FORMAT
+from mohd_train.results.suite import load_suite
+from mohd_train.results.sweep_results import mean, merged_tasks, read_sweep_results
+from mohd_train.results.table import FORMS, Number, Table
+from mohd_train.results.tables import TABLES, sweep_table, table_text
 from mohd_train.sweep.data import DataSource
 from mohd_train.sweep.expand import Choice, expand
 from mohd_train.sweep.file import CONFIGS, read_sweep
@@ -83,9 +85,9 @@ def write_run(folder: Path, run: Any, perplexity: float, status: str) -> None:
 
 
 def table(folder: SweepFolder, number: int) -> dict[str, dict[str, str]]:
-    grid = TABLES[number](PAPER, read_sweep_results(folder.path))
-    rows = list(csv.DictReader(io.StringIO(to_csv(grid))))
-    return {row[grid.heads[0]]: row for row in rows}
+    made = TABLES[number](PAPER, read_sweep_results(folder.path))
+    rows = list(csv.DictReader(io.StringIO(made.to_csv())))
+    return {row[made.headers[0]]: row for row in rows}
 
 
 def store(folder: SweepFolder, run: str, task: str, score: float, **changes: Any) -> None:
@@ -121,7 +123,7 @@ def test_table4_ours_theirs_and_the_difference(tmp_path: Path) -> None:
     assert rows["LLaMA2-355M"]["Difference of Δ"] == "+0.64"
     scaling = rows["without sub-dimension scaling"]
     assert (scaling["PPL"], scaling["Δ"], scaling["PPL, paper"]) == ("", "", "11.41")  # not trained: missing, never 0
-    text = to_markdown(TABLES[4](PAPER, read_sweep_results(folder.path)))
+    text = TABLES[4](PAPER, read_sweep_results(folder.path)).to_markdown()
     assert "**10.00**" in text
     assert "| without sub-dimension scaling | – | – |" in text
 
@@ -132,7 +134,7 @@ def test_seeds_give_mean_and_standard_error(tmp_path: Path) -> None:
     )
     row = table(folder, 4)["MoHD x2 -710M"]
     assert (row["PPL"], row["PPL stderr"]) == ("10.00", "1.00")
-    assert "| **10.00 ± 1.00** |" in to_markdown(TABLES[4](PAPER, read_sweep_results(folder.path)))
+    assert "| **10.00 ± 1.00** |" in TABLES[4](PAPER, read_sweep_results(folder.path)).to_markdown()
     assert mean([2.0]).error is None  # type: ignore[union-attr]
     assert mean([]) is None
 
@@ -147,11 +149,11 @@ def test_half_finished_runs_are_marked_and_never_averaged_with_whole_ones(tmp_pa
     dense = rows["LLaMA2-355M"]
     assert (dense["PPL"], dense["PPL stderr"], dense["unfinished"]) == ("50.00", "0.00", "PPL; Δ; Difference of Δ")
     assert rows["MoHD x2 -710M"]["unfinished"] == ""
-    text = to_markdown(TABLES[4](PAPER, found))
+    text = TABLES[4](PAPER, found).to_markdown()
     assert "| LLaMA2-355M | 50.00 ± 0.00 † | +40.00 † | 11.61 | +1.36 | +38.64 † |" in text
     assert "tiny-355m-x2: the perplexity is of 1 seeds, not 2." in text
     assert "tiny-355m-x2-s2 is not finished (stopped, batch 30 of 300)" in found.notes
-    assert "† not finished." in sweep_grid(found).notes
+    assert "† not finished." in sweep_table(found).notes
 
 
 def test_table5_and_activated_parameters(tmp_path: Path) -> None:
@@ -160,12 +162,12 @@ def test_table5_and_activated_parameters(tmp_path: Path) -> None:
     assert len(rows) == 8
     row = rows["50% - 100%"]
     assert (row["Δ"], row["Δ, paper"], row["Difference of Δ"]) == ("+0.39", "+0.64", "-0.25")
-    assert "−0.25" in to_markdown(TABLES[5](PAPER, read_sweep_results(folder.path)))
+    assert "−0.25" in TABLES[5](PAPER, read_sweep_results(folder.path)).to_markdown()
     assert row["# Activate"] != row["# Activate, paper"] == "239M"
 
 
 @pytest.mark.parametrize("number", [1, 3, 4, 5])
-@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("form", FORMS)
 def test_the_paper_s_own_tables(number: int, form: str) -> None:
     text = table_text(number, [], form)
     assert {1: "396M", 3: "75", 4: "10.47", 5: "14.31"}[number] in text
@@ -267,8 +269,7 @@ def test_figures_mark_what_is_not_finished_or_not_comparable(tmp_path: Path, mon
         shown.extend([axis.get_xlabel(), *(text.get_text() for text in (*axis.texts, *axis.get_xticklabels()))])
         return [output / name]
 
-    for module in (figures, figure_scores):
-        monkeypatch.setattr(module, "save", keep)
+    monkeypatch.setattr(figures, "save", keep)
     folder = make_sweep(tmp_path / "s", "fig12a", lambda s, seed: 10.0 if s == "x2" else -11.0)
     assert figures.draw_shared(read_sweep_results(folder.path), tmp_path)
     assert shown[0] == "shared / active\n† not finished"
@@ -285,14 +286,14 @@ def test_figures_mark_what_is_not_finished_or_not_comparable(tmp_path: Path, mon
 
 
 def test_numbers_of_a_csv_stand_alone() -> None:
-    grid = Grid("t", ["a", "b", "c"])
-    grid.add("one", Number(-0.25, signed=True), Number(10, error=0.5))
-    grid.add("two", None, Number(2, unfinished=True))
-    assert to_csv(grid) == "a,b,c,c stderr,unfinished\none,-0.25,10.00,0.50,\ntwo,,2.00,,c\n"
-    assert "| one | −0.25 | 10.00 ± 0.50 |" in to_markdown(grid)
-    assert r"two & -- & 2.00 $\dagger$ \\" in FORMATS["latex"](grid)
-    grid.stress_least(2)
-    assert grid.bold == set()  # one finished number: nothing to be the least of
+    made = Table("t", ["a", "b", "c"])
+    made.add("one", Number(-0.25, signed=True), Number(10, error=0.5))
+    made.add("two", None, Number(2, unfinished=True))
+    assert made.to_csv() == "a,b,c,c stderr,unfinished\none,-0.25,10.00,0.50,\ntwo,,2.00,,c\n"
+    assert "| one | −0.25 | 10.00 ± 0.50 |" in made.to_markdown()
+    assert r"two & -- & 2.00 $\dagger$ \\" in made.to_latex()
+    made.stress_least(2)
+    assert made.bold == set()  # one finished number: nothing to be the least of
 
 
 def test_the_suite_s_own_settings_decide_and_a_task_of_fewer_seeds_is_named(tmp_path: Path) -> None:
@@ -410,10 +411,10 @@ def test_report_is_one_self_contained_page(tmp_path: Path) -> None:
 
 
 def test_grid_escapes(tmp_path: Path) -> None:
-    grid = Grid("a <b>", ["x & y", "n_1"], [["50% <i>", "1"]], ["#1"])
-    assert "&lt;i&gt;" in FORMATS["html"](grid)
-    assert r"50\% <i> & 1 \\" in FORMATS["latex"](grid)
-    assert r"x \& y & n\_1" in FORMATS["latex"](grid)
+    made = Table("a <b>", ["x & y", "n_1"], [["50% <i>", "1"]], ["#1"])
+    assert "&lt;i&gt;" in made.to_html()
+    assert r"50\% <i> & 1 \\" in made.to_latex()
+    assert r"x \& y & n\_1" in made.to_latex()
 
 
 def test_no_sweep_there(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""One self-contained page about a sweep: its runs, tables, figures, differences from the paper, hardware, cost and configs."""
+"""One self-contained HTML page about a sweep: runs, tables, figures, differences from the paper, hardware, cost, configs."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from typing import Any
 
 from mohd_train.config.compare import config_differences
 from mohd_train.errors import UserError
-from mohd_train.evaluate import figures, formats
-from mohd_train.evaluate.grid import MISSING, Grid, to_html
-from mohd_train.evaluate.paper_tables import TABLES, load_numbers, sweep_grid
-from mohd_train.evaluate.sweep_results import RunResult, SweepResults, read_sweep_results
-from mohd_train.evaluate.table_text import table2_of
-from mohd_train.evaluate.text_file import write_text
+from mohd_train.results import figures
+from mohd_train.results.paper import load_numbers
+from mohd_train.results.sweep_results import RunResult, SweepResults, read_sweep_results
+from mohd_train.results.table import MISSING, Table
+from mohd_train.results.tables import TABLES, sweep_table, table2_of
 from mohd_train.sweep.folder import SweepFolder
+from mohd_train.utils.files import write_output
 from mohd_train.utils.text import duration
 
 STYLE = """
@@ -57,7 +57,7 @@ def write_report(sweep: Path, output: Path | None = None) -> Path:
     parts = [
         f"<h1>{html.escape(found.title)}</h1>",
         _lead(found),
-        "<h2>Runs</h2>" + to_html(_runs(found)),
+        "<h2>Runs</h2>" + _runs(found).to_html(),
         "<h2>Results</h2>" + _tables(found),
         "<h2>Differences from the paper</h2>" + _differences(found),
         "<h2>Figures</h2>" + _images(images) + "".join(f"<p class=note>{html.escape(text)}.</p>" for text in missing),
@@ -66,7 +66,7 @@ def write_report(sweep: Path, output: Path | None = None) -> Path:
     ]
     head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{html.escape(found.title)}</title>'
     body = "\n".join(parts)
-    write_text(
+    write_output(
         output,
         f'<!doctype html>\n<html lang="en"><head>{head}<style>{STYLE}</style></head>\n<body>\n{body}\n</body></html>\n',
     )
@@ -84,14 +84,14 @@ def _lead(found: SweepResults) -> str:
     return f"<p>{html.escape(text)}</p>"
 
 
-def _runs(found: SweepResults) -> Grid:
-    grid = Grid(
+def _runs(found: SweepResults) -> Table:
+    table = Table(
         "Every run", ["Run", "State", "Batch", "Tokens (M)", "Train loss", "Validation PPL", "Time", "Last error"]
     )
     for run in found.runs:
         status = run.status
         tokens = run.metrics[-1]["tokens"] / 1e6 if run.metrics else None
-        grid.add(
+        table.add(
             run.name,
             status.state,
             f"{status.batch} of {status.batches}" if status.batches else str(status.batch),
@@ -101,22 +101,22 @@ def _runs(found: SweepResults) -> Grid:
             None if status.seconds is None else duration(status.seconds),
             status.error or "",
         )
-    return grid
+    return table
 
 
 def _tables(found: SweepResults) -> str:
     paper = load_numbers()
     settings = {run.setting for run in found.runs}
-    chosen = [sweep_grid(found), TABLES[1](paper, found), TABLES[3](paper, found)]
+    chosen = [sweep_table(found), TABLES[1](paper, found), TABLES[3](paper, found)]
     chosen += [TABLES[4](paper, found)] if any(run.setting.startswith("x2-no-") for run in found.runs) else []
     chosen += [TABLES[5](paper, found)] if any(setting.startswith("attn") for setting in settings) else []
     if any(run.tasks for run in found.runs):
-        chosen.insert(0, formats.to_grid(table2_of(found)))
-    return "".join(to_html(grid) for grid in chosen if grid.rows)
+        chosen.insert(0, table2_of(found).to_table())
+    return "".join(table.to_html() for table in chosen if table.rows)
 
 
 def _differences(found: SweepResults) -> str:
-    """What is not as in the paper: the recipe's known departures, and the size of each difference in the tables."""
+    """What differs from the paper: the training settings, and each difference in the tables."""
     settings = load_numbers()["training"]
     configs = [run.record["config"] for run in found.runs if run.record]
     if not configs:
@@ -131,29 +131,29 @@ def _differences(found: SweepResults) -> str:
         "data": (settings["data"], ", ".join(config["data"]["domains"])),
         "hardware": (settings["hardware"], world),
     }
-    grid = Grid("How the models were trained", ["", "Ours", "Paper"])
+    table = Table("How the models were trained", ["", "Ours", "Paper"])
     for name, (paper, ours) in theirs.items():
-        grid.add(name, str(ours), str(paper))
-    return to_html(grid) + to_html(_against_paper(found))
+        table.add(name, str(ours), str(paper))
+    return table.to_html() + _against_paper(found).to_html()
 
 
-def _against_paper(found: SweepResults) -> Grid:
-    """Every number of ours that the paper has too: perplexity changes of Tables 4 and 5."""
-    grid = Grid("By how much: changes in perplexity", ["", "Ours", "Paper", "Difference"])
+def _against_paper(found: SweepResults) -> Table:
+    """Every number that both we and the paper have: perplexity changes of Tables 4 and 5."""
+    table = Table("By how much: changes in perplexity", ["", "Ours", "Paper", "Difference"])
     paper = load_numbers()
     for number in (4, 5):
-        table = TABLES[number](paper, found)
-        ours, theirs, difference = (table.heads.index(head) for head in ("Δ", "Δ, paper", "Difference of Δ"))
-        for row in table.rows:
+        printed = TABLES[number](paper, found)
+        ours, theirs, difference = (printed.headers.index(head) for head in ("Δ", "Δ, paper", "Difference of Δ"))
+        for row in printed.rows:
             if row[difference] != MISSING:
-                grid.add(f"Table {number}: {row[0]}", row[ours], row[theirs], row[difference])
-    if not grid.rows:
-        grid.notes.append("No run yet that a number of Table 4 or 5 belongs to; Table 2's differences stand in it.")
-    return grid
+                table.add(f"Table {number}: {row[0]}", row[ours], row[theirs], row[difference])
+    if not table.rows:
+        table.notes.append("No run yet that a number of Table 4 or 5 belongs to; Table 2's differences stand in it.")
+    return table
 
 
 def _processes(found: SweepResults) -> str:
-    """``8 x NVIDIA A100``, as often as it was used."""
+    """``8 x NVIDIA A100``; each kind that was used."""
     seen: Counter[str] = Counter()
     for run in found.runs:
         for session in (run.record or {}).get("sessions", []):
@@ -169,7 +169,7 @@ def _device_hours(run: RunResult) -> float | None:
 
 
 def _hardware(found: SweepResults) -> str:
-    grid = Grid("What each run took", ["Run", "Hardware", "Sessions", "Time", "Device hours", "Commit", "Torch"])
+    table = Table("What each run took", ["Run", "Hardware", "Sessions", "Time", "Device hours", "Commit", "Torch"])
     total = 0.0
     for run in found.runs:
         if run.record is None or not run.record.get("sessions"):
@@ -183,7 +183,7 @@ def _hardware(found: SweepResults) -> str:
             None if run.status.seconds is None else duration(run.status.seconds),
             None if hours is None else f"{hours:.3g}",
         )
-        grid.add(
+        table.add(
             run.name,
             hardware,
             str(len(run.record["sessions"])),
@@ -191,8 +191,8 @@ def _hardware(found: SweepResults) -> str:
             commit or None,
             run.record.get("versions", {}).get("torch"),
         )
-    grid.notes.append(f"{total:.3g} device hours together, training and its validation.")
-    return to_html(grid)
+    table.notes.append(f"{total:.3g} device hours together, training and its validation.")
+    return table.to_html()
 
 
 def _images(images: list[Path]) -> str:
@@ -207,7 +207,7 @@ def _images(images: list[Path]) -> str:
 
 
 def _configs(found: SweepResults) -> str:
-    """The first run's config whole; of the others what differs."""
+    """The first run's whole config; how the others differ from it."""
     folder = SweepFolder(found.folder)
     first: dict[str, Any] | None = None
     parts = []

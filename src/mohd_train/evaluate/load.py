@@ -1,4 +1,4 @@
-"""A checkpoint made ready for evaluation: model, tokenizer, and who it is."""
+"""Loads a checkpoint for evaluation: the model, its tokenizer, and what identifies it."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from mohd_train.config.plan import ModelPlan
 from mohd_train.errors import UserError
 from mohd_train.hf.convert import load_model
 from mohd_train.model.count import count
+from mohd_train.run_folder.paths import LATEST, RECORD
 from mohd_train.utils.text import plain_name
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -29,11 +30,11 @@ class LoadedModel:
     tokenizer: PreTrainedTokenizerBase
     info: dict[str, Any]  # goes into every result: name, checkpoint, kind, fingerprint, activated, total, ...
     vocab_size: int
-    ours: bool  # trained by this framework: a document begins with BOS
+    ours: bool  # trained by this framework: documents begin with BOS
 
 
 def pick_device(device: str) -> torch.device:
-    """``auto`` is the GPU where there is one. Raises :class:`UserError` for a device that is not there."""
+    """``auto`` is the GPU if there is one. Raises UserError for a device that doesn't exist."""
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -72,7 +73,7 @@ def load(
     where = pick_device(device)
     folder = tokenizer or found.tokenizer_folder
     loaded_tokenizer = read_tokenizer(folder, "give the folder with --tokenizer", trust_remote_code=trust_remote_code)
-    if found.plan is not None:  # what can be refused before gigabytes are read
+    if found.plan is not None:  # refuse before gigabytes are read
         _check_tokenizer(found, loaded_tokenizer, folder, found.plan.vocab_size)
         name = name or _plan_name(found, found.plan)
     model = load_model(found, trust_remote_code=trust_remote_code)
@@ -121,25 +122,27 @@ def _check_tokenizer(found: Checkpoint, tokenizer: PreTrainedTokenizerBase, fold
 
 
 def _unfinished(found: Checkpoint) -> str | None:
-    """How far the run of a native checkpoint had come, if not to its end; None too where no record of a run is beside it."""
-    record = found.run_folder / "run.json"
+    """How far the run of a native checkpoint has come, if it has not ended; None also if there is no record of a run."""
+    record = found.run_folder / RECORD
     if not found.is_native or not record.is_file():
         return None
     try:
         run = json.loads(record.read_text(encoding="utf-8"))
         status, batch = str(run["status"]), run.get("batch", 0)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{record} is no record of a run ({error}); restore it, or move the checkpoint away") from None
+        raise UserError(
+            f"{record} is not the record of a run ({error}); restore it, or move the checkpoint away"
+        ) from None
     if status != "finished":
         return f"{status}, batch {batch}"
-    latest = found.path.parent / "latest-rank0.pt"
+    latest = found.path.parent / LATEST
     return f"{found.path.name}, not the last" if exists(latest) and resolve(latest) != found.path else None
 
 
 def _count(model: PreTrainedModel, plan: ModelPlan | None) -> tuple[int, int]:
-    """(activated, total) parameters as the paper counts them: weight matrices; activated ones less embedding and head.
+    """(activated, total) parameters as the paper counts them: weight matrices; activated ones without embedding and head.
 
-    A matrix that is tied counts once.
+    A tied matrix counts once.
     """
     if plan is not None:
         counts = count(plan)

@@ -1,37 +1,38 @@
-"""The store of results: `OUT/<model>/<task>.json`, one file a checkpoint and task.
+"""The store of results: `OUT/<model>/<task>.json`, one file per checkpoint and task.
 
-A file is lm-eval's own JSON with one more key, `mohd_train`, that says where the numbers come from: the model and its
-checkpoint, shots, metric, limit, rows, truncated requests, versions, hardware. A task whose rows could not be had leaves
-`<task>.missing.json` with the reason. A file that cannot be read is named and set aside, never counted.
+A file is lm-eval's own JSON plus one key, `mohd_train`, that says where the numbers come from::
+
+    {"format", "settings": {task, shots, metric, limit, rows, ...}, "model": {name, checkpoint, fingerprint, ...},
+     "scores": {"acc": 0.31, "acc_stderr": 0.01, ...}, "questions", "truncated", "joined", "versions", "hardware", "date"}
+
+A task whose questions were unavailable leaves `<task>.missing.json` with the reason; `perplexity.json` holds the validation
+perplexity per domain. A file that can't be read is named and set aside, never counted.
 """
 
 from __future__ import annotations
 
 import functools
-import importlib.metadata
 import json
+import math
 import os
-import platform
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-import torch
-from lm_eval.api.metrics import unweighted_mean_stderr
-from lm_eval.utils import handle_non_serializable
-
-import mohd_train
 from mohd_train.checkpoint.identity import is_sampled
 from mohd_train.errors import UserError
-from mohd_train.evaluate.suite import Suite, TaskSpec, load_suite
-from mohd_train.evaluate.text_file import write_text
+from mohd_train.results.suite import Suite, TaskSpec, load_suite
+from mohd_train.utils.environment import now, versions
+from mohd_train.utils.files import write_output
 
 KEY = "mohd_train"
 FORMAT = "mohd_train.evaluation/1"
 MISSING_FORMAT = "mohd_train.evaluation.missing/1"
-_PACKAGES = ("lm_eval", "torch", "transformers", "datasets", "tokenizers")
+PERPLEXITY_FORMAT = "mohd_train.perplexity/1"
+PERPLEXITY = "perplexity.json"
+TOTAL = "total"  # of a perplexity result: all domains, every token alike
+PACKAGES = ("lm_eval", "torch", "transformers", "datasets", "tokenizers")  # what decides a score
 
 
 @dataclass(frozen=True)
@@ -47,33 +48,40 @@ class Settings:
     bos: str  # auto | yes | no
     dtype: str
     rows: str  # "hub", or a hash over the local files
-    demo: bool = False  # rows written for the demo, not the task's own
-    tokenizer: str = ""  # its hash (checkpoint.identity); empty in results stored before it was kept
+    demo: bool = False  # questions written for the demo, not the task's own
+    tokenizer: str = ""  # its hash (checkpoint.identity); empty in older results
     dropped: str = ""  # tokens that the tokenizer appends to a text, and that were left out
 
 
 @dataclass(frozen=True)
 class Result:
-    """One stored result."""
+    """One stored result.
+
+    Attributes:
+        model: ``name``, ``checkpoint``, ``fingerprint``, ``activated``, ``total``, ... ; ``unfinished`` if its run had not ended.
+        scores: fractions, such as ``acc``, ``acc_stderr``, ``acc_norm``; of a group also ``acc_macro``.
+        subjects: how many were asked; 0 for a task that is not a group.
+        joined: requests whose answer shares a token with its question; empty in older results.
+        subject_scores: subject -> scores, of a group.
+        by_seed: run -> the metric, where this is the mean over models that differ by seed.
+    """
 
     path: Path
     settings: Settings
     model: dict[str, Any]
-    scores: dict[str, float | None]  # metric -> value, metric_stderr -> value
+    scores: dict[str, float | None]
     questions: int
     truncated: dict[str, int]  # requests, of, tokens, longest
-    subjects: int  # of a group
+    subjects: int
     lm_eval_results: dict[str, Any]
-    joined: dict[str, int] = field(default_factory=dict)  # requests, alone; empty in results older than the count
-    subject_scores: dict[str, dict[str, float | None]] = field(default_factory=dict)  # of a group: subject -> acc, ...
-    by_seed: dict[str, float] = field(
-        default_factory=dict
-    )  # of a mean over models that differ by seed: run -> the metric
+    joined: dict[str, int] = field(default_factory=dict)  # requests, alone
+    subject_scores: dict[str, dict[str, float | None]] = field(default_factory=dict)
+    by_seed: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Missing:
-    """A task whose rows could not be had when a checkpoint was evaluated."""
+    """A task whose questions were unavailable when a checkpoint was evaluated."""
 
     task: str
     model: dict[str, Any]
@@ -82,15 +90,15 @@ class Missing:
 
 @dataclass
 class Found:
-    """What a store holds. ``notes`` name the files that cannot be read, which are set aside."""
+    """What a store holds. ``notes`` name the files that can't be read, which are set aside."""
 
     results: list[Result] = field(default_factory=list)
     missing: list[Missing] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
 
-def asked_otherwise(suite: Suite, settings: Settings) -> list[tuple[str, str]]:
-    """(reason, detail) why a result cannot stand in the suite's column: other shots, another version of the harness."""
+def settings_mismatch(suite: Suite, settings: Settings) -> list[tuple[str, str]]:
+    """(reason, detail) why a result can't stand in the suite's column: other shots, another version of the harness."""
     spec, found = suite.tasks[settings.task], []
     if settings.shots != spec.shots:
         found.append(("other shots", f"{settings.task} {settings.shots}, not {spec.shots}"))
@@ -99,29 +107,16 @@ def asked_otherwise(suite: Suite, settings: Settings) -> list[tuple[str, str]]:
     return found
 
 
-def versions() -> dict[str, str]:
-    """Of this project, Python and the packages that decide a score."""
-    found = {package: importlib.metadata.version(package) for package in _PACKAGES}
-    return {"mohd_train": mohd_train.__version__, "python": platform.python_version(), **found}
-
-
-def hardware() -> str:
-    """The device, in words."""
-    if torch.cuda.is_available():
-        return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
-    return f"{os.cpu_count()} CPU cores, {platform.machine()}"
-
-
 def scores_of(raw: dict[str, Any], task: str) -> dict[str, float | None]:
-    """``{"acc": 0.5, "acc_stderr": 0.01, "acc_norm": ...}`` of lm-eval's results; a standard error may be None.
+    """``{"acc": 0.5, "acc_stderr": 0.01, "acc_norm": ...}`` from lm-eval's results; a standard error may be None.
 
-    Of a group, lm-eval's mean weighs every question the same (micro); ``acc_macro`` weighs every subject the same.
+    For a group, lm-eval's mean gives every question the same weight (micro); ``acc_macro`` gives every subject the same.
     """
     return {**_named(raw["results"][task]), **_macro(subjects_of(raw, task))}
 
 
 def subjects_of(raw: dict[str, Any], task: str) -> dict[str, dict[str, float | None]]:
-    """Subject -> its scores and number of ``questions``, of lm-eval's results of a group; nothing for a task of its own."""
+    """Subject -> its scores and number of ``questions``, from lm-eval's results of a group; empty for a single task."""
     leaves = [name for name in raw.get("n-samples", {}) if name != task and name in raw["results"]]
     return {
         name.removeprefix(f"{task}_"): {
@@ -138,19 +133,19 @@ def _named(entry: dict[str, Any]) -> dict[str, float | None]:
 
 
 def _macro(subjects: dict[str, dict[str, float | None]]) -> dict[str, float | None]:
-    """Mean over subjects with its standard error, as lm-eval has them for a group with ``weight_by_size: false``."""
+    """Mean over subjects and its standard error, as lm-eval computes them for a group with ``weight_by_size: false``."""
     values = [value for one in subjects.values() if (value := one.get("acc")) is not None]
     errors = [value for one in subjects.values() if (value := one.get("acc_stderr")) is not None]
     if not values or len(values) < len(subjects):
         return {}
-    error = float(unweighted_mean_stderr(errors)) if len(errors) == len(values) else None
+    error = math.sqrt(sum(error**2 for error in errors)) / len(errors) if len(errors) == len(values) else None
     return {"acc_macro": sum(values) / len(values), "acc_macro_stderr": error}
 
 
 def record(
     spec: TaskSpec, settings: Settings, model: dict[str, Any], raw: dict[str, Any], **about: Any
 ) -> dict[str, Any]:
-    """The JSON of one result. ``about``: truncated, joined, files, absent, seconds, device, batch_size."""
+    """The JSON of one result. ``about``: truncated, joined, files, absent subjects, seconds, device, hardware, batch size."""
     samples = raw["n-samples"]
     ours = {
         "format": FORMAT,
@@ -162,20 +157,19 @@ def record(
         "questions_available": sum(entry["original"] for entry in samples.values()),
         "subjects": len(samples) if spec.subjects else 0,
         **about,
-        "versions": versions(),
-        "hardware": hardware(),
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "versions": versions(PACKAGES),
+        "date": now(),
     }
     return {KEY: ours, **raw}
 
 
-def write_json(path: Path, data: dict[str, Any]) -> None:
-    """Writes a result whole, or not at all."""
-    write_text(path, json.dumps(data, indent=1, ensure_ascii=False, default=handle_non_serializable) + "\n")
+def write(path: Path, data: dict[str, Any], default: Callable[[Any], Any] = str) -> None:
+    """Writes a result file atomically; ``default`` as :func:`json.dumps` takes it. Raises UserError if it can't be written."""
+    write_output(path, json.dumps(data, indent=1, ensure_ascii=False, default=default) + "\n")
 
 
 def check_writable(folder: Path) -> None:
-    """Makes the folder and sees that results can be put there: before hours of work, not after. Raises :class:`UserError`."""
+    """Creates the folder and checks that it is writable: before hours of work, not after. Raises UserError if it isn't."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -188,17 +182,17 @@ def read(path: Path) -> Result:
     """One result file.
 
     Raises:
-        UserError: it is missing, no JSON, or not of this store.
+        UserError: it is missing, not JSON, or not a result of this store.
     """
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"no results at {path}; eval/run_eval.py writes them") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is no valid JSON ({error}); run the evaluation again or remove the file") from None
+        raise UserError(f"{path} is not valid JSON ({error}); run the evaluation again or remove the file") from None
     ours = data.get(KEY) if isinstance(data, dict) else None
     if not isinstance(ours, dict) or ours.get("format") != FORMAT:
-        raise UserError(f"{path} is no result of eval/run_eval.py (key {KEY}.format must be {FORMAT!r})")
+        raise UserError(f"{path} is not a result of eval/run_eval.py (key {KEY}.format must be {FORMAT!r})")
     try:
         settings, scores = Settings(**ours["settings"]), ours["scores"]
         subjects = subjects_of(data, settings.task)
@@ -220,7 +214,7 @@ def read(path: Path) -> Result:
 
 
 def _model(ours: dict[str, Any]) -> dict[str, Any]:
-    """The model of a result, if it says who it is."""
+    """The model of a result. Raises KeyError if an identifying field is missing."""
     model = ours["model"]
     for key in ("name", "fingerprint", "checkpoint", "activated", "total"):
         model[key]
@@ -231,7 +225,7 @@ def find(paths: Iterable[Path]) -> Found:
     """Everything in the given files and, recursively, folders.
 
     Raises:
-        UserError: a path that is not there, a folder without results, or a file, given by its own name, that cannot be read.
+        UserError: a path that doesn't exist, a folder without results, or a file given by name that can't be read.
     """
     found, seen = Found(), set()
     for path in paths:
@@ -253,25 +247,24 @@ def find(paths: Iterable[Path]) -> Found:
 
 
 def missing_path(folder: Path, task: str) -> Path:
-    """Where the reason is kept why a model in ``folder`` has no result for ``task``."""
+    """The file that says why the model in ``folder`` has no result for ``task``."""
     return folder / f"{task}.missing.json"
 
 
 def write_missing(folder: Path, task: str, model: dict[str, Any], reason: str) -> Path | None:
-    """Keeps the reason, in the file that is returned; a result that is stored there already stands, and nothing is written."""
+    """Stores the reason and returns its file; does nothing if the task already has a result."""
     if (folder / f"{task}.json").exists():
         return None
-    when = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    ours = {"format": MISSING_FORMAT, "task": task, "reason": reason, "model": model, "date": when}
-    write_json(missing_path(folder, task), {KEY: ours})
+    ours = {"format": MISSING_FORMAT, "task": task, "reason": reason, "model": model, "date": now()}
+    write(missing_path(folder, task), {KEY: ours})
     return missing_path(folder, task)
 
 
 def read_missing(folder: Path, notes: list[str]) -> list[Missing]:
-    """The reasons kept under ``folder`` for what has no result; a broken file is named in ``notes``."""
+    """The stored reasons under ``folder`` for tasks without a result; a broken file is named in ``notes``."""
     found = []
     for file in sorted(folder.rglob("*.missing.json")):
-        if file.with_name(file.name.replace(".missing.json", ".json")).exists():  # object storage keeps the reason
+        if file.with_name(file.name.replace(".missing.json", ".json")).exists():  # on object storage the reason stays
             continue
         try:
             ours = json.loads(file.read_text(encoding="utf-8"))[KEY]
@@ -281,8 +274,24 @@ def read_missing(folder: Path, notes: list[str]) -> list[Missing]:
     return found
 
 
+def read_perplexity(path: Path) -> dict[str, Any]:
+    """The content of a ``perplexity.json``: ``settings``, ``model``, ``total`` and ``domains`` of {tokens, nll, loss, perplexity}.
+
+    Raises:
+        UserError: it is missing, not JSON, or not a perplexity result.
+    """
+    try:
+        ours = json.loads(path.read_text(encoding="utf-8"))[KEY]
+        if ours["format"] != PERPLEXITY_FORMAT:
+            raise ValueError(f"unknown format {ours['format']!r}")
+        ours["settings"], ours[TOTAL]["perplexity"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is not a perplexity result ({error}); evaluate again") from None
+    return dict(ours)
+
+
 def set_aside(path: Path) -> str | None:
-    """Renames a stored result that cannot be read to `<name>.broken`. Returns what was done; None where nothing was wrong."""
+    """Renames a stored result that can't be read to `<name>.broken`. Returns a message, or None if nothing was wrong."""
     if not path.exists():
         return None
     try:
@@ -293,7 +302,7 @@ def set_aside(path: Path) -> str | None:
 
 
 def rename_broken(path: Path, why: str) -> str:
-    """`<name>` -> `<name>.broken`. Returns what was done, in words."""
+    """`<name>` -> `<name>.broken`. Returns a message that says so."""
     broken = path.with_name(f"{path.name}.broken")
     os.replace(path, broken)
     return f"{why.partition(';')[0]}: set aside as {broken.name}, evaluated again"
@@ -305,9 +314,10 @@ def _task_names() -> frozenset[str]:
 
 
 def is_result(path: Path) -> bool:
-    """Whether a file in a results folder is to be read: of this store, or where a result belongs and broken (it must be named).
+    """Whether a file in a results folder should be read: a result of this store, or a broken file in the place of one, which
+    must be reported.
 
-    Not so: hidden files, reasons for missing results, and other JSON files, unless they have the name of a task.
+    Hidden files, reasons for missing results and other JSON files are not results, unless they are named after a task.
     """
     if path.name.startswith(".") or path.name.endswith(".missing.json"):
         return False
@@ -320,7 +330,7 @@ def is_result(path: Path) -> bool:
 
 
 def reusable(path: Path, settings: Settings, fingerprint: str, overwrite: bool) -> Result | None:
-    """The stored result at ``path`` if it is this very measurement; None if there is none (or it may be overwritten).
+    """The stored result at ``path`` if it is this same measurement; None if there is none or it may be overwritten.
 
     Raises:
         UserError: the file holds another checkpoint's result, or one with other settings, and ``overwrite`` is off.
@@ -339,7 +349,7 @@ def reusable(path: Path, settings: Settings, fingerprint: str, overwrite: bool) 
 
 
 def check_same_checkpoint(path: Path, model: dict[str, Any], fingerprint: str) -> None:
-    """Raises UserError where the stored result at ``path`` is another checkpoint's, or can't be known to be this one's."""
+    """Raises UserError if the stored result at ``path`` is another checkpoint's, or isn't known to be this one's."""
     if is_sampled(model["fingerprint"]):
         raise UserError(
             f"{path} was stored by an earlier version, which did not look at all weights and the tokenizer, so it may be "

@@ -1,4 +1,4 @@
-"""What the evaluation shows in the terminal: a bar for each task, and a table at the end."""
+"""What an evaluation shows in the terminal: a progress bar for each task, and a table at the end."""
 
 from __future__ import annotations
 
@@ -16,18 +16,17 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
-from rich.table import Table
+from rich.table import Table as RichTable
 
 from mohd_train.evaluate.harness import Progress as Report
-from mohd_train.evaluate.results import Result
-from mohd_train.evaluate.suite import Suite, TaskSpec
-
-MISSING = "–"
+from mohd_train.results.store import Result
+from mohd_train.results.suite import Suite, TaskSpec
+from mohd_train.results.table import MISSING, Number
 
 
 @contextmanager
 def task_bar(console: Console, spec: TaskSpec, place: str) -> Iterator[Report]:
-    """A progress bar over the requests of one task; yields the function that moves it. Off where output is no terminal."""
+    """A progress bar over the requests of one task; yields the function that moves it. Nothing if the output isn't a terminal."""
     if not console.is_terminal:
         yield lambda done, total: None
         return
@@ -45,14 +44,14 @@ def task_bar(console: Console, spec: TaskSpec, place: str) -> Iterator[Report]:
 
 
 def percent(value: float | None, stderr: float | None = None) -> str:
-    """``31.1`` or ``31.1 ± 0.5``; a dash for what is missing."""
+    """``31.1`` or ``31.1 ± 0.5``; a dash if it is missing."""
     if value is None:
         return MISSING
-    return f"{100 * value:.1f}" + (f" ± {100 * stderr:.1f}" if stderr is not None else "")
+    return str(Number(100 * value, 1, None if stderr is None else 100 * stderr))
 
 
 def one_line(result: Result, seconds: float | None) -> str:
-    """Said when a task is done."""
+    """The line printed when a task is done; ``seconds`` is None for a stored result."""
     metric = result.settings.metric
     shown = percent(result.scores.get(metric), result.scores.get(f"{metric}_stderr"))
     cut = (
@@ -66,13 +65,13 @@ def one_line(result: Result, seconds: float | None) -> str:
     return f"{result.settings.task}: {metric} {shown} ({result.questions} questions, {how}{cut})"
 
 
-def results_table(suite: Suite, results: Mapping[str, Result], failed: Mapping[str, str]) -> Table:
-    """Task, shots, questions, accuracy ± standard error, normalized accuracy, perplexity, truncated requests and, where there are
-    some, joined ones. A task with subjects has a second line: the mean that weighs every subject the same."""
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+def results_table(suite: Suite, results: Mapping[str, Result], failed: Mapping[str, str]) -> RichTable:
+    """Task, shots, questions, accuracy ± standard error, normalized accuracy, perplexity, truncated requests and, if there are
+    any, joined ones. A task with subjects has a second line: the mean that gives every subject the same weight."""
+    table = RichTable(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     joined = ["joined"] if any(result.joined.get("requests") for result in results.values()) else []
-    for head in ("task", "shots", "n", "acc (%)", "acc_norm", "ppl", "truncated", *joined):
-        table.add_column(head, justify="left" if head == "task" else "right", no_wrap=True)
+    for header in ("task", "shots", "n", "acc (%)", "acc_norm", "ppl", "truncated", *joined):
+        table.add_column(header, justify="left" if header == "task" else "right", no_wrap=True)
     for name, spec in suite.tasks.items():
         if name in failed:
             table.add_row(name, str(spec.shots), *[MISSING] * (5 + len(joined)))
@@ -98,7 +97,7 @@ def results_table(suite: Suite, results: Mapping[str, Result], failed: Mapping[s
 
 
 def _joined(result: Result) -> str:
-    """Requests whose answer shares a token with the question; a dash for results older than the count."""
+    """Requests whose answer shares a token with the question; a dash for results that don't have the count."""
     if not result.joined:
         return MISSING
     return f"{result.joined['requests']}/{result.truncated['of']}" if result.joined["requests"] else "0"

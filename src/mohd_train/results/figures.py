@@ -1,6 +1,6 @@
-"""Figures 8, 9, 10 and 12 from a sweep, and what a user of sparse models wants to see; PDF and PNG, readable without colour.
+"""Figures 8, 9, 10 and 12 from a sweep, plus load, balance loss and throughput; PDF and PNG, readable without color.
 
-The paper's own numbers stand as hollow marks where it prints any (Figs. 8 and 12 are given there as pictures only).
+The paper's own numbers are hollow marks where it prints any (Figs. 8 and 12 are only pictures there).
 """
 
 from __future__ import annotations
@@ -14,13 +14,16 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from mohd_train.analysis.plotting import PAPER, SHADES, finish, panels, percent_scale, save, style
-from mohd_train.evaluate.figure_scores import draw_scores
-from mohd_train.evaluate.paper_tables import load_numbers
-from mohd_train.evaluate.sweep_results import (
+from mohd_train.results.paper import PaperRow, load_numbers, load_paper
+from mohd_train.results.scores import reasons_of
+from mohd_train.results.store import settings_mismatch
+from mohd_train.results.suite import load_suite
+from mohd_train.results.sweep_results import (
     PERPLEXITY,
     Mean,
     RunResult,
     SweepResults,
+    merged_tasks,
     read_sweep_results,
 )
 
@@ -30,7 +33,7 @@ FIG8 = (("495m", "dense"), ("495m", "x3"), ("495m", "75"), ("495m", "50"))
 
 
 def draw_all(folder: Path, output: Path) -> tuple[list[Path], list[str]]:
-    """Draws every figure that the sweep has the runs for. Returns the PNG and PDF files, and what could not be drawn and why.
+    """Draws every figure that the sweep has the runs for. Returns the PNG and PDF files, and which figures lack runs.
 
     Raises:
         UserError: no sweep was launched in ``folder``.
@@ -56,7 +59,7 @@ def draw_all(folder: Path, output: Path) -> tuple[list[Path], list[str]]:
 
 
 def _one_a_setting(found: SweepResults) -> list[RunResult]:
-    """The first seed of each model and setting that has trained."""
+    """The first seed that has trained, for each model and setting."""
     return [trained[0] for runs in found.groups().values() if (trained := [run for run in runs if run.metrics])]
 
 
@@ -66,7 +69,7 @@ def _label(run: RunResult) -> str:
 
 
 def draw_curves(found: SweepResults, output: Path) -> list[Path]:
-    """Fig. 8: validation perplexity over tokens; the paper's four models where the sweep has them, else one figure of all."""
+    """Fig. 8: validation perplexity over tokens, of all models; and of the paper's four if the sweep has them."""
     runs = [run for run in _one_a_setting(found) if run.series(PERPLEXITY)[0]]
     if not runs:
         return []
@@ -86,8 +89,64 @@ def draw_curves(found: SweepResults, output: Path) -> list[Path]:
     return paths
 
 
+def draw_scores(found: SweepResults, output: Path) -> list[Path]:
+    """Figs. 9a and 9b: the average of the ten tasks against activated and total parameters."""
+    suite = load_suite()
+    tasks = list(suite.tasks.values())
+    by_name: dict[str, dict[str, float]] = {}
+    sizes: dict[str, tuple[int, int]] = {}
+    apart: dict[str, list[str]] = {}  # what sets a model's scores apart from the paper's
+    for one in merged_tasks(found):
+        value = one.scores.get(suite.tasks[one.settings.task].metric)
+        if value is not None and not settings_mismatch(suite, one.settings):
+            by_name.setdefault(one.model["name"], {})[one.settings.task] = 100 * value
+            sizes[one.model["name"]] = (one.model["activated"], one.model["total"])
+            reasons = [reason for reason, _ in reasons_of(suite, suite.tasks[one.settings.task], one)]
+            apart.setdefault(one.model["name"], []).extend(reasons)
+    ours = {name: sum(s.values()) / len(s) for name, s in by_name.items() if len(s) == len(tasks)}
+    if not ours:
+        return []
+    paper = load_paper()
+    paths = []
+    for letter, which, word in (("a", 0, "activated"), ("b", 1, "total")):
+        figure, (axis,) = panels(1, width=6.4, height=4.4)
+        for i, base in enumerate(dict.fromkeys(name.partition("-")[0] for name in ours)):
+            names = [name for name in ours if name.partition("-")[0] == base]
+            look = {**style(i), "linestyle": "none", "label": f"{base}, ours"}
+            axis.plot([sizes[name][which] / 1e6 for name in names], [ours[name] for name in names], **look)
+            for name in names:
+                place = (sizes[name][which] / 1e6, ours[name])
+                label = name.partition("-")[2] + (" *" if apart[name] else "")
+                axis.annotate(label, place, fontsize=6, xytext=(4, 3), textcoords="offset points")
+            theirs = [row for row in paper.values() if row.base.lower() == base]
+            x = [_parameters(row)[which] / 1e6 for row in theirs]
+            hollow = {**look, "markerfacecolor": "white", "label": f"{base}, paper", "linestyle": "none"}
+            axis.plot(x, [row.average for row in theirs], **hollow)
+        axis.set_xscale("log")
+        marks = dict.fromkeys(reason for name in ours for reason in apart[name])
+        note = f"\n* {'; '.join(marks)}" if marks else ""
+        finish(
+            axis,
+            found.titled(f"Average of ten tasks against {word} parameters"),
+            f"{word} parameters (millions){note}",
+            "accuracy (%)",
+        )
+        axis.legend(frameon=False, fontsize=7)
+        paths += save(figure, output, f"fig9{letter}_score_against_{word}")
+    return paths
+
+
+def _parameters(row: PaperRow) -> tuple[float, float]:
+    """(activated, total) as the paper prints them."""
+
+    def read(text: str) -> float:
+        return float(text[:-1]) * {"M": 1e6, "B": 1e9}[text[-1]]
+
+    return read(row.activated), read(row.params)
+
+
 def _points(found: SweepResults, key: Callable[[RunResult], Any]) -> dict[Any, Mean]:
-    """Mean perplexity over seeds by what ``key`` says of a run; runs for which it says None are left out."""
+    """``key(run)`` -> mean perplexity over seeds; runs with the key None are left out."""
     groups: dict[Any, list[RunResult]] = {}
     for run in found.runs:
         value = key(run)
@@ -101,7 +160,7 @@ def _dagger(point: Mean | None) -> str:
 
 
 def _dagger_note(points: list[Mean]) -> str:
-    """Below the axis, where a point is of runs that have not finished."""
+    """For below the axis, if a point is of unfinished runs."""
     return "\n† not finished" if any(point.unfinished for point in points) else ""
 
 
@@ -110,18 +169,14 @@ def _errors(points: list[Mean]) -> list[float]:
 
 
 def draw_decoupled(found: SweepResults, output: Path) -> list[Path]:
-    """Fig. 10: change in perplexity against LLaMA for each pair of active shares, ours and the paper's."""
+    """Fig. 10: change in perplexity from LLaMA for each pair of active shares, ours and the paper's."""
     rows = load_numbers()["table5_decoupled"]["rows"]
 
     def key(run: RunResult) -> str | None:
-        match = re.fullmatch(r"attn(\d+)-ffn(\d+)|(25|50|100)|dense", run.setting)
-        return (
-            None
-            if match is None
-            else "dense"
-            if run.setting == "dense"
-            else f"{match[1] or match[3]}-{match[2] or match[3]}"
-        )
+        if run.setting == "dense":
+            return "dense"
+        match = re.fullmatch(r"attn(\d+)-ffn(\d+)|(25|50|100)", run.setting)
+        return f"{match[1] or match[3]}-{match[2] or match[3]}" if match else None
 
     points = _points(found, key)
     names = [f"{row['attention'].rstrip('%')}-{row['ffn'].rstrip('%')}" for row in rows if "delta" in row]
@@ -190,12 +245,12 @@ def _line(
 
 
 def _x2(run: RunResult) -> bool:
-    """Whether a run is x2 but for N, K and S: the same readings."""
+    """Whether a run differs from x2 by nothing but N, K and S."""
     return run.setting == "x2" or bool(re.fullmatch(r"x2-(shared|n)\d+", run.setting))
 
 
 def draw_shared(found: SweepResults, output: Path) -> list[Path]:
-    """Fig. 12a: perplexity by the share of the active sub-dimensions that is shared."""
+    """Fig. 12a: perplexity by the shared fraction of the active sub-dimensions."""
 
     def key(run: RunResult) -> float | None:
         part = run.plan.ffn
@@ -217,7 +272,7 @@ def draw_sub_dims(found: SweepResults, output: Path) -> list[Path]:
 
 
 def draw_load(found: SweepResults, output: Path) -> list[Path]:
-    """The load of each sub-dimension over time: a map a layer and component, the first seed of each setting with a choice."""
+    """The load of each sub-dimension over time: a map for each layer and component, for the first seed of each routed setting."""
     paths = []
     for run in _one_a_setting(found):
         if not any(part.has_choice for part in run.plan.components):
@@ -267,7 +322,7 @@ def _draw_load(
 
 
 def draw_balance(found: SweepResults, output: Path) -> list[Path]:
-    """Balance loss over time, where it is not 0; a perfectly balanced model has beta times its routed components."""
+    """Balance loss over time, if it isn't 0; a perfectly balanced model has beta times its number of routed components."""
     runs = [run for run in _one_a_setting(found) if any(run.series("loss/train/balance")[1])]
     return _curves(found, runs, "loss/train/balance", "Balance loss", "balance loss", output, "balance_loss")
 

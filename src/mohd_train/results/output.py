@@ -1,4 +1,4 @@
-"""Where results go: a folder, or object storage (``--output s3://...``), worked on in a local copy."""
+"""Where results go: a folder, or object storage (``--output s3://...``) with a local working copy."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ from mohd_train.storage import Storage, is_remote
 
 
 class Output:
-    """The results of ``output``.
+    """The place that ``--output`` names.
 
     Attributes:
-        folder: where they are read and written; of object storage a copy, which goes with the process once all is stored.
+        folder: where results are read and written; for object storage, a temporary copy that is removed at exit unless an
+            upload failed.
 
     Raises:
-        UserError: no such kind of storage, or no credentials.
+        UserError: unknown kind of storage, or no credentials.
     """
 
     def __init__(self, output: Path | str) -> None:
@@ -36,7 +37,7 @@ class Output:
             shutil.rmtree(self.folder, ignore_errors=True)
 
     def fetch(self, model: str = "") -> None:
-        """Brings what is stored, of one model alone where it is named. Raises UserError where the storage can't be reached."""
+        """Downloads the stored results (of one model, if named). Raises UserError if the storage can't be reached."""
         if self._storage is None:
             return
         for name in sorted(self._storage.names()):
@@ -44,10 +45,10 @@ class Output:
                 self._storage.download(name, self.folder / name)
 
     def send(self, path: Path) -> None:
-        """Stores a file of :attr:`folder`.
+        """Uploads a file of :attr:`folder`.
 
         Raises:
-            UserError: it can't be stored. It stays where it is, and the line says so.
+            UserError: the upload failed. The file stays where it is, and the message says where.
         """
         if self._storage is None:
             return
@@ -58,8 +59,8 @@ class Output:
             raise UserError(f"{error}; the result is whole in {path}, copy it from there") from None
 
 
-def local(source: Path | str) -> Path:
-    """A folder or file of results as it is; those on object storage as a copy. Raises UserError where there are none."""
+def local_copy(source: Path | str) -> Path:
+    """A local file or folder of results as it is; a download of one on object storage. Raises UserError if that fails."""
     if not is_remote(source):
         return Path(source)
     output = Output(source)

@@ -1,9 +1,8 @@
-"""The tasks of the evaluation and how they are asked: `eval/tasks.yaml`, read and checked."""
+"""The tasks of the evaluation: how each is asked, and its column in Table 2 (`eval/tasks.yaml`)."""
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ import yaml
 
 from mohd_train import resources
 from mohd_train.errors import UserError
+from mohd_train.utils.text import nearest
 
 DEFAULT_SUITE = resources.root() / "eval" / "tasks.yaml"
 
@@ -24,12 +24,12 @@ class TaskSpec:
     name: str  # lm-eval's name
     shots: int
     metric: str  # the one the table shows
-    column: str  # its head in the table
+    column: str  # its header in the table
     group: str
     folder: str  # of the stock task, under lm_eval/tasks
     questions: int  # in the whole evaluation split
     paper: str = ""  # key in the paper's results; default: name
-    subjects: int = 0  # number of sub-tasks; 0: a task of its own
+    subjects: int = 0  # number of sub-tasks; 0: not a group
 
     @property
     def paper_key(self) -> str:
@@ -46,10 +46,10 @@ class Suite:
     seed: int
 
     def select(self, names: Sequence[str] | None) -> list[TaskSpec]:
-        """The named tasks in the suite's order (all of them for None or nothing).
+        """The named tasks in the suite's order; all of them if there are no names.
 
         Raises:
-            UserError: a name the suite lacks, with the nearest it has.
+            UserError: an unknown name; suggests the nearest.
         """
         if not names:
             return list(self.tasks.values())
@@ -59,24 +59,18 @@ class Suite:
         return [spec for name, spec in self.tasks.items() if name in names]
 
 
-def nearest(name: str, known: Sequence[str] | dict[str, Any]) -> str:
-    """`` (did you mean 'x'?)``, or nothing where none is near."""
-    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return f" (did you mean {close[0]!r}?)" if close else ""
-
-
 def load_suite(path: Path = DEFAULT_SUITE) -> Suite:
     """Reads the task file.
 
     Raises:
-        UserError: it is missing, no YAML, or an entry has an unknown, missing or wrong key.
+        UserError: it is missing or not YAML, or an entry has an unknown, missing or wrong key.
     """
     try:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"no task file at {path}; it is part of the repository (eval/tasks.yaml)") from None
     except yaml.YAMLError as error:
-        raise UserError(f"{path} is no valid YAML: {' '.join(str(error).split())}") from None
+        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     try:
         tasks = {name: _task(path, name, entry) for name, entry in data["tasks"].items()}
         return Suite(tasks, lm_eval=str(data["lm_eval"]), seed=int(data["seed"]))
