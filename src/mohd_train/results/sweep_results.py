@@ -85,6 +85,25 @@ class RunResult:
         """The paper's model that it stands for: ``355m``, whatever the scale."""
         return paper_name(self.model)
 
+    @property
+    def unfinished(self) -> str:
+        """How far it is, if it has not ended: ``stopped, batch 30``; else empty."""
+        return "" if self.status.state == "finished" else f"{self.status.state}, batch {self.status.batch}"
+
+    @property
+    def results(self) -> dict[str, Result]:
+        """:attr:`tasks`, whose model says so if the run is unfinished."""
+        if not self.unfinished:
+            return self.tasks
+        return {
+            task: replace(one, model={**one.model, "unfinished": self.unfinished}) for task, one in self.tasks.items()
+        }
+
+    @property
+    def measured_file(self) -> Path:
+        """The file of :attr:`measured`."""
+        return self.folder.parent / RESULTS / self.name / store.PERPLEXITY
+
     def series(self, key: str) -> tuple[list[float], list[float]]:
         """(tokens, values) of a logged metric."""
         rows = [(line["tokens"], line[key]) for line in self.metrics if key in line]
@@ -209,7 +228,7 @@ def merged_tasks(found: SweepResults) -> list[Result]:
     for runs in found.groups().values():
         parts: dict[str, dict[str, Result]] = {}
         for task in dict.fromkeys(task for run in runs for task in run.tasks if task in suite.tasks):
-            all_of = [(run.name, _marked(run, run.tasks[task])) for run in runs if task in run.tasks]
+            all_of = [(run.name, run.results[task]) for run in runs if task in run.tasks]
             all_of.sort(
                 key=lambda one: (bool(store.settings_mismatch(suite, one[1].settings)), "unfinished" in one[1].model)
             )
@@ -234,13 +253,6 @@ def missing_tasks(found: SweepResults) -> list[Missing]:
         for run in found.runs
         for one in run.missing
     ]
-
-
-def _marked(run: RunResult, one: Result) -> Result:
-    """The result; its model says so if the run is unfinished."""
-    if run.status.state == "finished":
-        return one
-    return replace(one, model={**one.model, "unfinished": f"{run.status.state}, batch {run.status.batch}"})
 
 
 def _alike(one: Result, other: Result) -> bool:
