@@ -34,7 +34,7 @@ MAY_IMPORT = {
     "benchmark": {"config", "kernels", "model"},
     "estimate": {"config", "kernels", "model", "data", "train"},
     "demo": {"data", "run_folder"},
-    "study": {"config", "data", "run_folder", "analysis", "sweep"},
+    "study": {"config", "data", "run_folder", "analysis", "sweep", "results"},
 }
 MAY_IMPORT["cli"] = set(MAY_IMPORT)  # and nothing imports cli
 

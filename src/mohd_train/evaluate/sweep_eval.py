@@ -1,4 +1,4 @@
-"""Every finished run of a sweep through `eval/run_eval.py`, several at once on several GPUs; what is stored is reused."""
+"""Evaluates every finished run of a sweep with `eval/run_eval.py`, several at once on several GPUs."""
 
 from __future__ import annotations
 
