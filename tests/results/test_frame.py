@@ -6,11 +6,14 @@ import csv
 import io
 import json
 import os
+import re
 import runpy
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import matplotlib.pyplot as plt
 import pandas
 import pytest
 from support.sweep_results import make_sweep, store
@@ -200,6 +203,26 @@ def test_results_tables_figures_and_status_import_nothing_heavy(root: Path) -> N
     environment = os.environ | {"PYTHONPATH": str(root / "src")}
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, env=environment)
     assert done.stdout.strip() == "[]"
+
+
+def test_the_code_of_the_documentation_runs(root: Path, tmp_path: Path) -> None:
+    folder = make_sweep(tmp_path / "s", "table4", lambda s, seed: 10.0, (1, 2), ("x2", "dense"))
+    for seed, value in ((1, 0.3), (2, 0.4)):
+        store(folder, f"tiny-355m-x2-s{seed}", "sciq", value)
+    text = (root / "docs" / "evaluation.md").read_text(encoding="utf-8")
+    code = "\n".join(re.findall(r"```python\n(.*?)```", text, re.DOTALL))
+    for path in ("eval/results", "runs/sweep/table4-tiny"):
+        assert f'"{path}"' in code
+        code = code.replace(f'"{path}"', repr(str(folder.path)))
+    names: dict[str, Any] = {}
+    plt.switch_backend("Agg")
+    exec(code.replace("comparable.pivot_table", "pivot = comparable.pivot_table"), names)
+    plt.close("all")
+    assert names["pivot"].loc["tiny-355m-x2"].to_dict() == {
+        ("mean", "sciq"): pytest.approx(0.35),
+        ("sem", "sciq"): pytest.approx(0.05),
+    }
+    assert list(names["loss"].columns) == ["tiny-355m-dense", "tiny-355m-x2"]
 
 
 def test_plot_script(
