@@ -304,7 +304,7 @@ def set_aside(path: Path) -> str | None:
 def rename_broken(path: Path, why: str) -> str:
     """`<name>` -> `<name>.broken`. Returns a message that says so."""
     broken = path.with_name(f"{path.name}.broken")
-    os.replace(path, broken)
+    path.replace(broken)
     return f"{why.partition(';')[0]}: set aside as {broken.name}, evaluated again"
 
 
