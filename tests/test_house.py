@@ -14,9 +14,9 @@ from mohd_train.cli import VERBS
 ROOT = Path(__file__).resolve().parents[1]
 SOURCE = ROOT / "src" / "mohd_train"
 
-# Imports run one way: errors, utils <- config <- kernels <- model <- checkpoint, hf <- data, run_folder <- train, evaluate
-# <- results, analysis, sweep <- cli <- scripts. errors, resources, storage and utils are open to all; what is not named here is
-# not allowed.
+# Imports run one way: errors, utils <- config <- kernels <- model <- checkpoint, hf <- data, run_folder <- train, sweep
+# <- analysis <- results <- evaluate <- cli <- scripts. errors, resources, storage and utils are open to all; what is not named here
+# is not allowed.
 MAY_IMPORT = {
     "utils": set(),
     "config": set(),
@@ -27,13 +27,14 @@ MAY_IMPORT = {
     "data": {"config", "checkpoint"},
     "run_folder": {"config"},
     "train": {"config", "model", "checkpoint", "data", "kernels", "run_folder"},
-    "evaluate": {"config", "model", "checkpoint", "hf", "data", "run_folder", "sweep", "analysis"},
-    "analysis": {"config", "model", "checkpoint", "hf", "data"},
+    "evaluate": {"config", "model", "checkpoint", "hf", "data", "run_folder", "sweep", "results"},
+    "results": {"config", "model", "checkpoint", "run_folder", "sweep", "analysis"},
+    "analysis": {"config", "model", "checkpoint", "hf", "data", "run_folder", "sweep"},
     "sweep": {"config", "data", "model", "run_folder"},
     "benchmark": {"config", "kernels", "model"},
     "estimate": {"config", "kernels", "model", "data", "train"},
     "demo": {"data", "run_folder"},
-    "study": {"config", "data", "run_folder", "analysis", "sweep"},
+    "study": {"config", "data", "run_folder", "analysis", "sweep", "results"},
 }
 MAY_IMPORT["cli"] = set(MAY_IMPORT)  # and nothing imports cli
 

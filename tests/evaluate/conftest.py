@@ -16,8 +16,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from mohd_train.evaluate.harness import workers_end_at_once
-from mohd_train.evaluate.suite import Suite, load_suite
 from mohd_train.evaluate.tasks import stock_manager
+from mohd_train.results.suite import Suite, load_suite
 
 
 @pytest.fixture(autouse=True)

@@ -29,13 +29,13 @@ from transformers import (
 
 from mohd_train import checkpoint
 from mohd_train.errors import UserError
-from mohd_train.evaluate import checkpoint as checkpoints
-from mohd_train.evaluate import results
+from mohd_train.evaluate import load as checkpoints
 from mohd_train.evaluate.harness import HarnessLM, Joined, score
 from mohd_train.evaluate.options import EvalOptions
 from mohd_train.evaluate.run import run_eval
-from mohd_train.evaluate.suite import Suite
 from mohd_train.evaluate.tasks import BuiltTask, build_task, stock_manager
+from mohd_train.results import store as results
+from mohd_train.results.suite import Suite
 from mohd_train.utils.encoding import added_ids, encode_text
 
 # 0-shot with normalized accuracy, two-sided, many shots, perplexity, a group

@@ -14,8 +14,8 @@ from lm_eval.api.group import Group
 from lm_eval.api.task import Task
 
 from mohd_train.errors import UserError
-from mohd_train.evaluate.suite import Suite, load_suite
 from mohd_train.evaluate.tasks import build_task, stock_manager
+from mohd_train.results.suite import Suite, load_suite
 
 TASKS = list(load_suite().tasks)
 Stock = Callable[[str, Path], Task | Group]

@@ -20,9 +20,9 @@ from mohd_train.data.manifest import load_manifest
 from mohd_train.data.prepare import Request, prepare
 from mohd_train.data.streaming import build_eval_loaders
 from mohd_train.errors import UserError
-from mohd_train.evaluate import results
 from mohd_train.evaluate.options import EvalOptions, PerplexityOptions, parse
 from mohd_train.evaluate.perplexity import Likelihood, likelihood, run_perplexity, total
+from mohd_train.results import store as results
 
 DOMAINS = {"cc": "the cat saw the dog near the river ", "wiki": "a river is a stream of water that flows to the sea "}
 

@@ -20,10 +20,10 @@ from lm_eval.api.task import Task
 from mohd_train.errors import UserError
 from mohd_train.evaluate.options import EvalOptions
 from mohd_train.evaluate.prefetch import prefetch, sources, verify
-from mohd_train.evaluate.row_manifest import MANIFEST, read_manifest
+from mohd_train.evaluate.rows import MANIFEST, read_manifest
 from mohd_train.evaluate.run import run_eval
-from mohd_train.evaluate.suite import Suite
 from mohd_train.evaluate.tasks import build_task, stock_manager
+from mohd_train.results.suite import Suite
 
 COMMIT, COPY = "c" * 40, "d" * 40
 REAL_LOADER = datasets.load_dataset
@@ -187,7 +187,7 @@ def test_rows_of_a_user_are_never_replaced(hub: FakeHub, suite: Suite, tmp_path:
     with pytest.raises(UserError, match=r"has no manifest\.json"):
         verify(tmp_path / "hub", suite, [])
     (tmp_path / "rows" / MANIFEST).write_text('{"files": ')
-    with pytest.raises(UserError, match=r"is no manifest of eval/prefetch\.py"):
+    with pytest.raises(UserError, match=r"is not a manifest of eval/prefetch\.py"):
         prefetch(tmp_path / "rows", suite, ["sciq"])
 
 

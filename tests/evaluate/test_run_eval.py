@@ -27,15 +27,15 @@ from mohd_train.analysis.subject import load_subject
 from mohd_train.checkpoint import open as open_checkpoint
 from mohd_train.checkpoint.identity import fingerprint, tokenizer_sha256
 from mohd_train.errors import UserError
-from mohd_train.evaluate import checkpoint as checkpoints
-from mohd_train.evaluate import results
+from mohd_train.evaluate import load as checkpoints
 from mohd_train.evaluate.options import EvalOptions
 from mohd_train.evaluate.run import run_eval
-from mohd_train.evaluate.suite import Suite
-from mohd_train.evaluate.table_text import subjects_text, table_text
 from mohd_train.hf.convert import export
 from mohd_train.model.count import count
 from mohd_train.model.llama import Transformer
+from mohd_train.results import store as results
+from mohd_train.results.suite import Suite
+from mohd_train.results.tables import subjects_text, table_text
 
 
 @pytest.fixture
@@ -181,7 +181,7 @@ def test_a_file_in_the_place_of_a_result_is_named(
     stored(options).write_text(content, encoding="utf-8")
     stored(options).with_name("other.json").write_text(content, encoding="utf-8")
     assert re.search(
-        r"sciq\.json is no result of eval/run_eval\.py .* \(set aside\)", table_text(2, [options.output], "md")
+        r"sciq\.json is not a result of eval/run_eval\.py .* \(set aside\)", table_text(2, [options.output], "md")
     )
     assert "other.json" not in table_text(2, [options.output], "md")
     capsys.readouterr()
@@ -331,7 +331,7 @@ def test_a_run_that_is_not_at_its_end_is_marked(suite: Suite, demo_questions: Pa
     assert run_eval(options, suite) == 0
     assert f"not trained to its end: {plan.name} interrupted, batch 30" in table_text(2, [options.output], "md")
     record.write_text("{", encoding="utf-8")
-    with pytest.raises(UserError, match=r"run\.json is no record of a run"):
+    with pytest.raises(UserError, match=r"run\.json is not the record of a run"):
         checkpoints.load(open_checkpoint(path), device="cpu")
 
 

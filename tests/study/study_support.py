@@ -86,9 +86,11 @@ def store_measured(
         name: {"tokens": sum(tokens), "nll": sum(nll), "documents": {"tokens": tokens, "nll": nll}}
         for name, (tokens, nll) in domains.items()
     }
+    tokens, nll = (sum(entry[key] for entry in entries.values()) for key in ("tokens", "nll"))
     content = {
         "format": "mohd_train.perplexity/1",
         "settings": {"data": "d", "limit": None, **settings},
+        "total": {"tokens": tokens, "nll": nll, "loss": nll / tokens, "perplexity": math.exp(nll / tokens)},
         "domains": entries,
     }
     path = folder.path / "eval" / run / "perplexity.json"

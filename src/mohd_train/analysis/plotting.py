@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,8 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+
+from mohd_train.utils.files import atomic_path
 
 # Okabe and Ito's colours; dashes and marks tell lines apart where colour does not.
 STYLES: tuple[dict[str, Any], ...] = (
@@ -75,13 +76,9 @@ def panels(count: int, width: float = 5.0, height: float = 3.8) -> tuple[Figure,
 
 def save(figure: Figure, folder: Path, name: str) -> list[Path]:
     """Writes ``folder/name.pdf`` and ``.png``, each whole or not at all, and closes the figure."""
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = []
-    for suffix in SUFFIXES:
-        path = folder / f"{name}{suffix}"
-        part = folder / f".{name}.{os.getpid()}.part{suffix}"
-        figure.savefig(part, dpi=150, metadata={"CreationDate": None} if suffix == ".pdf" else None)
-        os.replace(part, path)
-        paths.append(path)
+    paths = [folder / f"{name}{suffix}" for suffix in SUFFIXES]
+    for path in paths:
+        with atomic_path(path) as part:
+            figure.savefig(part, dpi=150, metadata={"CreationDate": None} if path.suffix == ".pdf" else None)
     plt.close(figure)
     return paths

@@ -53,7 +53,7 @@ def prefetch(argv: Sequence[str], prog: str) -> int:
     names = [name for item in args.tasks for name in re.split(r"[,\s]+", item) if name]
 
     from mohd_train.evaluate import prefetch as fetching
-    from mohd_train.evaluate.suite import load_suite
+    from mohd_train.results.suite import load_suite
 
     if not args.verify:
         return fetching.prefetch(args.folder, load_suite(), names, lambda text: print(text, flush=True))

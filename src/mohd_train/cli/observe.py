@@ -25,7 +25,7 @@ def observe(argv: Sequence[str], prog: str) -> None:
     """
     options = parse(describe(observe, prog), argv, prog)
     from mohd_train.analysis.run import run_observation  # after parsing: --help and usage errors answer at once
-    from mohd_train.evaluate.checkpoint import pick_device
+    from mohd_train.evaluate.load import pick_device
 
     with tempfile.TemporaryDirectory(prefix="mohd_observe_") as cache:
         make_score = (lambda subject: _task_score(subject, options, cache)) if options.tasks else None
@@ -40,10 +40,10 @@ def _task_score(subject: Subject, options: ObserveOptions, cache: str) -> Score:
     import datasets
 
     from mohd_train.errors import UserError
-    from mohd_train.evaluate.checkpoint import LoadedModel
+    from mohd_train.evaluate.load import LoadedModel
     from mohd_train.evaluate.harness import HarnessLM, score
-    from mohd_train.evaluate.results import scores_of
-    from mohd_train.evaluate.suite import load_suite
+    from mohd_train.results.store import scores_of
+    from mohd_train.results.suite import load_suite
     from mohd_train.evaluate.tasks import build_task, stock_manager
 
     if subject.tokenizer is None:

@@ -40,16 +40,14 @@ def tables(argv: Sequence[str], prog: str) -> None:
     if args.subjects and (args.table != 2 or args.paper_only):
         parser.error("--subjects is of results (the paper gives none by subject), and goes with no other --table")
 
-    from mohd_train.evaluate import table_text, text_file  # after parsing: --help answers at once
+    from mohd_train.results.tables import subjects_text, table_text  # after parsing: --help answers at once
+    from mohd_train.utils.files import write_output
 
-    if args.subjects:
-        text = table_text.subjects_text(args.results, args.format)
-    else:
-        text = table_text.table_text(args.table, args.results, args.format)
+    text = subjects_text(args.results, args.format) if args.subjects else table_text(args.table, args.results, args.format)
     if args.output is None:
         print(text, end="")
     else:
-        text_file.write_text(args.output, text)
+        write_output(args.output, text)
         print(f"table: {args.output}")
 
 
@@ -71,13 +69,14 @@ def figures(argv: Sequence[str], prog: str) -> None:
     if args.router is None and (args.layer is not None or args.component):
         parser.error("--layer and --component need --router")
 
-    from mohd_train.evaluate import figure_router  # after parsing: --help answers at once
-    from mohd_train.evaluate import figures as drawing
+    from mohd_train.results import figures as drawing  # after parsing: --help answers at once
 
     output = args.output or args.sweep / "figures"
     paths, missing = drawing.draw_all(args.sweep, output)
     if args.router is not None:
-        paths += figure_router.draw_router(args.sweep, args.router, output, args.layer, args.component)
+        from mohd_train.analysis.routing_figures import draw_router  # loads a checkpoint: seconds
+
+        paths += draw_router(args.sweep, args.router, output, args.layer, args.component)
     print("\n".join(str(path) for path in paths if path.suffix == ".png"))
     print("\n".join(missing))
 
@@ -94,6 +93,6 @@ def report(argv: Sequence[str], prog: str) -> None:
     parser.add_argument("--output", type=Path, help="default: SWEEP_DIR/report.html")
     args = parser.parse_args(argv)
 
-    from mohd_train.evaluate.report_html import write_report  # after parsing: --help answers at once
+    from mohd_train.results.report import write_report  # after parsing: --help answers at once
 
     print(f"report: {write_report(args.sweep, args.output)}")

@@ -1,5 +1,5 @@
-"""A causal language model scored by lm-eval, in process, with what lm-eval says nothing about: truncation, BOS and EOS, answers
-that share a token with their question, log-probabilities that are not numbers."""
+"""Scores a causal language model with lm-eval, in process, and reports what lm-eval doesn't: truncation, BOS and EOS, answers
+that share a token with their question, log-probabilities that are NaN."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from lm_eval.models.huggingface import HFLM
 from tqdm import tqdm
 
 from mohd_train.errors import UserError
-from mohd_train.evaluate.checkpoint import LoadedModel
+from mohd_train.evaluate.load import LoadedModel
 from mohd_train.evaluate.tasks import BuiltTask
 from mohd_train.utils.encoding import added_ids, encode_text
 
@@ -36,7 +36,7 @@ Progress = Callable[[int, int], None]  # (requests answered, requests in all)
 
 @dataclass
 class Truncation:
-    """Requests longer than the model reads: lm-eval cuts them on the left, so that shots are lost."""
+    """Requests longer than the model's context: lm-eval cuts them on the left, so shots are lost."""
 
     requests: int = 0
     of: int = 0
@@ -46,18 +46,18 @@ class Truncation:
 
 @dataclass
 class Joined:
-    """Requests in which a token holds both the end of the question and the beginning of the answer.
+    """Requests in which one token holds both the end of the question and the beginning of the answer.
 
-    lm-eval encodes both together and cuts behind the tokens of the question alone. With such a token an answer loses its first
-    part, or all of itself, and lm-eval stops. Here an answer that would lose all is encoded alone.
+    lm-eval encodes both together and splits after as many tokens as the question alone has. With such a token, an answer loses
+    its beginning; if it loses everything, lm-eval crashes. Here such an answer is encoded by itself.
     """
 
     requests: int = 0
-    alone: int = 0  # of them: answers encoded alone
+    alone: int = 0  # of these, answers encoded by themselves
 
 
 class HarnessLM(HFLM):
-    """lm-eval's own model around ours; counts truncated and joined requests, and takes care of BOS and EOS.
+    """lm-eval's own model wrapper; counts truncated and joined requests, and handles BOS and EOS.
 
     Args:
         loaded: model and tokenizer.
@@ -66,9 +66,9 @@ class HarnessLM(HFLM):
             framework, whose documents all begin with BOS.
 
     Attributes:
-        bos: what is done: "none", "by the tokenizer" or "prepended".
-        dropped: tokens that the tokenizer appends to a text (EOS) and that are left out, "" for none: lm-eval would take them for
-            the end of each question and answer.
+        bos: "none", "by the tokenizer" or "prepended".
+        dropped: tokens that the tokenizer appends to a text (EOS) and that are left out, "" for none: lm-eval would treat them as
+            part of each question and answer.
     """
 
     def __init__(self, loaded: LoadedModel, batch_size: int | str = 8, bos: bool | None = None) -> None:
@@ -97,15 +97,15 @@ class HarnessLM(HFLM):
         left_truncate_len: int | None = None,
         **kwargs: Any,
     ) -> list[int]:
-        """Ids of a text, with what stands before each request unless the text has it or ``add_special_tokens`` is False; nothing
-        behind it."""
+        """Ids of a text; BOS comes first if requests begin with it, unless the text already has it or ``add_special_tokens`` is
+        False. Nothing is appended."""
         tokens = encode_text(self.tokenizer, string)
         if add_special_tokens is not False and tokens[: len(self._before)] != self._before:
             tokens = [*self._before, *tokens]
         return tokens[-left_truncate_len:] if left_truncate_len else tokens
 
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
-        """(ids of the question, ids of the answer), as lm-eval splits them; see :class:`Joined` for what it can't split."""
+        """(ids of the question, ids of the answer), split as lm-eval does; see :class:`Joined` for what it can't split."""
         question = context.rstrip()
         answer = context[len(question) :] + continuation
         context_enc, whole = self.tok_encode(question), self.tok_encode(question + answer)
@@ -152,7 +152,7 @@ class HarnessLM(HFLM):
 
 
 class _ProgressHook(CacheHook):
-    """lm-eval tells its cache of each answer; here that moves the bar."""
+    """lm-eval reports each answer to its cache; here that moves the progress bar."""
 
     def __init__(self, progress: Progress | None, total: int) -> None:
         super().__init__(None)
@@ -166,7 +166,7 @@ class _ProgressHook(CacheHook):
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """lm-eval's own bars and prints off: one bar for a task is enough."""
+    """Turns off lm-eval's own progress bars and prints: one bar per task is enough."""
     original = tqdm.__init__
     tqdm.__init__ = functools.partialmethod(original, disable=True)
     try:
@@ -178,8 +178,8 @@ def _quiet() -> Iterator[None]:
 
 @contextlib.contextmanager
 def workers_end_at_once() -> Iterator[None]:
-    """Leaves SIGTERM to the system. lm-eval's bootstrap forks a pool and ends it by SIGTERM; a handler that importing Composer sets
-    would make of it an orderly exit, which waits for ever where a data set's threads were forked along."""
+    """Restores the default SIGTERM handler. lm-eval's bootstrap forks a pool and ends it with SIGTERM; the handler that importing
+    Composer installs would turn that into an orderly exit, which hangs if the threads of a data set were forked along."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -195,15 +195,15 @@ def score(
 ) -> dict[str, Any]:
     """lm-eval's own results (`results`, `groups`, `configs`, `versions`, `n-shot`, `n-samples`, ...) of one task.
 
-    Equal, number for number, to ``lm_eval.simple_evaluate(model=HFLM(...), tasks=[...])`` with the same shots and seeds, for a
-    tokenizer that appends nothing. ``lm.truncation`` and ``lm.joined`` then hold the counts of this task.
+    The numbers equal those of ``lm_eval.simple_evaluate(model=HFLM(...), tasks=[...])`` with the same shots and seeds, for a
+    tokenizer that appends nothing. Afterwards ``lm.truncation`` and ``lm.joined`` hold the counts of this task.
 
     Args:
         limit: questions a task (a subject), for trials; None: all.
         seed: draws the shots.
 
     Raises:
-        UserError: an answer that can't be scored, or log-probabilities that are not numbers; it names the task.
+        UserError: an answer that can't be scored, or log-probabilities that are NaN; the message names the task.
     """
     random.seed(0)  # simple_evaluate's own defaults
     np.random.seed(seed)

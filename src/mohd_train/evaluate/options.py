@@ -1,4 +1,4 @@
-"""What an evaluation can be asked to do, and the command line that says it. Imports nothing heavy: `--help` answers at once."""
+"""The options of an evaluation and their command line. Imports nothing heavy, so that `--help` answers at once."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mohd_train.storage import path_or_uri
 
 @dataclass
 class EvalOptions:
-    """What `eval/run_eval.py` is asked to do."""
+    """Options of `eval/run_eval.py` for the tasks."""
 
     checkpoint: Path | str
     output: Path | str
@@ -34,7 +34,7 @@ class EvalOptions:
 
 @dataclass
 class PerplexityOptions:
-    """What `eval/run_eval.py --perplexity` is asked to do."""
+    """Options of `eval/run_eval.py --perplexity`."""
 
     checkpoint: Path | str
     data: Path  # a prepared folder
@@ -52,7 +52,7 @@ class PerplexityOptions:
 
 @dataclass
 class SweepEvalOptions:
-    """What `eval/run_eval.py --sweep` is asked to do."""
+    """Options of `eval/run_eval.py --sweep`."""
 
     sweep: Path  # folder of a launched sweep
     jobs: int | None  # checkpoints at once; None: one a GPU
@@ -62,7 +62,7 @@ class SweepEvalOptions:
 def parse(
     description: str | None, arguments: Sequence[str] | None = None, prog: str | None = None
 ) -> EvalOptions | PerplexityOptions | SweepEvalOptions:
-    """The command line of `eval/run_eval.py`. Usage errors leave with status 2, as argparse does."""
+    """Parses the command line of `eval/run_eval.py`. Usage errors exit with status 2, as argparse does."""
     sweep = argparse.ArgumentParser(prog=prog, add_help=False, allow_abbrev=False)
     sweep.add_argument("--sweep", type=Path)
     sweep.add_argument("--jobs", type=int)
@@ -95,7 +95,9 @@ def _parse_one(description: str | None, arguments: Sequence[str], prog: str | No
         help="Composer checkpoint (s3://... too) or Hugging Face folder",
     )
     parser.add_argument(
-        "--sweep", metavar="DIR", help="in its place: every finished run of a launched sweep, what is new of it"
+        "--sweep",
+        metavar="DIR",
+        help="instead of --checkpoint: every finished run of a launched sweep; stored results are reused",
     )
     parser.add_argument("--jobs", metavar="N", help="with --sweep: checkpoints at once; default: one a GPU")
     parser.add_argument("--tasks", nargs="+", default=[], help="default: all ten (eval/tasks.yaml)")
@@ -138,7 +140,7 @@ def _parse_one(description: str | None, arguments: Sequence[str], prog: str | No
 
 
 def _refuse_mixed(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Options of the tasks with --perplexity, or the other way round, would have no effect: an error, not silence."""
+    """Options of the tasks with --perplexity, or the other way round, would have no effect: refuse them."""
     if args.perplexity:
         for_tasks = [key for key in ("tasks", "data_dir", "seed") if getattr(args, key) not in (None, [])]
         for_tasks += ["bos"] if args.bos != "auto" else []

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import asdict, dataclass
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -26,21 +25,21 @@ from mohd_train.config.schema import DataConfig
 from mohd_train.data.manifest import Manifest, load_manifest
 from mohd_train.data.streaming import build_eval_loaders, check_data
 from mohd_train.errors import UserError
-from mohd_train.evaluate import checkpoint as checkpoints
+from mohd_train.evaluate.load import LoadedModel, load
 from mohd_train.evaluate.options import PerplexityOptions
-from mohd_train.evaluate.output import Output
-from mohd_train.evaluate.results import (
+from mohd_train.results.output import Output
+from mohd_train.results.store import (
     KEY,
+    PACKAGES,
+    PERPLEXITY,
+    PERPLEXITY_FORMAT,
+    TOTAL,
     check_same_checkpoint,
     check_writable,
-    hardware,
     rename_broken,
-    versions,
-    write_json,
+    write,
 )
-
-FORMAT = "mohd_train.perplexity/1"
-TOTAL = "total"
+from mohd_train.utils.environment import hardware, now, versions
 
 
 @dataclass(frozen=True)
@@ -53,7 +52,7 @@ class Documents:
 
 @dataclass(frozen=True)
 class Likelihood:
-    """What a model made of one domain."""
+    """The negative log-likelihood of one domain under a model."""
 
     tokens: int  # predicted
     nll: float  # summed, nats
@@ -112,16 +111,16 @@ def run_perplexity(options: PerplexityOptions, console: Console | None = None) -
     """Measures, shows and stores `OUT/<model>/perplexity.json`. What is stored already is not computed again.
 
     Raises:
-        UserError: data that is not this model's (tokenizer, vocabulary, sequence length), a domain that it lacks, a
-            checkpoint that cannot be read, a result of another checkpoint or other data in the way, a likelihood that is not
-            a number.
+        UserError: data that isn't this model's (tokenizer, vocabulary, sequence length), a domain that it lacks, a
+            checkpoint that can't be read, a stored result of another checkpoint or other data, a likelihood that isn't a
+            number.
     """
     console = console or Console()
     if options.limit is not None and options.limit < 1:
         raise UserError(f"--limit is {options.limit}; it must be 1 batch or more")
     found = checkpoint.open(options.checkpoint)
     manifest = load_manifest(options.data)
-    loaded = checkpoints.load(
+    loaded = load(
         found,
         tokenizer=options.tokenizer,
         name=options.name,
@@ -131,7 +130,7 @@ def run_perplexity(options: PerplexityOptions, console: Console | None = None) -
     )
     data = _data_config(options, manifest, loaded)
     output = Output(options.output)
-    path = output.folder / str(loaded.info["name"]) / "perplexity.json"
+    path = output.folder / str(loaded.info["name"]) / PERPLEXITY
     output.fetch(path.parent.name)
     where = f"{output.where}/{path.parent.name}/{path.name}"
     settings = {
@@ -150,7 +149,7 @@ def run_perplexity(options: PerplexityOptions, console: Console | None = None) -
             name: _measure(name, loader, loaded.model, options.limit, console, manifest.tokenizer.eos_id)
             for name, loader in loaders.items()
         }
-        _store(path, settings, loaded.info, parts, options.data)
+        _store(path, settings, loaded.info, parts, options.data, loaded.model.device)
         output.send(path)
     else:
         console.print(f"perplexity: reused from {where}", soft_wrap=True, highlight=False)
@@ -160,7 +159,7 @@ def run_perplexity(options: PerplexityOptions, console: Console | None = None) -
     return 0
 
 
-def _data_config(options: PerplexityOptions, manifest: Manifest, loaded: checkpoints.LoadedModel) -> DataConfig:
+def _data_config(options: PerplexityOptions, manifest: Manifest, loaded: LoadedModel) -> DataConfig:
     for domain in options.domains:
         if domain not in manifest.domains:
             raise UserError(f"{options.data} has no domain {domain!r}; it has {', '.join(sorted(manifest.domains))}")
@@ -197,7 +196,7 @@ def _measure(
 
 
 def _stored(path: Path, settings: dict[str, Any], fingerprint: str, console: Console) -> dict[str, Likelihood] | None:
-    """The domains of the stored result if it is this very measurement, None if there is none that can be read."""
+    """The domains of the stored result if it is this same measurement; None if there is none that can be read."""
     if not path.exists():
         return None
     try:
@@ -206,7 +205,7 @@ def _stored(path: Path, settings: dict[str, Any], fingerprint: str, console: Con
         before_model["fingerprint"]
         parts = {name: Likelihood(entry["tokens"], entry["nll"]) for name, entry in ours["domains"].items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        said = rename_broken(path, f"{path} is no perplexity result ({error})")
+        said = rename_broken(path, f"{path} is not a perplexity result ({error})")
         console.print(said, markup=False, highlight=False, soft_wrap=True)
         return None
     check_same_checkpoint(path, before_model, fingerprint)
@@ -219,7 +218,12 @@ def _stored(path: Path, settings: dict[str, Any], fingerprint: str, console: Con
 
 
 def _store(
-    path: Path, settings: dict[str, Any], model: dict[str, Any], parts: dict[str, Likelihood], folder: Path
+    path: Path,
+    settings: dict[str, Any],
+    model: dict[str, Any],
+    parts: dict[str, Likelihood],
+    folder: Path,
+    device: torch.device,
 ) -> None:
     every = {**parts, TOTAL: total(parts)}
     numbers: dict[str, Any] = {}
@@ -228,23 +232,23 @@ def _store(
         if part.documents is not None:  # for intervals over documents (mohd_train.study)
             numbers[name]["documents"] = asdict(part.documents)
     record = {
-        "format": FORMAT,
+        "format": PERPLEXITY_FORMAT,
         "settings": settings,
         "model": model,
         "data": str(folder),
         TOTAL: numbers.pop(TOTAL),
         "domains": numbers,
-        "versions": versions(),
-        "hardware": hardware(),
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "versions": versions(PACKAGES),
+        "hardware": hardware(device.type),
+        "date": now(),
     }
-    write_json(path, {KEY: record})
+    write(path, {KEY: record})
 
 
 def _table(parts: dict[str, Likelihood]) -> Table:
     table = Table(box=box.SIMPLE_HEAD)
-    for head in ("domain", "tokens", "loss", "perplexity"):
-        table.add_column(head, justify="left" if head == "domain" else "right", no_wrap=True)
+    for header in ("domain", "tokens", "loss", "perplexity"):
+        table.add_column(header, justify="left" if header == "domain" else "right", no_wrap=True)
     for name, part in {**parts, TOTAL: total(parts)}.items():
         table.add_row(name, f"{part.tokens:,}", f"{part.loss:.4f}", f"{part.perplexity:,.2f}")
     return table

@@ -1,7 +1,7 @@
-"""The rows of the ten tasks from the hub into the layout that `--data-dir` reads, for machines without a network.
+"""Downloads the rows of the ten tasks from the hub into the layout that `--data-dir` reads, for machines without a network.
 
-What is fetched is what lm-eval's stock tasks name: data set, configuration and splits. `DIR/manifest.json` says of each file
-how many rows it holds, its hash, and of which revision of which data set it is; and of each task that could not be had, why.
+Data set, configuration and splits are those that lm-eval's stock tasks name. `DIR/manifest.json` has each file's number of rows,
+hash, data set and revision, and the reason for each task that was unavailable.
 """
 
 from __future__ import annotations
@@ -19,18 +19,17 @@ import huggingface_hub
 from lm_eval.tasks import TaskManager
 
 from mohd_train.errors import UserError
-from mohd_train.evaluate.row_manifest import MANIFEST, Entry, RowsManifest, read_manifest
-from mohd_train.evaluate.rows import check_file
-from mohd_train.evaluate.suite import Suite, TaskSpec
+from mohd_train.evaluate.rows import MANIFEST, Entry, RowsManifest, check_file, read_manifest
 from mohd_train.evaluate.tasks import stock_config, stock_manager, subject_tasks
-from mohd_train.evaluate.text_file import write_text
+from mohd_train.results.suite import Suite, TaskSpec
+from mohd_train.utils.files import write_output
 
 CONVERSION = "refs/convert/parquet"  # where the hub keeps a Parquet copy of what it could convert
 
 
 @dataclass(frozen=True)
 class Source:
-    """Rows of one folder: a task, or a subject of one."""
+    """Where the rows of one folder come from: of a task, or of a subject of one."""
 
     task: str
     place: str  # folder under DIR: "sciq", "mmlu/astronomy"
@@ -40,7 +39,7 @@ class Source:
 
 
 def sources(spec: TaskSpec, manager: TaskManager) -> list[Source]:
-    """Where the stock task of ``spec`` takes its rows from; one a subject for a group."""
+    """Where the stock task of ``spec`` takes its rows from; one source for each subject of a group."""
     tasks = subject_tasks(spec.name, manager) if spec.subjects else {"": spec.name}
     return [_source(spec, subject, stock_config(manager, name)) for subject, name in sorted(tasks.items())]
 
@@ -54,33 +53,33 @@ def _source(spec: TaskSpec, subject: str, config: dict[str, Any]) -> Source:
 
 
 class Hub:
-    """Rows from the Hugging Face hub. A data set's revision is asked for once, so that all of its rows are of one commit."""
+    """Rows from the Hugging Face hub. A data set's revision is looked up once, so that all its rows are of one commit."""
 
     def __init__(self) -> None:
         self._revisions: dict[tuple[str, str | None], str | UserError] = {}
 
     def revision(self, dataset: str, branch: str | None = None) -> str:
-        """The commit at the head of a branch (None: the main one). Raises UserError where the hub does not say."""
+        """The commit at the head of a branch (None: the main one). Raises UserError if the hub doesn't answer."""
         key = dataset, branch
         if key not in self._revisions:
             try:
                 info = huggingface_hub.HfApi().dataset_info(dataset, revision=branch)
                 self._revisions[key] = str(info.sha)
-            except Exception as error:  # whatever the network or the hub answers: the rows cannot be had
+            except Exception as error:  # the network and the hub have exceptions of their own
                 self._revisions[key] = UserError(f"{dataset}: {_line(error)}")
         known = self._revisions[key]
         if isinstance(known, UserError):
-            raise known  # not asked again for each of 57 subjects
+            raise known  # don't ask again for each of 57 subjects
         return known
 
     def rows(self, source: Source, revision: str | None) -> tuple[Mapping[str, datasets.Dataset], str, bool]:
-        """Every split, the commit, and whether it is of the Parquet copy.
+        """Every split, the commit, and whether it is that of the Parquet copy.
 
         Args:
             revision: the commit on the main branch; None: its head.
 
         Raises:
-            UserError: the hub does not give them; says why in one line.
+            UserError: they are unavailable; says why in one line.
         """
         commit = revision or self.revision(source.dataset)
         try:
@@ -116,16 +115,16 @@ class Hub:
 
 
 def prefetch(folder: Path, suite: Suite, names: list[str], say: Callable[[str], None] = print) -> int:
-    """Fetches what is not there yet; the manifest is brought up to date after each task and subject.
+    """Downloads what is missing; the manifest is updated after each task and subject.
 
     Args:
         names: tasks; empty: all.
 
     Returns:
-        0, or 1 when a task or subject could not be had (named, and kept in the manifest with its reason).
+        0, or 1 if a task or subject was unavailable (reported, and kept in the manifest with the reason).
 
     Raises:
-        UserError: unknown task, no place to write to, a file there that is not of this folder's manifest, or nothing had at all.
+        UserError: an unknown task, an unwritable folder, a file there that isn't in its manifest, or nothing was available.
     """
     specs = suite.select(names)
     manager, hub = stock_manager(specs), Hub()
@@ -152,11 +151,11 @@ def prefetch(folder: Path, suite: Suite, names: list[str], say: Callable[[str], 
 
 
 class _NotHad(Exception):
-    """The hub does not give a task's rows, or gives such as the task cannot use."""
+    """A task's rows are unavailable, or the task can't use them."""
 
 
 def _fetch(folder: Path, source: Source, hub: Hub, known: RowsManifest) -> str:
-    """Writes every split of one source and enters it in ``known``. Returns what was done, in words."""
+    """Writes every split of one source and enters it in ``known``. Returns a message about it."""
     try:
         pinned = {e.revision for e in known.files.values() if e.dataset == source.dataset and not e.conversion}
         rows, commit, conversion = hub.rows(source, pinned.pop() if len(pinned) == 1 else None)
@@ -179,15 +178,15 @@ def _fetch(folder: Path, source: Source, hub: Hub, known: RowsManifest) -> str:
 
 
 def _write(folder: Path, name: str, text: str, digest: str, task: str, known: RowsManifest) -> None:
-    """Puts one file in its place once its rows are such as the task reads."""
+    """Writes one file, once its rows have passed the task's checks."""
     path = folder / name
     if path.exists() and name not in known.files and _sha256(path) != digest:
         raise UserError(
             f"{path} is there, was not fetched into this folder, and differs from the hub's; choose another DIR"
         )
-    fresh = path.with_name(f".{path.name}.new")  # checked before it bears the name that is read
+    fresh = path.with_name(f".{path.name}.new")  # checked before it gets the name that is read
     try:
-        write_text(fresh, text)
+        write_output(fresh, text)
         try:
             check_file(fresh, task)
         except UserError as error:
@@ -200,7 +199,7 @@ def _write(folder: Path, name: str, text: str, digest: str, task: str, known: Ro
 
 
 def verify(folder: Path, suite: Suite, names: list[str]) -> tuple[list[str], list[str]]:
-    """(problems, remarks): files that are missing, changed or unknown; and what was never had, with its reason.
+    """(problems, remarks): files that are missing, changed or unknown; and what was unavailable, with the reason.
 
     Raises:
         UserError: an unknown task, or no manifest.

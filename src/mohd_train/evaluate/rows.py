@@ -1,7 +1,7 @@
-"""Local evaluation rows, `DIR/<task>/<split>.jsonl`: found, read, and checked against what the stock task reads of them.
+"""Local questions, `DIR/<task>/<split>.jsonl`: read, and checked against what the stock task needs of a row.
 
-A row that lacks a field, or holds a value that the stock task cannot use, would otherwise end in a traceback from inside
-a template, or worse, in a prompt that reads "None".
+A row that lacks a field, or holds a value that the stock task can't use, would otherwise end in a traceback from inside a
+template, or worse, in a prompt that says "None". `DIR/manifest.json` says where eval/prefetch.py took the rows from.
 """
 
 from __future__ import annotations
@@ -9,12 +9,16 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from mohd_train.errors import UserError
+from mohd_train.utils.files import write_output
 
+FORMAT = "mohd_train.task_rows/1"
+MANIFEST = "manifest.json"
 Check = Callable[[dict[str, Any]], str | None]  # what is wrong with a row, or None
 
 
@@ -148,3 +152,53 @@ def check_file(path: Path, task: str) -> RowFile:
     if count == 0:
         raise UserError(f"{path} holds no rows; task {task} needs at least one")
     return RowFile(path, count, digest.hexdigest())
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One file in the manifest. ``revision`` is the commit; ``conversion``: it is of the hub's Parquet copy."""
+
+    task: str
+    split: str
+    rows: int
+    sha256: str
+    dataset: str
+    config: str | None
+    revision: str
+    conversion: bool
+
+
+@dataclass
+class RowsManifest:
+    """``files``: path under DIR -> entry; ``missing``: place (``logiqa``, ``mmlu/astronomy``) -> why it was unavailable."""
+
+    files: dict[str, Entry]
+    missing: dict[str, str]
+
+    def save(self, folder: Path) -> None:
+        """Writes `DIR/manifest.json`."""
+        about = {"format": FORMAT, "lm_eval": version("lm_eval"), "datasets": version("datasets")}
+        files = {name: asdict(entry) for name, entry in sorted(self.files.items())}
+        text = json.dumps({**about, "files": files, "missing": dict(sorted(self.missing.items()))}, indent=1)
+        write_output(folder / MANIFEST, text + "\n")
+
+
+def read_manifest(folder: Path) -> RowsManifest | None:
+    """The manifest of a folder of rows; None if it has none (rows from elsewhere). Raises UserError for a broken one."""
+    path = folder / MANIFEST
+    if not path.exists():
+        return None
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        if data["format"] != FORMAT:
+            raise ValueError(f"its format is {data['format']!r}, not {FORMAT!r}")
+        return RowsManifest({name: Entry(**entry) for name, entry in data["files"].items()}, dict(data["missing"]))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} is not a manifest of eval/prefetch.py ({error}); remove it and fetch again") from None
+
+
+def why_missing(folder: Path, task: str) -> str | None:
+    """Why eval/prefetch.py could not fetch the rows of ``task``; None if the folder has them, or its manifest says nothing."""
+    known = None if (folder / task).is_dir() else read_manifest(folder)
+    missing = known.missing if known else {}
+    return next((why for place, why in missing.items() if place.partition("/")[0] == task), None)

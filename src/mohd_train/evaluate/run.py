@@ -1,4 +1,4 @@
-"""Evaluate one checkpoint on the suite's tasks: what is stored already is reused, each task is stored as it is done."""
+"""Evaluates one checkpoint on the suite's tasks: stored results are reused, each task is stored when it is done."""
 
 from __future__ import annotations
 
@@ -11,28 +11,30 @@ from importlib.metadata import version
 from pathlib import Path
 
 import datasets
+from lm_eval.utils import handle_non_serializable
 from rich.console import Console
 
 from mohd_train import checkpoint
 from mohd_train.errors import UserError
-from mohd_train.evaluate import checkpoint as checkpoints
-from mohd_train.evaluate import report, results
+from mohd_train.evaluate import terminal
 from mohd_train.evaluate.harness import BOOTSTRAP_ITERS, HarnessLM, score
+from mohd_train.evaluate.load import load
 from mohd_train.evaluate.options import EvalOptions
-from mohd_train.evaluate.output import Output
-from mohd_train.evaluate.row_manifest import why_missing
-from mohd_train.evaluate.rows import RowFile
-from mohd_train.evaluate.suite import Suite, TaskSpec, load_suite
+from mohd_train.evaluate.rows import RowFile, why_missing
 from mohd_train.evaluate.tasks import BuiltTask, build_task, stock_manager
+from mohd_train.results import store
+from mohd_train.results.output import Output
+from mohd_train.results.suite import Suite, TaskSpec, load_suite
+from mohd_train.utils.environment import hardware
 
 DEMO_MARK = "DEMO"  # a file of this name in a folder of rows says that they are not the tasks' own
 
 
 def run_eval(options: EvalOptions, suite: Suite | None = None, console: Console | None = None) -> int:
-    """Evaluates, shows and stores. Returns 0, or 1 when a task could not be had (which is named).
+    """Evaluates a checkpoint, prints and stores the scores. Returns 0, or 1 if a task's questions were unavailable.
 
     Raises:
-        UserError: bad input; see the parts for what is checked. Tasks that were done before it stay stored.
+        UserError: bad input. Tasks that were done before the error stay stored.
     """
     suite, console = suite or load_suite(), console or Console()
     specs = suite.select(options.tasks)
@@ -43,7 +45,7 @@ def run_eval(options: EvalOptions, suite: Suite | None = None, console: Console 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # a line for each truncated request; they are counted instead
     with tempfile.TemporaryDirectory(prefix="mohd_eval_") as cache:
         built, failed = _build(specs, options, Path(cache), console)
-        loaded = checkpoints.load(
+        loaded = load(
             found,
             tokenizer=options.tokenizer,
             name=options.name,
@@ -57,21 +59,21 @@ def run_eval(options: EvalOptions, suite: Suite | None = None, console: Console 
         output.fetch(folder.name)
         jobs = [(task, _settings(task, options, suite, info)) for task in built]
         for task in built:
-            if said := results.set_aside(folder / f"{task.spec.name}.json"):
+            if said := store.set_aside(folder / f"{task.spec.name}.json"):
                 console.print(said, markup=False, highlight=False, soft_wrap=True)
         kept = {
-            task.spec.name: results.reusable(
+            task.spec.name: store.reusable(
                 folder / f"{task.spec.name}.json", settings, found.fingerprint, options.overwrite
             )
             for task, settings in jobs
         }
-        results.check_writable(folder)
+        store.check_writable(folder)
         for name, reason in failed.items():
-            if (path := results.write_missing(folder, name, info, reason)) is not None:
+            if (path := store.write_missing(folder, name, info, reason)) is not None:
                 output.send(path)
         done = _run(jobs, kept, lm, info, folder, options, console, output)
     console.print(f"{info['name']}: {info['checkpoint']}", soft_wrap=True, highlight=False)
-    console.print(report.results_table(suite, done, failed))
+    console.print(terminal.results_table(suite, done, failed))
     _notes(console, built, failed)
     console.print(f"results: {output.where}/{folder.name}", soft_wrap=True)
     return 1 if failed else 0
@@ -93,9 +95,9 @@ def _check(options: EvalOptions, suite: Suite) -> None:
 def _build(
     specs: list[TaskSpec], options: EvalOptions, cache: Path, console: Console
 ) -> tuple[list[BuiltTask], dict[str, str]]:
-    """The tasks, and the reasons for those that the hub does not give, or did not give eval/prefetch.py.
+    """The tasks, and why others are unavailable from the hub, or were for eval/prefetch.py.
 
-    A local file that is wrong, or missing for another reason, ends the run instead.
+    A local file that is wrong, or missing for another reason, is an error instead.
     """
     manager, built, failed = stock_manager(specs), [], {}
     for spec in specs:
@@ -115,8 +117,8 @@ def _build(
     return built, failed
 
 
-def _settings(task: BuiltTask, options: EvalOptions, suite: Suite, info: dict[str, object]) -> results.Settings:
-    return results.Settings(
+def _settings(task: BuiltTask, options: EvalOptions, suite: Suite, info: dict[str, object]) -> store.Settings:
+    return store.Settings(
         task=task.spec.name,
         shots=task.spec.shots,
         metric=task.spec.metric,
@@ -140,28 +142,28 @@ def _rows_hash(files: dict[str, RowFile]) -> str:
 
 
 def _run(
-    jobs: list[tuple[BuiltTask, results.Settings]],
-    kept: dict[str, results.Result | None],
+    jobs: list[tuple[BuiltTask, store.Settings]],
+    kept: dict[str, store.Result | None],
     lm: HarnessLM,
     info: dict[str, object],
     folder: Path,
     options: EvalOptions,
     console: Console,
     output: Output,
-) -> dict[str, results.Result]:
-    done: dict[str, results.Result] = {}
+) -> dict[str, store.Result]:
+    done: dict[str, store.Result] = {}
     for number, (task, settings) in enumerate(jobs, start=1):
         name, path = task.spec.name, folder / f"{task.spec.name}.json"
         place = f"[{number}/{len(jobs)}]"
         if (stored := kept[name]) is not None:
             done[name] = stored
-            console.print(place, report.one_line(stored, None), markup=False, highlight=False, soft_wrap=True)
+            console.print(place, terminal.one_line(stored, None), markup=False, highlight=False, soft_wrap=True)
             continue
         start = time.monotonic()
-        with report.task_bar(console, task.spec, place.replace("[", r"\[")) as progress:
+        with terminal.task_bar(console, task.spec, place.replace("[", r"\[")) as progress:
             raw = score(lm, task, limit=settings.limit, seed=settings.seed, progress=progress)
         seconds = time.monotonic() - start
-        data = results.record(
+        data = store.record(
             task.spec,
             settings,
             info,
@@ -176,13 +178,14 @@ def _run(
             bootstrap_iters=BOOTSTRAP_ITERS,
             batch_size=options.batch_size,
             device=str(lm.device),
+            hardware=hardware(lm.device.type),
             seconds=round(seconds, 2),
         )
-        results.write_json(path, data)
+        store.write(path, data, default=handle_non_serializable)
         output.send(path)
-        results.missing_path(folder, name).unlink(missing_ok=True)
-        done[name] = results.read(path)
-        console.print(place, report.one_line(done[name], seconds), markup=False, highlight=False, soft_wrap=True)
+        store.missing_path(folder, name).unlink(missing_ok=True)
+        done[name] = store.read(path)
+        console.print(place, terminal.one_line(done[name], seconds), markup=False, highlight=False, soft_wrap=True)
     return done
 
 

@@ -1,4 +1,4 @@
-"""Every finished run of a sweep through `eval/run_eval.py`, several at once on several GPUs; what is stored is reused."""
+"""Evaluates every finished run of a sweep with `eval/run_eval.py`, several at once on several GPUs."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 from mohd_train.errors import UserError
 from mohd_train.evaluate.options import SweepEvalOptions
-from mohd_train.evaluate.sweep_results import RESULTS
+from mohd_train.results.sweep_results import RESULTS
 from mohd_train.run_folder.paths import latest_checkpoint
 from mohd_train.sweep.folder import RECORD, SweepFolder
 from mohd_train.sweep.launch.local import LINE, slots, visible_gpus

@@ -1,8 +1,8 @@
-"""lm-eval's stock tasks, asked with the paper's shots, on rows from the hub or from local files.
+"""lm-eval's stock tasks with the paper's shots, on rows from the hub or from local files.
 
-With local files nothing of the stock task changes but where its rows come from: prompts, answers, processing and metrics
-are those of lm-eval's own YAML, which is loaded and given `dataset_path: json`. That also replaces the hub's script
-datasets (logiqa), which current versions of `datasets` refuse to run.
+Local files change nothing but where the rows come from: prompts, answers, processing and metrics are those of lm-eval's own
+YAML, which is loaded with `dataset_path: json`. That also works for the hub's script data sets (logiqa), which current versions
+of `datasets` refuse to run.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from lm_eval.tasks._yaml_loader import load_yaml
 
 from mohd_train.errors import UserError
 from mohd_train.evaluate.rows import RowFile, check_file
-from mohd_train.evaluate.suite import TaskSpec, nearest
+from mohd_train.results.suite import TaskSpec
+from mohd_train.utils.text import nearest
 
 _STOCK = Path(lm_eval.tasks.__file__).parent
 _GROUP_KEYS = {entry.name for entry in dataclasses.fields(GroupConfig)}
@@ -30,11 +31,13 @@ _GROUP_KEYS = {entry.name for entry in dataclasses.fields(GroupConfig)}
 
 @dataclass
 class BuiltTask:
-    """A task (or group of tasks) ready to be asked, and where its rows came from."""
+    """A task (or a group of tasks) with its questions, and where these came from."""
 
     spec: TaskSpec
     item: Task | Group
-    files: dict[str, RowFile] = field(default_factory=dict)  # "<subject>/<split>" or "<split>" -> file; empty: the hub
+    files: dict[str, RowFile] = field(
+        default_factory=dict
+    )  # "<subject>/<split>" or "<split>" -> file; empty: from the hub
     absent: list[str] = field(default_factory=list)  # subjects that the local folder lacks
 
     @property
@@ -44,7 +47,7 @@ class BuiltTask:
 
 
 def stock_manager(specs: list[TaskSpec]) -> TaskManager:
-    """An index of the stock tasks that ``specs`` need, and no other (indexing all of lm-eval takes many seconds)."""
+    """An index of only the stock tasks that ``specs`` need (indexing all of lm-eval takes many seconds)."""
     folders = sorted({str(_STOCK / spec.folder) for spec in specs})
     for folder in folders:
         if not Path(folder).is_dir():
@@ -62,8 +65,8 @@ def build_task(spec: TaskSpec, manager: TaskManager, data_dir: Path | None, cach
         cache_dir: where `datasets` keeps the converted local rows; must outlive the task.
 
     Raises:
-        UserError: a local file that is missing, empty, too short for the shots, or has a bad row; rows that the hub does
-            not give.
+        UserError: a local file that is missing, empty, too short for the shots, or has a bad row; rows that are unavailable
+            from the hub.
     """
     built = _from_hub(spec, manager) if data_dir is None else _from_files(spec, manager, data_dir, cache_dir)
     for task in built.leaves:
@@ -74,7 +77,7 @@ def build_task(spec: TaskSpec, manager: TaskManager, data_dir: Path | None, cach
 def _from_hub(spec: TaskSpec, manager: TaskManager) -> BuiltTask:
     try:
         loaded = manager.load([spec.name])
-    except Exception as error:  # whatever the hub, the network or `datasets` answers: the task cannot be had
+    except Exception as error:  # the hub, the network and `datasets` have exceptions of their own
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise UserError(
             f"the rows of task {spec.name} cannot be had from the hub: {reason}; give them with --data-dir"
@@ -132,7 +135,7 @@ def _local_task(
 
 
 def stock_config(manager: TaskManager, name: str) -> dict[str, Any]:
-    """lm-eval's own YAML of a task, includes and functions resolved. Raises :class:`UserError` where it has none."""
+    """lm-eval's own YAML of a task, with includes and functions resolved. Raises UserError if it has none."""
     path = manager.task_index[name].yaml_path
     if path is None:
         raise UserError(f"lm-eval's task {name} has no YAML of its own; local rows cannot be given to it")
@@ -141,7 +144,7 @@ def stock_config(manager: TaskManager, name: str) -> dict[str, Any]:
 
 
 def _children(manager: TaskManager, name: str) -> list[str]:
-    """Names of a group's direct members; tags are spelled out."""
+    """Names of a group's direct members; a tag is replaced by its tasks."""
     path = manager.task_index[name].yaml_path
     assert path is not None, f"the group {name} has no YAML"
     names = []

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 
-import torch
-
 from mohd_train.config.plan import ModelPlan, SubDimPlan
 
 
@@ -98,6 +96,8 @@ PARTS = {
 
 def count_parameters(plan: ModelPlan) -> dict[str, int]:
     """Parameters by part of the model itself, built on the meta device (seconds, no memory, whatever its size)."""
+    import torch  # here: a table of counts needs no torch
+
     from mohd_train.model.llama import Transformer
 
     with torch.device("meta"):

@@ -17,10 +17,16 @@ SYNC_SECONDS = 1.0  # between two flushes to the disk: a power loss costs at mos
 BLOCK = 1 << 16  # bytes, of reading backwards
 
 
-def read_metrics(path: str | Path) -> list[dict[str, Any]]:
-    """The whole lines of a metrics file; a half-written last one is left out. Raises UserError for one that is no
-    JSON."""
-    records = []
+def read_metrics(path: str | Path, notes: list[str] | None = None) -> list[dict[str, Any]]:
+    """The complete lines of a metrics file; a half-written last one is left out. A file that doesn't exist has none.
+
+    Args:
+        notes: where broken lines are reported; they are then left out.
+
+    Raises:
+        UserError: a broken line, and ``notes`` is None.
+    """
+    records, broken = [], []
     try:
         lines = Path(path).read_bytes().splitlines(keepends=True)
     except FileNotFoundError:
@@ -29,9 +35,19 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
         line = line.strip(b"\0")  # what a power loss leaves of pages that never reached the disk
         if line.endswith(b"\n") and line.strip():
             try:
-                records.append(json.loads(line))
-            except ValueError as error:
-                raise UserError(f"{path}, line {number}: no JSON ({error}); take the line out of the file") from None
+                record = json.loads(line)
+                if notes is not None:
+                    record["batch"], record["tokens"]
+                records.append(record)
+            except (ValueError, KeyError, TypeError) as error:
+                if notes is None:
+                    raise UserError(
+                        f"{path}, line {number}: no JSON ({error}); take the line out of the file"
+                    ) from None
+                broken.append(number)
+    if notes is not None and broken:
+        others = f" and {len(broken) - 1} more" if len(broken) > 1 else ""
+        notes.append(f"{path}, line {broken[0]}{others}: no valid JSON of a batch, set aside")
     return records
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,14 +11,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mohd_train.errors import UserError
+from mohd_train.results.store import PERPLEXITY, read_perplexity
+from mohd_train.results.sweep_results import RESULTS
 from mohd_train.run_folder.metrics import read_metrics
+from mohd_train.run_folder.paths import METRICS
 from mohd_train.sweep.file import Comparison, read_sweep
 from mohd_train.sweep.folder import RECORD, SweepFolder
 from mohd_train.sweep.status import run_status
 
 LOSS = "metrics/eval/LanguageCrossEntropy"
-PERPLEXITY_FORMAT = "mohd_train.perplexity/1"
-RESULTS = "eval"  # where run_eval.py --sweep puts what it measured
 # What must agree between two runs for them to have seen the same batches and to have been validated on the same tokens
 PAIRED = (
     "data.domains", "data.shuffle", "data.shuffle_seed", "data.shuffle_block_size", "data.num_canonical_nodes", "max_seq_len",
@@ -123,9 +123,9 @@ def read_study(folder: Path) -> Study:
     found = Study(folder, there.record["name"], there.record["title"], there.record["scale"], sweep.comparisons, [])
     for name, entry in there.runs.items():
         status = run_status(there, name)
-        tokens, losses = _curve(folder / name / "metrics.jsonl")
+        tokens, losses = _curve(folder / name / METRICS)
         fields = {key: entry[key] for key in ("name", "model", "setting", "label", "seed")}
-        measured = read_measured(folder / RESULTS / name / "perplexity.json", found.notes)
+        measured = read_measured(folder / RESULTS / name / PERPLEXITY, found.notes)
         found.runs.append(
             StudyRun(
                 **fields,
@@ -153,14 +153,12 @@ def read_measured(path: Path, notes: list[str]) -> Measured | None:
     if not path.is_file():
         return None
     try:
-        (content,) = json.loads(path.read_text(encoding="utf-8")).values()
-        if content["format"] != PERPLEXITY_FORMAT:
-            raise ValueError(f"its format is {content['format']}")
+        content = read_perplexity(path)
         domains = {name: (entry["tokens"], entry["nll"]) for name, entry in content["domains"].items()}
         loss = sum(nll for _, nll in domains.values()) / sum(tokens for tokens, _ in domains.values())
         return Measured(loss, domains, content["settings"], _documents(content["domains"]))
-    except (ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError) as error:
-        notes.append(f"{path} is broken and set aside ({error}); evaluate again")
+    except (UserError, ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError) as error:
+        notes.append(f"{path} is broken and set aside ({str(error).removeprefix(f'{path} ')})")
         return None
 
 

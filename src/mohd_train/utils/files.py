@@ -76,6 +76,15 @@ def check_plain_name(name: object, what: str) -> str:
     return name
 
 
+def write_output(path: str | Path, content: bytes | str) -> None:
+    """:func:`write_atomic` for a place that a command line named with ``--output``. Raises UserError if it can't be
+    written to."""
+    try:
+        write_atomic(path, content)
+    except OSError as error:
+        raise UserError(f"cannot write {path} ({error.strerror}); choose another place with --output") from None
+
+
 def sync(path: str | Path) -> None:
     """Flushes a file, or the renames inside a folder, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
