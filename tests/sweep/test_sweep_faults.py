@@ -98,7 +98,7 @@ def test_a_broken_run_json(
     assert f"{DENSE} unreadable" in shown
     assert f"{DENSE}/run.json" in shown.replace(" ", "")
     assert f"{X2} finished" in shown
-    assert launch(request(sweep_file, data)) == 0  # the third run is trained
+    assert launch(request(sweep_file, data)) == 1  # the third run is trained; the first isn't whole
     assert starts(stub) == [DENSE, X2, BARE]
     assert f"{DENSE}: left alone: " in capsys.readouterr().out
     record(lost=None)

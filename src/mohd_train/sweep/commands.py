@@ -30,12 +30,12 @@ from mohd_train.sweep.scale import SCALES
 from mohd_train.sweep.status import GONE_WRONG, RunStatus, job_states, render, run_status
 
 LAUNCHERS = ("local", "slurm", "k8s")
-WATCH = 5.0  # seconds between two looks
+WATCH = 5.0  # seconds between two updates
 
 
 @dataclass(frozen=True)
 class Request:
-    """The words of a command line; see ``scripts/sweep.py --help``."""
+    """The arguments of a command line; see ``scripts/sweep.py --help``."""
 
     target: Path | None = None  # a sweep file, or the folder of a launched sweep
     overrides: tuple[str, ...] = ()
@@ -137,7 +137,8 @@ def list_sweeps(request: Request) -> None:
 
 
 def _with_data(request: Request, sweep: SweepFile, folder: SweepFolder, scale: str) -> tuple[list[SweepRun], bool]:
-    """The runs on the data that was named or launched with, and whether there is any yet: their vocabulary is the data's then."""
+    """The runs on the data that was named now or at the launch, and whether that is prepared yet: if so, the vocabulary is
+    the data's."""
     choice, source = _choice(request, scale), _source(request, folder)
     runs = expand(sweep, choice, folder.path)
     if not source.given:
@@ -164,7 +165,9 @@ def show(request: Request) -> None:
 
 
 def launch(request: Request) -> int:
-    """Prepares the data once, takes the folder, and starts every run that is neither finished nor under way."""
+    """Prepares the data once, takes the folder, and starts every run that is neither finished nor under way.
+
+    Returns 1 if a run failed, or couldn't be started because its ``run.json`` is broken."""
     sweep, folder, scale = _open(request)
     if folder.exists and request.target is not None and request.target.is_dir():
         request = dataclasses.replace(request, overrides=request.overrides or tuple(folder.record["overrides"]))
@@ -172,7 +175,7 @@ def launch(request: Request) -> int:
 
 
 def resume(request: Request) -> int:
-    """Goes on with a launched sweep: the same scale, data, seeds and overrides, without saying them again."""
+    """Goes on with a launched sweep: the same scale, data, seeds and overrides, without repeating them."""
     folder = _launched(request)
     if request.overrides:
         raise UserError("resume takes no key=value: the runs' configs are fixed; launch another sweep with --out")
@@ -199,13 +202,14 @@ def _launch(
         todo, states = _todo(folder, runs)
         for name, state in states.items():
             print(f"{name}: {state}", flush=True)
+        unreadable = any(folder.record_problem(run.name) for run in runs)
         if request.launcher != "local":
-            return _submit(request, folder, todo, processes)
+            return _submit(request, folder, todo, processes) or int(unreadable)
     launcher = _local_launcher(request, folder, processes, runs[0].config.device == "cpu")
     if todo or launcher.orphans:
-        return launcher.run(todo, list(folder.runs))
+        return launcher.run(todo, list(folder.runs)) or int(unreadable)
     print(f"{folder.path}: nothing to start", flush=True)
-    return 0
+    return int(unreadable)
 
 
 def _seq_len(runs: list[SweepRun]) -> int:
@@ -223,7 +227,7 @@ def _distinct_data(configs: list[Config]) -> list[Config]:
 
 
 def _todo(folder: SweepFolder, runs: list[SweepRun]) -> tuple[list[str], dict[str, str]]:
-    """Names to start; and of the others why not: finished, or under way. Raises UserError if a scheduler can't be asked."""
+    """Names to start; and why not the others: finished, under way, unreadable. Raises UserError if a scheduler can't be asked."""
     jobs, notes = job_states(folder)
     if notes:
         raise UserError(f"can't tell which runs are under way: {notes[0]}")
@@ -241,8 +245,8 @@ def _why_not(folder: SweepFolder, name: str, job: str | None) -> str | None:
 
 
 def _local_launcher(request: Request, folder: SweepFolder, processes: int, on_cpu: bool) -> LocalLauncher:
-    cluster_words = ("template", "submit_args", "image", "claim")
-    given = [f"--{word.replace('_', '-')}" for word in cluster_words if getattr(request, word)]
+    cluster_options = ("template", "submit_args", "image", "claim")
+    given = [f"--{word.replace('_', '-')}" for word in cluster_options if getattr(request, word)]
     if given:
         raise UserError(f"{given[0]} is for --launcher slurm or k8s")
     share = SCALES[folder.record["scale"]].fits_data

@@ -36,7 +36,7 @@ class DataSource:
 
     @property
     def given(self) -> bool:
-        """Whether the user said anything."""
+        """Whether the user named any data."""
         return bool(self.folder or self.raw)
 
     def place(self, sweep_folder: Path) -> Path:
@@ -45,7 +45,7 @@ class DataSource:
 
 
 def ensure_data(source: DataSource, sweep_folder: Path, *, seq_len: int, scale: str) -> Path:
-    """The prepared folder, made from the raw rows where it is not whole yet (a cut-off preparation goes on).
+    """The prepared folder, made from the raw rows if it isn't complete yet (an interrupted preparation continues).
 
     Raises:
         UserError: no data was named, or what preparation refuses.
@@ -70,7 +70,8 @@ def ensure_data(source: DataSource, sweep_folder: Path, *, seq_len: int, scale: 
 
 
 def data_words(folder: Path, config: Config, scale: str) -> tuple[str, ...]:
-    """``key=value`` words that fit a config to the prepared data: its folder and, but for the paper's scale, vocabulary and mix.
+    """``key=value`` overrides that adapt a config to the prepared data: its folder and, except at the paper's scale, vocabulary
+    and mix.
 
     Args:
         folder: prepared data.
@@ -97,7 +98,7 @@ def data_words(folder: Path, config: Config, scale: str) -> tuple[str, ...]:
 
 
 def _mix(manifest: Manifest) -> dict[str, float]:
-    """LLaMA-1's proportions of what there is; a domain it does not know by its tokens."""
+    """LLaMA-1's proportions of the domains there are; a domain that LLaMA-1 lacks gets its share of the tokens."""
     tokens = {name: splits["train"].tokens for name, splits in manifest.domains.items() if splits["train"].samples}
     return {name: round(share, 4) for name, share in shares(sorted(tokens), tokens).items()}
 

@@ -21,13 +21,13 @@ from mohd_train.sweep.file import CONFIGS, Setting, SweepFile
 from mohd_train.sweep.scale import SCALES, scaled_model
 from mohd_train.utils.text import nearest
 
-# What makes a run this run of this sweep; a user's override of it would put two runs in one folder.
-OURS = ("run_name", "run_folder", "save_folder", "seed", "autoresume", "save_overwrite", "data.local")
+# Keys that the sweep sets for each run; an override of one would put two runs in one folder.
+RESERVED = ("run_name", "run_folder", "save_folder", "seed", "autoresume", "save_overwrite", "data.local")
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What a user chooses of a sweep.
+    """Which of a sweep's runs are wanted, and what they share.
 
     Attributes:
         scale: one of ``SCALES``.
@@ -82,17 +82,17 @@ def total_batches(config: Config) -> int | None:
 
 
 def expand(sweep: SweepFile, choice: Choice, folder: Path) -> list[SweepRun]:
-    """Every run that ``choice`` leaves, block after block of the file, within it seed after seed.
+    """Every run that ``choice`` selects, block after block of the file, within it seed after seed.
 
     Args:
         folder: the sweep's, in which each run gets a folder of its own name.
 
     Raises:
-        UserError: a config that can't be (it names the file and the run), two runs of one name, an ``only`` that fits none.
+        UserError: an invalid config (it names the file and the run), two runs of one name, an ``only`` that matches none.
     """
     if choice.scale not in SCALES:
         raise UserError(f"--scale {choice.scale}: it must be one of {', '.join(SCALES)}")
-    _refuse_ours(choice.overrides)
+    _refuse_reserved(choice.overrides)
     runs: dict[str, SweepRun] = {}
     bases: dict[Path, ModelConfig] = {}
     for block in sweep.blocks:
@@ -109,23 +109,23 @@ def expand(sweep: SweepFile, choice: Choice, folder: Path) -> list[SweepRun]:
 
 
 def select(runs: list[SweepRun], only: Sequence[str]) -> list[SweepRun]:
-    """The runs whose name, setting or model fits one of the patterns; all without patterns.
+    """The runs whose name, setting or model matches one of the patterns; all if there are none.
 
     Raises:
-        UserError: a pattern that fits none.
+        UserError: a pattern that matches none.
     """
     if not only:
         return runs
     chosen = set()
     for pattern in only:
-        fitting = {run.name for run in runs if any(fnmatch.fnmatch(word, pattern) for word in _names(run))}
-        if not fitting:
+        matching = {run.name for run in runs if any(fnmatch.fnmatch(word, pattern) for word in _names(run))}
+        if not matching:
             words = sorted({word for run in runs for word in _names(run)})
             raise UserError(
                 f"--only {pattern}: no run, setting or model of that name{nearest(pattern, words)}; "
                 f"settings: {', '.join(dict.fromkeys(run.setting for run in runs))}"
             )
-        chosen |= fitting
+        chosen |= matching
     return [run for run in runs if run.name in chosen]
 
 
@@ -133,10 +133,10 @@ def _names(run: SweepRun) -> tuple[str, ...]:
     return run.name, run.name.removesuffix(f"-s{run.seed}"), run.setting, run.model
 
 
-def _refuse_ours(overrides: Sequence[str]) -> None:
+def _refuse_reserved(overrides: Sequence[str]) -> None:
     for text in overrides:
         key = text.partition("=")[0]
-        if key in OURS:
+        if key in RESERVED:
             raise UserError(f"override {text!r}: the sweep itself sets {key} for each run (see --seeds, --out, --data)")
 
 
@@ -156,7 +156,7 @@ def _run(
     try:
         base = bases.get(model) or bases.setdefault(model, load_config(files).model)
         scaled = {f"model.{key}": value for key, value in scaled_model(base, scale).items()}
-        words = _words(scaled) + _setting_words(setting, files[1])
+        words = _overrides(scaled) + _setting_overrides(setting, files[1])
         name = scaled.get("model.name", base.name)
         full = f"{name}-{setting.name}-s{seed}"
         identity = {
@@ -166,7 +166,7 @@ def _run(
             "autoresume": True,
             "save_overwrite": False,
         }
-        words = [*words, *choice.data, *choice.overrides, *_words(identity)]
+        words = [*words, *choice.data, *choice.overrides, *_overrides(identity)]
         config = load_config(files, words)
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
@@ -179,8 +179,8 @@ def _shown(path: Path) -> str:
     return str(path) if relative.startswith("..") else relative
 
 
-def _words(values: dict[str, Any]) -> list[str]:
-    """``key=value`` words, quoted (JSON is YAML) where YAML would read a string as something else, such as 100 as a number."""
+def _overrides(values: dict[str, Any]) -> list[str]:
+    """``key=value`` overrides, quoted (JSON is YAML) where YAML would read a string as something else, such as 100 as a number."""
 
     def word(value: Any) -> str:
         plain = isinstance(value, str) and re.fullmatch(r"[\w./-]+", value) and yaml.safe_load(value) == value
@@ -189,8 +189,8 @@ def _words(values: dict[str, Any]) -> list[str]:
     return [f"{key}={word(value)}" for key, value in values.items()]
 
 
-def _setting_words(setting: Setting, model: str) -> list[str]:
-    """What a setting says beyond its file."""
+def _setting_overrides(setting: Setting, model: str) -> list[str]:
+    """What a setting changes of its file."""
     if setting.plain:
         return []
     values: dict[str, Any] = {"mohd.name": setting.name}
@@ -205,7 +205,7 @@ def _setting_words(setting: Setting, model: str) -> list[str]:
             values[f"mohd.{part}"] = _numbers(getattr(other, part))
         elif said:
             values |= {f"mohd.{part}.{key}": number for key, number in said.items()}
-    return _words(values | setting.overrides)
+    return _overrides(values | setting.overrides)
 
 
 def _numbers(part: SubDimPlan | None) -> dict[str, int] | None:

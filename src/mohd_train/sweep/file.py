@@ -48,7 +48,7 @@ SUB_DIMENSION_KEYS = ("sub_dims", "top_k", "shared_sub_dims")
 
 @dataclass(frozen=True)
 class Setting:
-    """MoHD settings of a run: a file of ``configs/mohd``, and what is said otherwise.
+    """The MoHD settings of a run: a file of ``configs/mohd``, and what differs from it.
 
     Attributes:
         name: in run names and tables; also ``mohd.name``.
@@ -69,7 +69,7 @@ class Setting:
 
     @property
     def plain(self) -> bool:
-        """Whether it is the file and nothing else."""
+        """Whether nothing differs from the file."""
         return not (self.both or self.attention or self.ffn or self.overrides)
 
 
@@ -84,7 +84,7 @@ class Block:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Settings to be set against a baseline, within each variant.
+    """Settings to be compared with a baseline, within each variant.
 
     Attributes:
         title: in words.
@@ -108,7 +108,7 @@ def variant_name(setting: str, variant: str) -> str:
 
 @dataclass(frozen=True)
 class SweepFile:
-    """A sweep as its file says it."""
+    """The content of a sweep file."""
 
     path: Path
     name: str
@@ -150,14 +150,14 @@ class _Reader:
         return value
 
     def word(self, value: Any, key: str) -> str:
-        """A name of letters that a folder can have; YAML reads a bare 50 as a number."""
+        """A name that can be a folder's; YAML reads a bare 50 as a number."""
         text = str(value) if isinstance(value, (str, int)) and not isinstance(value, bool) else ""
         if not NAME.match(text):
             raise self.fail(key, f"is {value!r}; it must be a name of letters, digits, '.', '_' and '-'")
         return text
 
     def config(self, kind: str, value: Any, key: str) -> Path:
-        """The file that a name stands for."""
+        """The config file that a name refers to."""
         if isinstance(value, str) and value.endswith((".yaml", ".yml")):
             path = self.path.parent / value
             if not path.is_file():

@@ -16,14 +16,14 @@ HEAD_DIM = 32
 
 @dataclass(frozen=True)
 class Scale:
-    """What a scale makes of a sweep.
+    """How a scale changes the models and runs of a sweep.
 
     Attributes:
         name: the value of ``--scale``, and the prefix of its models' names.
         purpose: for ``--help``.
         narrower, shallower: divisors of every width, and of the depth.
         recipe: of ``configs/recipe``; None: the sweep file's.
-        vocab_size: of the tokenizer it is meant for, where no data says otherwise; None: the model file's.
+        vocab_size: of the tokenizer it is meant for, unless the data has one; None: the model file's.
         processes: of a run.
         val_tokens: asked for when the sweep prepares its own data.
     """
@@ -67,7 +67,7 @@ def _divided(model: ModelConfig, scale: Scale, key: str, value: int, by: int) ->
 
 
 def scaled_model(model: ModelConfig, scale: Scale) -> dict[str, str | int]:
-    """The keys of ``model`` that the one of this scale has otherwise; none at the paper's.
+    """The keys of ``model`` that differ at this scale; none at the paper's.
 
     Raises:
         UserError: a width that does not divide.

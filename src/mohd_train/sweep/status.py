@@ -1,4 +1,4 @@
-"""How a sweep stands: each run's state, progress, loss, time left and last error, read from what the runs write."""
+"""The status of a sweep: each run's state, progress, loss, time left and last error, read from what the runs write."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class RunStatus:
 
     @property
     def under_way(self) -> bool:
-        """Whether something is at work on it."""
+        """Whether it is queued or being trained."""
         return self.state in ("queued", "starting", "running")
 
 
@@ -85,7 +85,7 @@ def last_error(log: Path) -> str | None:
 
 
 def run_status(folder: SweepFolder, name: str, job_state: str | None = None) -> RunStatus:
-    """How one run stands. A broken file of it is its own row's matter, told in ``error``.
+    """The status of one run. A broken file of it affects its own row alone: ``error`` says what is wrong.
 
     Args:
         job_state: ``queued`` or ``running`` where a scheduler says so.
@@ -144,7 +144,8 @@ def _state(
 
 
 def job_states(folder: SweepFolder) -> tuple[dict[str, str], list[str]]:
-    """Run -> ``queued`` | ``running`` as the schedulers say, for each run's newest launch; and what could not be asked."""
+    """Run -> ``queued`` | ``running`` according to the schedulers, for each run's newest launch; and notes on schedulers that
+    couldn't be asked."""
     states: dict[str, str] = {}
     notes: list[str] = []
     launches = {id(launch): launch for name in folder.runs if (launch := folder.launch_of(name))}

@@ -2,7 +2,7 @@
 
 A command gets a session of its own: a Ctrl-C on the terminal, or its hang-up, reaches the supervisor alone, which passes on
 one SIGTERM, waits until the whole process group is gone (a launcher may die before its ranks have saved), and kills what is
-left. Only kill -9 of the supervisor leaves a command running; what it inherited (``keep``) tells the next one.
+left. Only kill -9 of the supervisor leaves a command running; a lock that it inherited (``keep``) tells the next one.
 """
 
 from __future__ import annotations
@@ -307,7 +307,7 @@ class Supervisor:
         Args:
             refused: is told of a job that could not be started.
             occupied: slots that commands of somebody else are using, asked before each start and until none is left.
-            look: is called twice a second or so, to show how things stand.
+            look: is called about twice a second, to show progress.
         """
         todo, used = list(jobs), dict[str, Slot]()
         while True:

@@ -1,4 +1,4 @@
-"""What the launchers of both schedulers share: a user's words on the cluster, templates, calls of the scheduler's programs."""
+"""What the launchers of both schedulers share: options, templates, calls of the scheduler's programs."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ TEMPLATES = resources.root() / "scripts/launch"
 
 @dataclass(frozen=True)
 class ClusterOptions:
-    """What a user says of the cluster.
+    """How jobs are submitted.
 
     Attributes:
         processes: GPUs, and processes, of each run: one node.
         parallel: runs at once (SLURM); None: as many as fit.
         template: of the job, in place of the project's.
-        arguments: more words for sbatch or kubectl apply.
+        arguments: further arguments for sbatch or kubectl apply.
         image, namespace, claim: Kubernetes: the container image, the namespace, ``PVC:MOUNT_PATH`` of the shared file system.
     """
 

@@ -61,7 +61,7 @@ def slots(processes: int, parallel: int, on_cpu: bool, *, share_gpus: bool = Fal
 
 
 class LocalLauncher:
-    """Trains runs on this machine and shows how they come on.
+    """Trains runs on this machine and shows their progress.
 
     Args:
         folder: the claimed sweep folder.
@@ -148,7 +148,7 @@ class LocalLauncher:
 
     @contextlib.contextmanager
     def _display(self, shown: list[str]) -> Iterator[Callable[[], None]]:
-        """Yields what shows how things stand: a table that is redrawn on a terminal, elsewhere a line now and then."""
+        """Yields a function that shows progress: a table on a terminal, elsewhere a line every few minutes."""
         line, redraw = Every(LINE), Every(REFRESH)
 
         def table() -> Table:
