@@ -1,8 +1,7 @@
-"""How figures of the analysis look and are stored: vector (PDF) and PNG, readable in black and white and by the colour-blind."""
+"""How the figures look and are saved: PDF and PNG, readable in black and white and with colour blindness."""
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-# Okabe and Ito's colours; dashes and marks tell lines apart where colour does not.
+from mohd_train.utils.files import atomic_path
+
+# Okabe and Ito's colours; dashes and markers distinguish lines where colour doesn't.
 STYLES: tuple[dict[str, Any], ...] = (
     {"color": "#000000", "linestyle": "-", "marker": "o"},
     {"color": "#0072B2", "linestyle": "--", "marker": "s"},
@@ -25,7 +26,7 @@ STYLES: tuple[dict[str, Any], ...] = (
     {"color": "#E69F00", "linestyle": (0, (1, 3)), "marker": "P"},
     {"color": "#56B4E9", "linestyle": (0, (8, 3)), "marker": "X"},
 )
-SHADES = "Greys"  # of maps: dark is much, on paper too
+SHADES = "Greys"  # of maps; dark means large, in print too
 PAPER: dict[str, Any] = {
     "color": "#000000",
     "marker": "*",
@@ -33,7 +34,7 @@ PAPER: dict[str, Any] = {
     "markerfacecolor": "white",
     "linestyle": "none",
 }
-GAUSSIAN: dict[str, Any] = {"color": "#888888", "linestyle": ":", "linewidth": 2.2}  # noise: what holds of anything
+GAUSSIAN: dict[str, Any] = {"color": "#888888", "linestyle": ":", "linewidth": 2.2}  # noise: the reference line
 SUFFIXES = (".pdf", ".png")
 
 
@@ -74,14 +75,13 @@ def panels(count: int, width: float = 5.0, height: float = 3.8) -> tuple[Figure,
 
 
 def save(figure: Figure, folder: Path, name: str) -> list[Path]:
-    """Writes ``folder/name.pdf`` and ``.png``, each whole or not at all, and closes the figure."""
+    """Writes ``folder/name.pdf`` and ``.png`` atomically and closes the figure."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
     for suffix in SUFFIXES:
         path = folder / f"{name}{suffix}"
-        part = folder / f".{name}.{os.getpid()}.part{suffix}"
-        figure.savefig(part, dpi=150, metadata={"CreationDate": None} if suffix == ".pdf" else None)
-        os.replace(part, path)
+        with atomic_path(path) as temporary:
+            figure.savefig(temporary, dpi=150, metadata={"CreationDate": None} if suffix == ".pdf" else None)
         paths.append(path)
     plt.close(figure)
     return paths
