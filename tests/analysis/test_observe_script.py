@@ -13,9 +13,10 @@ import torch
 from rich.console import Console
 from support.analysis import hf_folder, llama, native, text_folder
 
+from mohd_train import checkpoint
 from mohd_train.analysis.options import KnockoutOptions, parse
 from mohd_train.analysis.run import run_observation
-from mohd_train.analysis.subject import load_subject
+from mohd_train.analysis.subject import fingerprint, load_subject, probed
 from mohd_train.errors import UserError
 
 
@@ -26,8 +27,8 @@ def observe(*arguments: object, **kwargs) -> tuple[Path, str]:
 
 
 def test_a_mohd_checkpoint_gives_record_router_knockout_and_figures(tmp_path: Path) -> None:
-    checkpoint, text = native(tmp_path / "run", spread=0.3), text_folder(tmp_path / "text")
-    arguments = ("--model", checkpoint, "--data", text, "--seq-len", 32, "--tokens", 128, "--output", tmp_path / "out")
+    model, text = native(tmp_path / "run", spread=0.3), text_folder(tmp_path / "text")
+    arguments = ("--model", model, "--data", text, "--seq-len", 32, "--tokens", 128, "--output", tmp_path / "out")
     knock = ("--knockout", "--knockout-tokens", 64, "--knockout-layers", "1", "--interventions", "removed,forced")
 
     def make_score(subject):
@@ -105,6 +106,31 @@ def test_records_of_another_format_are_not_compared(tmp_path: Path) -> None:
         observe(*same)
     (folder / "observation.json").write_text("[]")
     with pytest.raises(UserError, match="no observation of this program"):
+        observe(*same)
+
+
+def test_one_changed_weight_makes_another_model(tmp_path: Path) -> None:
+    """Between those that the fingerprint used to sample. Records with such a fingerprint are still recognized."""
+    model, text = native(tmp_path / "run"), text_folder(tmp_path / "text")
+    same = ("--model", model, "--data", text, "--seq-len", 32, "--tokens", 64, "--output", tmp_path / "out")
+    folder, _ = observe(*same)
+    record = json.loads((folder / "observation.json").read_text())
+    assert record["model"]["fingerprint"] == checkpoint.open(model).fingerprint
+    state = torch.load(model, weights_only=False)
+    name, weight = next((n, w) for n, w in state["state"]["model"].items() if w.numel() > 512)
+    place = next(i for i in range(weight.numel()) if i not in probed(weight.numel()))
+    before = fingerprint(load_subject(str(model)).model)
+    weight.view(-1)[place] += 1
+    torch.save(state, model)
+    assert fingerprint(load_subject(str(model)).model) == before, name
+    with pytest.raises(UserError, match="holds the observation of another model"):
+        observe(*same)
+    record["model"]["fingerprint"] = before
+    (folder / "observation.json").write_text(json.dumps(record))
+    observe(*same)
+    record["model"]["fingerprint"] = "0" * 16
+    (folder / "observation.json").write_text(json.dumps(record))
+    with pytest.raises(UserError, match="holds the observation of another model"):
         observe(*same)
 
 

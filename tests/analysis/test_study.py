@@ -29,7 +29,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from mohd_train.analysis.architecture import POINTS, find_blocks, tapped
+from mohd_train.analysis.architecture import POINTS, find_blocks, hooked
 from mohd_train.analysis.corpus import Corpus, open_corpus
 from mohd_train.analysis.figures import shown_token
 from mohd_train.analysis.options import StudyOptions
@@ -78,20 +78,20 @@ class ScaleModel(nn.Module):
         return x
 
 
-def test_taps_see_what_components_contribute_and_nothing_else() -> None:
+def test_hooks_see_what_components_contribute_and_nothing_else() -> None:
     model, x = ScaleModel(), torch.randn(2, 3, 4)
     seen: dict[tuple[int, str], Tensor] = {}
-    with tapped(find_blocks(model), lambda layer, point, y: seen.update({(layer, point): y})) as taps:
+    with hooked(find_blocks(model), lambda layer, point, y: seen.update({(layer, point): y})) as hooks:
         model(x)
     assert set(seen) == {(layer, point) for layer in (0, 1) for point in POINTS}
     for layer, grown in enumerate((1.0, 4.5)):  # x -> 1.5 x -> 1.5 x + 2 * 1.5 x
         factors = (1, 1, 0.5, 1.5, 1.5, 3, 4.5)
         for point, factor in zip(POINTS, factors, strict=True):
             assert torch.allclose(seen[layer, point], grown * factor * x, atol=1e-5), point
-    assert max(taps.residual_error) < 1e-6
+    assert max(hooks.residual_error) < 1e-6
     seen.clear()
     model(x)
-    assert not seen  # the taps are gone
+    assert not seen  # the hooks are gone
 
 
 @pytest.mark.parametrize("make", [llama, gpt2])
@@ -136,17 +136,17 @@ def test_hugging_face_models_are_understood(make, tmp_path: Path) -> None:
 )
 def test_residual_error_tells_blocks_that_are_sums_from_others(model, config, exact: bool) -> None:
     built, seen = model(config).eval(), []
-    with torch.no_grad(), tapped(find_blocks(built), lambda layer, point, _: seen.append((layer, point))) as taps:
+    with torch.no_grad(), hooked(find_blocks(built), lambda layer, point, _: seen.append((layer, point))) as hooks:
         built(torch.randint(4, 97, (2, 8)), use_cache=False)
     assert sorted(seen) == sorted((layer, point) for layer in (0, 1) for point in POINTS)
-    assert (max(taps.residual_error) < 1e-5) == exact
+    assert (max(hooks.residual_error) < 1e-5) == exact
 
 
 def test_norm_input_of_llama_is_what_the_hook_reports(tmp_path: Path) -> None:
     model = llama()
     ids = torch.randint(4, 97, (2, 16))
     seen: dict[tuple[int, str], Tensor] = {}
-    with torch.no_grad(), tapped(find_blocks(model), lambda layer, point, y: seen.update({(layer, point): y})):
+    with torch.no_grad(), hooked(find_blocks(model), lambda layer, point, y: seen.update({(layer, point): y})):
         states = model(ids, output_hidden_states=True).hidden_states
     assert torch.equal(seen[1, "block_in"], states[1])
     assert torch.allclose(seen[1, "attention_in"], model.model.layers[1].input_layernorm(states[1]))

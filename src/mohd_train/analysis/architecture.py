@@ -1,4 +1,4 @@
-"""Where attention and FFN of any Hugging Face causal LM sit, and taps on what goes in and comes out of them."""
+"""Finds the blocks of any Hugging Face causal LM with their attention and FFN, and hooks what goes in and comes out of them."""
 
 from __future__ import annotations
 
@@ -42,9 +42,9 @@ def find_blocks(model: nn.Module, attention: str | None = None, ffn: str | None 
     whose class, looks like it (``self_attn``, ``attention``, ``mlp``, ``feed_forward``, ``block_sparse_moe``, ...).
 
     Args:
-        attention, ffn: names of the children, where they can't be told.
+        attention, ffn: names of the children, if they can't be recognized.
     Raises:
-        UserError: no blocks, or a block in which a component is missing or not the only one.
+        UserError: there are no blocks, or a block has no or several candidates for a component.
     """
     lists = [module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module)]
     if not lists:
@@ -85,13 +85,13 @@ Receive = Callable[[int, str, Tensor], None]
 
 
 @dataclass
-class Taps:
-    """State of :func:`tapped`.
+class Hooks:
+    """State of :func:`hooked`.
 
     Attributes:
         residual_error: [L] largest ``mean |block_out - (block_in + attention_out + ffn_out)| / mean |block_out|`` seen. Near 0
-            where a block is what its name says; where it is not (norms behind the components, say), the components'
-            outputs are not what reaches the residual stream, and a reader has to know.
+            for a block that only adds its components' outputs to its input. In others (with norms after the components, for
+            example) these outputs are not what reaches the residual stream, and the reader has to know.
     """
 
     residual_error: list[float]
@@ -99,50 +99,50 @@ class Taps:
 
 
 @contextmanager
-def tapped(parts: list[BlockParts], receive: Receive) -> Iterator[Taps]:
+def hooked(parts: list[BlockParts], receive: Receive) -> Iterator[Hooks]:
     """Within it, every forward pass calls ``receive(layer, point, x)`` for each of :data:`POINTS`, x [B, T, D] in float32.
 
-    A component that adds the residual itself (a parameter of its ``forward`` is named ``residual...``) has it taken off, so
-    that an output is always what the component contributes. Nothing is kept beyond a block.
+    If a component adds the residual itself (a parameter of its ``forward`` is named ``residual...``), it is subtracted, so
+    that an output is always what the component contributes. Nothing is kept longer than a block runs.
 
-    Raises UserError, from the forward pass, where a component does not work on the block's hidden size.
+    The forward pass raises UserError if a component doesn't have the block's hidden size.
     """
-    taps = Taps([0.0] * len(parts))
+    hooks = Hooks([0.0] * len(parts))
     handles = []
     for layer, part in enumerate(parts):
         handles += [
-            part.block.register_forward_pre_hook(_block_entry(taps, layer, receive), with_kwargs=True),
-            part.attention.register_forward_hook(_component_exit(taps, layer, "attention", receive), with_kwargs=True),
-            part.ffn.register_forward_hook(_component_exit(taps, layer, "ffn", receive), with_kwargs=True),
-            part.block.register_forward_hook(_block_exit(taps, layer, receive)),
+            part.block.register_forward_pre_hook(_block_entry(hooks, layer, receive), with_kwargs=True),
+            part.attention.register_forward_hook(_component_exit(hooks, layer, "attention", receive), with_kwargs=True),
+            part.ffn.register_forward_hook(_component_exit(hooks, layer, "ffn", receive), with_kwargs=True),
+            part.block.register_forward_hook(_block_exit(hooks, layer, receive)),
         ]
     try:
-        yield taps
+        yield hooks
     finally:
         for handle in handles:
             handle.remove()
 
 
 def _arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of a call by name, the first parameter's first. Looser than ``Signature.bind``, since decorators rename."""
+    """The arguments of a call by name, the first parameter first. Looser than ``Signature.bind``, since decorators rename them."""
     names = list(inspect.signature(module.forward).parameters)
     given = dict(zip(names, args, strict=False)) | kwargs
     return {names[0]: given[names[0]], **given}
 
 
-def _block_entry(taps: Taps, layer: int, receive: Receive) -> Callable[..., None]:
+def _block_entry(hooks: Hooks, layer: int, receive: Receive) -> Callable[..., None]:
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         x = _hidden(next(iter(_arguments(module, args, kwargs).values())), module)
-        taps._current[layer] = {"block_in": x}
+        hooks._current[layer] = {"block_in": x}
         receive(layer, "block_in", x)
 
     return hook
 
 
-def _component_exit(taps: Taps, layer: int, kind: str, receive: Receive) -> Callable[..., None]:
+def _component_exit(hooks: Hooks, layer: int, kind: str, receive: Receive) -> Callable[..., None]:
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         arguments = _arguments(module, args, kwargs)
-        current = taps._current[layer]
+        current = hooks._current[layer]
         x, y = _hidden(next(iter(arguments.values())), module), _hidden(output, module)
         residual = next((value for name, value in arguments.items() if name.startswith("residual")), None)
         block_in = current["block_in"]
@@ -163,9 +163,9 @@ def _component_exit(taps: Taps, layer: int, kind: str, receive: Receive) -> Call
     return hook
 
 
-def _block_exit(taps: Taps, layer: int, receive: Receive) -> Callable[..., None]:
+def _block_exit(hooks: Hooks, layer: int, receive: Receive) -> Callable[..., None]:
     def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        x, parts = _hidden(output, module), taps._current.pop(layer)
+        x, parts = _hidden(output, module), hooks._current.pop(layer)
         receive(layer, "block_out", x)
         for kind in COMPONENTS:
             if f"{kind}_out" not in parts:
@@ -175,17 +175,17 @@ def _block_exit(taps: Taps, layer: int, receive: Receive) -> Callable[..., None]
         error = (x - parts["block_in"] - parts["attention_out"] - parts["ffn_out"]).abs().mean() / x.abs().mean().clamp(
             min=torch.finfo(torch.float32).tiny
         )
-        taps.residual_error[layer] = max(taps.residual_error[layer], error.item())
+        hooks.residual_error[layer] = max(hooks.residual_error[layer], error.item())
 
     return hook
 
 
 def _hidden(value: Any, module: nn.Module) -> Tensor:
-    """The hidden states [B, T, D] among what a module takes or gives, in float32; a copy, since some models add in place."""
+    """The hidden states [B, T, D] in a module's input or output, in float32. A copy, since some models add in place."""
     first = value[0] if isinstance(value, (tuple, list)) and value else value
     if not isinstance(first, Tensor) or first.dim() != 3:
         raise UserError(
-            f"{_class(module)} isn't understood: its first input or output is no tensor [batch, tokens, hidden size]; "
+            f"{_class(module)} isn't understood: its first input or output is not a tensor [batch, tokens, hidden size]; "
             "name another part with --attention-module or --ffn-module"
         )
     return first.detach().to(torch.float32, copy=True)

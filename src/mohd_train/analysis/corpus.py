@@ -1,7 +1,7 @@
-"""The text under study as equally long token sequences, domain by domain: a prepared data folder's validation split, or raw
-text and JSON lines tokenized with the model's own tokenizer.
+"""The text under study as token sequences of one length, domain by domain: the validation split of a prepared data folder, or
+raw text and JSON lines tokenized with the model's own tokenizer.
 
-Shapes: B sequences, T = ``seq_len`` tokens of one.
+Shapes: B sequences of T = ``seq_len`` tokens.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from mohd_train.data.verify import verify
 from mohd_train.errors import UserError
 from mohd_train.utils.encoding import encode_text
 
-DEFAULT_SEQ_LEN = 1024  # of raw text, where the model's own limit is not lower
+DEFAULT_SEQ_LEN = 1024  # of raw text, unless the model's own limit is lower
 _ORDER_SEED = 0  # of the order in which a prepared domain's samples are read
 _TEXT_BLOCK = 1 << 20  # characters of a text file tokenized at once
 
@@ -47,17 +47,17 @@ class Batch:
 
 @dataclass(frozen=True)
 class Corpus:
-    """Domains in order, each with a function that begins to yield its sequences [T] anew."""
+    """Domains in order, each with a function that yields its sequences [T] from the beginning."""
 
     seq_len: int
     domains: dict[str, Sequences]
     info: dict[str, Any]
 
     def batches(self, tokens: int, batch_size: int) -> Iterator[Batch]:
-        """About ``tokens`` tokens, an equal part of every domain as far as it has them; at least one sequence a domain.
+        """About ``tokens`` tokens, an equal part from every domain that has enough, and at least one sequence from each.
 
         Raises:
-            UserError: a domain with less text than one sequence.
+            UserError: a domain has less text than one sequence.
         """
         wanted = max(len(self.domains), -(-tokens // self.seq_len))
         for index, (domain, sequences) in enumerate(self.domains.items()):
@@ -74,17 +74,17 @@ class Corpus:
                 )
 
     def count_batches(self, tokens: int, batch_size: int) -> int:
-        """How many batches :meth:`batches` yields where every domain has enough: for a progress bar."""
+        """How many batches :meth:`batches` yields if every domain has enough text, for a progress bar."""
         wanted = max(len(self.domains), -(-tokens // self.seq_len))
         parts = [wanted // len(self.domains) + (i < wanted % len(self.domains)) for i in range(len(self.domains))]
         return sum(-(-part // batch_size) for part in parts)
 
 
 def open_corpus(path: Path, subject: Subject, seq_len: int | None = None) -> Corpus:
-    """A prepared data folder (it holds manifest.json), or a file or folder of .txt, .jsonl, .jsonl.gz, .jsonl.zst.
+    """Opens a prepared data folder (with a manifest.json), or a file or folder of .txt, .jsonl, .jsonl.gz, .jsonl.zst.
 
     Raises:
-        UserError: nothing there; data of another tokenizer than the model's; a sequence length that can't be had.
+        UserError: there is no data, it is of another tokenizer than the model's, or the sequence length is too large.
     """
     if not path.exists():
         raise UserError(f"no data at {path}; give a prepared data folder, or a file or folder of text or JSON lines")
@@ -103,7 +103,7 @@ def _prepared(path: Path, subject: Subject, seq_len: int | None) -> Corpus:
         raise UserError(f"{subject.info['source']} does not say which tokenizer it uses; give it with --tokenizer")
     what, remedy = (
         f"{path} was made with another tokenizer ({made_with.name}) than the model's",
-        "give data prepared with it",
+        "give data prepared with the model's",
     )
     check_tokenizer(
         subject.tokenizer_sha256, made_with.sha256, what=what, remedy=remedy, folder=path / TOKENIZER_FOLDER
@@ -115,7 +115,7 @@ def _prepared(path: Path, subject: Subject, seq_len: int | None) -> Corpus:
         raise UserError(f"--seq-len {length}: {path} has samples of {manifest.seq_len} tokens; give that or less")
     names = [n for n in sorted(manifest.domains) if manifest.samples(n, "train") and manifest.samples(n, "val")]
     if not names:
-        raise UserError(f"{path} has no validation samples; prepare it with more held out")
+        raise UserError(f"{path} has no validation samples; prepare it with more --val-tokens")
     if problems := verify(path, names, hashes=False):
         raise UserError(f"{problems[0]}; copy the shard again, or prepare the data again")
     config = DataConfig(local=str(path), domains=dict.fromkeys(names, 1.0), num_workers=0)
@@ -127,7 +127,7 @@ def _prepared(path: Path, subject: Subject, seq_len: int | None) -> Corpus:
         def sequences() -> Iterator[NDArray[np.int64]]:
             for index in np.random.default_rng(_ORDER_SEED).permutation(
                 len(dataset)
-            ):  # the first samples are few documents
+            ):  # in stored order, the first samples would be from few documents
                 tokens = np.asarray(dataset[int(index)]["tokens"], np.int64)
                 for start in range(0, len(tokens) - length + 1, length):
                     yield tokens[start : start + length]
@@ -176,7 +176,7 @@ def _raw(path: Path, subject: Subject, seq_len: int) -> Corpus:
 
 
 def _files(path: Path) -> dict[str, list[Path]]:
-    """Text files by domain: a first-level folder or file. Of a domain that has ``*.val.*`` files, those alone."""
+    """Text files by domain, which is a first-level folder or file. If a domain has ``*.val.*`` files, only those."""
     if path.is_file():
         return {domain_of_file(path.name.removesuffix(".txt")): [path]}
     found: dict[str, list[Path]] = {}
@@ -195,7 +195,7 @@ def _files(path: Path) -> dict[str, list[Path]]:
 
 
 def _text_only(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
-    """A copy that takes a spelled-out ``</s>`` for the text it is, as data preparation does."""
+    """A copy that treats a spelled-out ``</s>`` as plain text, as data preparation does."""
     copy = deepcopy(tokenizer)
     copy.split_special_tokens = True
     if isinstance(copy, PreTrainedTokenizerFast):
@@ -204,7 +204,7 @@ def _text_only(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
 
 
 def _tokens(file: Path, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> Iterator[NDArray[np.int64]]:
-    """Token ids, document by document: BOS where it differs from EOS, the text, EOS; as the models here are trained."""
+    """Token ids, document by document: BOS (if it isn't EOS), the text, EOS, as in training."""
     eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     bos = [] if tokenizer.bos_token_id in (None, tokenizer.eos_token_id) else [tokenizer.bos_token_id]
     for first, last, text in _documents(file):
@@ -217,7 +217,7 @@ def _tokens(file: Path, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> 
 
 
 def _documents(file: Path) -> Iterator[tuple[bool, bool, str]]:
-    """(begins a document, ends one, text). A text file is one document, read in blocks of whole lines."""
+    """(whether it begins a document, whether it ends one, text). A text file is one document, read in blocks of whole lines."""
     if file.suffix == ".txt":
         with open(file, encoding="utf-8", errors="strict") as lines:
             try:
@@ -233,7 +233,7 @@ def _documents(file: Path) -> Iterator[tuple[bool, bool, str]]:
         if line.strip():
             text, problem = parse_row(line)
             if text is None:
-                raise UserError(f"{file}:{number}: {problem}; mend the row, or take it out")
+                raise UserError(f"{file}:{number}: {problem}; fix the row, or remove it")
             yield True, True, text
 
 

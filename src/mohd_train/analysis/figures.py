@@ -1,5 +1,5 @@
-"""Figures of the observation study (Figs. 3-5 of the paper) from its record: the paper's own numbers are hollow stars, Gaussian
-noise of the same width is a grey dotted line."""
+"""Figures of the observation study (Figs. 3-5 of the paper), drawn from its record. Hollow stars are the paper's own numbers, the
+grey dotted line is Gaussian noise of the same width."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ Record = dict[str, Any]
 # Fig. 3 and 4 of arXiv:2412.05644, LLaMA2-7B (4096 dims): attention input of layer 16.
 PAPER_CUMULATIVE = {100 * 1000 / 4096: 71.96, 50.0: 92.54}  # percent of the dims -> percent of the magnitude
 PAPER_COMMON = {2: 100 * 2672 / 4096, 9: 100 * 673 / 4096}  # consecutive tokens -> percent of the dims
-PAPER_COMMON_SHARE = 0.8  # of the dims that are active: the only reading of "top-20% threshold" that gives such counts
+PAPER_COMMON_SHARE = 0.8  # of the dims that are active: the only interpretation of "top-20% threshold" with such counts
 PAPER_NARROWEST = 6.7  # percent: attention's output of its input
 PAPER_MAP = (
     100 * 400 / 4096,
@@ -51,7 +51,7 @@ OF_A_DIM = {"square": "x²", "absolute": "|x|"}
 
 
 def draw_observation(record: Record, title: str, folder: Path) -> list[Path]:
-    """Draws all of them into ``folder``; returns the files.
+    """Draws all figures into ``folder``; returns the files.
 
     Args:
         record: of :func:`mohd_train.analysis.study.observe`.
@@ -177,13 +177,13 @@ def _common(record: Record, title: str, folder: Path) -> list[Path]:
 
 
 def shown_token(text: str) -> str:
-    """A token as a label: in quotes, since many begin with a space; what a font may lack, and line ends, as escapes."""
+    """A token as a label: in quotes, since many begin with a space, and with line breaks and rare characters escaped."""
     shown = "".join(c if c.isprintable() and ord(c) < 0x250 else c.encode("unicode_escape").decode() for c in text)
     return f'"{shown}"'
 
 
 def independent_in(width: int, share: float, tokens: int) -> list[float]:
-    """Dims active in exactly 0, 1, .. of ``tokens`` tokens were these independent: a binomial distribution."""
+    """Number of dims active in exactly 0, 1, .. of ``tokens`` independent tokens: a binomial distribution."""
     p = active_count(share, width) / width
     return [width * math.comb(tokens, n) * p**n * (1 - p) ** (tokens - n) for n in range(tokens + 1)]
 
@@ -193,7 +193,7 @@ def _map(record: Record, title: str, folder: Path) -> list[Path]:
     figure, (axes,) = panels(1, width=10.0, height=3.5)
     active = np.array(found["active"])
     relative = np.array(found["relative"])
-    shades = np.sqrt(relative) if record["magnitude"] == "square" else relative  # |x| either way, as the ink
+    shades = np.sqrt(relative) if record["magnitude"] == "square" else relative  # the shade follows |x| either way
     shown = np.where(active == 1, 0.25 + 0.75 * np.sqrt(shades), 0.0)
     axes.imshow(shown, aspect="auto", interpolation="nearest", cmap=SHADES, vmin=0, vmax=1)
     often = active.sum(axis=0)

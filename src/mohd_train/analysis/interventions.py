@@ -1,13 +1,13 @@
 """Interventions on one sub-dimension of one component, for every token, without touching weights or kernels.
 
-``removed``: the sub-dimension takes part in nothing. Where it is active, the component reads zeros in its place and its output
-    weight is 0. The choice of the others and their weights stay as they were, so the change is this one's own contribution
-    (and what group fusion made of it). Its dims in the residual stream stay, and group fusion still writes to them. The same
-    for shared and specialized ones; the router still reads the full x.
-``banned``: the router may not choose it; the next best specialized one takes its place, and activation scaling is worked out
-    anew. How much of it can the others stand in for? Only for a specialized one that has an alternative.
-``forced``: chosen for every token, in place of the specialized one that scored lowest among the chosen; K stays, the weight is
-    its own score, scaled as ever. Only for a specialized one: a shared one is always active.
+``removed``: where the sub-dimension is active, the component reads zeros in its place and its output weight is 0. The choice
+    of the others and their weights are unchanged, so the effect is that of its own contribution (and of what group fusion
+    made of it). Its dims stay in the residual stream, and group fusion still writes to them. The router still reads the
+    full x. For shared and specialized sub-dimensions.
+``banned``: the router can't choose it; the next best specialized one takes its place, and activation scaling is recomputed.
+    It shows how well the others can replace it. For specialized sub-dimensions that have an alternative.
+``forced``: it is chosen for every token, in place of the lowest-scoring specialized one among the chosen. K is unchanged; its
+    weight is its own score, scaled as usual. For specialized sub-dimensions, since shared ones are always active.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ KINDS = INTERVENTIONS
 
 
 def applies(kind: str, plan: SubDimPlan, index: int) -> bool:
-    """Whether an intervention means something for sub-dimension ``index``."""
+    """Whether an intervention is meaningful for sub-dimension ``index``."""
     return kind == "removed" or (plan.has_choice and index >= plan.shared)
 
 
@@ -41,10 +41,10 @@ def sub_dimensions(transformer: Transformer, layer: int, component: str) -> SubD
 
 @contextmanager
 def intervene(sub: SubDimensions, kind: str, index: int) -> Iterator[None]:
-    """Within it, the component runs with the intervention; after it, as before.
+    """Within it, the component runs with the intervention.
 
     Args:
-        kind: one of :data:`KINDS` that :func:`applies`.
+        kind: one of :data:`KINDS` for which :func:`applies` is true.
         index: the sub-dimension.
     """
     assert kind in KINDS, kind
@@ -56,7 +56,7 @@ def intervene(sub: SubDimensions, kind: str, index: int) -> Iterator[None]:
 
     def choose(module: Any, args: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, ...]:
         logits, scores, _ = output
-        ranks = args[1] if len(args) > 1 and args[1] is not None else logits  # what the choice goes by
+        ranks = args[1] if len(args) > 1 and args[1] is not None else logits  # what the choice is made by
         biased = ranks.clone()
         limits = torch.finfo(ranks.dtype) if ranks.is_floating_point() else torch.iinfo(ranks.dtype)
         biased[:, index] = limits.max if kind == "forced" else limits.min

@@ -1,6 +1,7 @@
-"""Does what is often active matter? Perplexity when one sub-dimension is removed, banned or forced, against its routing share.
+"""Do sub-dimensions that are often active matter more? Perplexity with one of them removed, banned or forced, against its
+routing share.
 
-Shapes: B sequences, T tokens of one, D hidden.
+Shapes: B sequences of T tokens, D hidden.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ DEFINITIONS = {
 
 @dataclass
 class _Effect:
-    """One intervention, and what came of it: nats a token, one number a sequence."""
+    """One intervention and its result: nats per token, one number per sequence."""
 
     layer: int
     component: str
@@ -58,13 +59,14 @@ def knockout(
     score: Score | None = None,
     advance: Advance = lambda: None,
 ) -> dict[str, Any]:
-    """Every intervention on every sub-dimension of the chosen layers; the record is plain numbers, JSON-ready.
+    """Applies every intervention to every sub-dimension of the chosen layers. The record is plain numbers, JSON-ready.
 
     Args:
-        score: accuracies on tasks of the model as it stands; called once unchanged and once for each intervention.
+        score: returns task accuracies of the model in its current state; called once for the unchanged model and once per
+            intervention.
         advance: called after each intervention on each batch, and after each scoring.
     Raises:
-        UserError: no MoHD model, an unknown intervention, a layer that is not there.
+        UserError: not a MoHD model, an unknown intervention or a layer that doesn't exist.
     """
     transformer = mohd_transformer(subject)
     effects = list(_planned(transformer, options))
@@ -98,7 +100,7 @@ def knockout(
 
 
 def count_steps(transformer: Transformer, options: KnockoutOptions, batches: int, scored: bool) -> int:
-    """How often :func:`knockout` calls ``advance``: for a progress bar."""
+    """How often :func:`knockout` calls ``advance``, for a progress bar."""
     effects = sum(1 for _ in _planned(transformer, options))
     return effects * batches + (effects + 1 if scored else 0)
 
@@ -124,7 +126,7 @@ Entry = tuple[tuple[Any, ...], dict[str, Any]]  # what a block is called with: x
 
 
 def _unchanged(transformer: Transformer, ids_BT: Tensor) -> tuple[list[float], list[Entry], list[LayerRouting]]:
-    """Cross-entropy of each sequence, what each block was called with, and the routing."""
+    """Cross-entropy of each sequence, the arguments of each block, and the routing."""
     entries: list[Entry] = []
     with ExitStack() as stack:
         for block in transformer.blocks:
@@ -137,7 +139,7 @@ def _unchanged(transformer: Transformer, ids_BT: Tensor) -> tuple[list[float], l
 
 
 def _from_layer(transformer: Transformer, layer: int, entry: Entry, ids_BT: Tensor) -> list[float]:
-    """Cross-entropy of each sequence, computed from ``layer`` on: what lies before it is not changed by an intervention in it."""
+    """Cross-entropy of each sequence, computed from ``layer`` on: an intervention doesn't change the layers before it."""
     (x, *rest), named = entry
     for block in transformer.blocks[layer:]:
         x, _ = block(x, *rest, **named)
@@ -145,7 +147,7 @@ def _from_layer(transformer: Transformer, layer: int, entry: Entry, ids_BT: Tens
 
 
 def _nll(transformer: Transformer, hidden_BTD: Tensor, ids_BT: Tensor) -> list[float]:
-    """Mean nats a predicted token, one number a sequence; logits of one sequence at a time."""
+    """Mean nats per predicted token, one number per sequence. Logits are computed for one sequence at a time."""
     losses = []
     for hidden_TD, ids_T in zip(hidden_BTD, ids_BT, strict=True):
         logits = transformer.head(hidden_TD[:-1])
@@ -175,7 +177,8 @@ def _row(effect: _Effect, baseline: _Effect, tally: RoutingTally, transformer: T
 
 
 def correlation(rows: list[dict[str, Any]], kind: str) -> dict[str, Any]:
-    """Of routing share with the change in cross-entropy, over specialized sub-dimensions: all, each component, within layers."""
+    """Correlation of routing share with the change in cross-entropy over specialized sub-dimensions: all of them, by component,
+    and within layers."""
     chosen = [row for row in rows if row["kind"] == kind and not row["shared"]]
     groups: dict[tuple[int, str], list[dict[str, Any]]] = {}
     for row in chosen:
@@ -189,7 +192,7 @@ def correlation(rows: list[dict[str, Any]], kind: str) -> dict[str, Any]:
 
 
 def _correlate(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Pearson's and Spearman's; None where fewer than three, or one side does not vary."""
+    """Pearson's and Spearman's coefficients; None for fewer than three rows, or if a side doesn't vary."""
     share = np.array([row["share"] for row in rows], np.float64)
     change = np.array([row["delta_nll"] for row in rows], np.float64)
     return {
@@ -206,7 +209,7 @@ def _pearson(a: NDArray[np.float64], b: NDArray[np.float64]) -> float | None:
 
 
 def _ranks(values: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Ranks from 0; ties share the mean of theirs."""
+    """Ranks from 0; ties get their mean rank."""
     _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
     ends = np.cumsum(counts)
     return (ends - (counts + 1) / 2)[inverse]

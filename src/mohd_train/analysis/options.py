@@ -1,4 +1,4 @@
-"""What `eval/observe.py` is asked to do. Imports nothing heavy, so that --help and usage errors answer at once."""
+"""Options of `eval/observe.py`. Imports nothing heavy, so that --help and usage errors are instant."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from pathlib import Path
 
 from mohd_train.resources import find
 
-INTERVENTIONS = ("removed", "banned", "forced")  # told apart in mohd_train.analysis.interventions
+INTERVENTIONS = ("removed", "banned", "forced")  # defined in mohd_train.analysis.interventions
 MAGNITUDES = ("square", "absolute")  # the paper's (eq. 1), and |x|
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True)
 class StudyOptions:
-    """What to look at, and what counts as active. ``shares`` and ``highly_active`` are shares of a token's dims."""
+    """What is measured, and what counts as active. ``shares`` and ``highly_active`` are shares of a token's dims."""
 
     tokens: int = 32768
     batch_size: int = 4
-    layer: int | None = None  # looked at closely; default: the middle one
+    layer: int | None = None  # studied in detail; default: the middle one
     top_dims: int | None = None  # default: 1000 of 4096, scaled to D
     shares: tuple[float, ...] = (0.2, 0.8)
     highly_active: float = 0.2  # of the map (Fig. 5)
@@ -29,12 +29,12 @@ class StudyOptions:
     attention_module: str | None = None
     ffn_module: str | None = None
     magnitude: str = "square"  # one of MAGNITUDES
-    epsilon: float = 0.01  # below which a magnitude counts as sparse (eq. 2); the paper names none
+    epsilon: float = 0.01  # magnitudes below it count as sparse (eq. 2); the paper gives no value
 
 
 @dataclass(frozen=True)
 class KnockoutOptions:
-    """Which interventions, where. ``layers`` empty: all of them."""
+    """Which interventions in which layers. No ``layers``: all of them."""
 
     tokens: int = 8192
     batch_size: int = 4
@@ -63,7 +63,7 @@ class ObserveOptions:
 
 
 def parse(description: str | None, arguments: Sequence[str] | None = None, prog: str | None = None) -> ObserveOptions:
-    """Reads the command line; leaves through argparse, with 2, for a usage error."""
+    """Parses the command line. A usage error exits through argparse, with 2."""
     parser = argparse.ArgumentParser(
         prog=prog, description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -81,24 +81,28 @@ def parse(description: str | None, arguments: Sequence[str] | None = None, prog:
         "--tokens",
         type=_positive,
         default=study.tokens,
-        help="to look at, an equal part a domain; default: %(default)s",
+        help="tokens to read, an equal part from each domain; default: %(default)s",
     )
     add("--seq-len", type=_positive, help="default: the prepared data's, else 1024 or the model's limit")
     add("--batch-size", type=_positive, default=study.batch_size, help="sequences at once; default: %(default)s")
-    add("--layer", type=int, help="looked at closely, from 0; default: the middle one")
-    add("--top-dims", type=_positive, help="whose share of the magnitude is stated; default: 1000 of 4096, scaled to D")
+    add("--layer", type=int, help="layer to study in detail, from 0; default: the middle one")
+    add(
+        "--top-dims",
+        type=_positive,
+        help="dims whose share of the magnitude is reported; default: 1000 of 4096, scaled to D",
+    )
     add(
         "--active",
         type=_shares,
         default=study.shares,
         help="shares of a token's dims that count as active; default: 0.2,0.8",
     )
-    add("--highly-active", type=float, default=study.highly_active, help="the same for the map; default: %(default)s")
-    add("--map-tokens", type=_positive, default=study.map_tokens, help="tokens of the map; default: %(default)s")
+    add("--highly-active", type=float, default=study.highly_active, help="the same, for the map; default: %(default)s")
+    add("--map-tokens", type=_positive, default=study.map_tokens, help="tokens in the map; default: %(default)s")
     add("--magnitude", default=study.magnitude, choices=MAGNITUDES, help="of a dim: x**2 (the paper's), or |x|")
     add("--epsilon", type=_number, default=study.epsilon, help="magnitudes below it are sparse; default: %(default)s")
-    add("--attention-module", help="name of a block's attention, where it can't be told")
-    add("--ffn-module", help="name of a block's feed-forward part, where it can't be told")
+    add("--attention-module", help="name of a block's attention, if it isn't recognized")
+    add("--ffn-module", help="name of a block's feed-forward part, if it isn't recognized")
     add(
         "--overwrite", action="store_true", help="replace a stored observation of another model, or with other settings"
     )
@@ -107,14 +111,17 @@ def parse(description: str | None, arguments: Sequence[str] | None = None, prog:
     add("--device", default="auto", help="auto, cpu, cuda, cuda:N; default: %(default)s")
     add("--dtype", default="auto", choices=DTYPES, help="auto: as stored")
     add("--knockout", action="store_true", help="intervene on every sub-dimension of a MoHD checkpoint")
-    add("--interventions", type=_words, default=knockout.kinds, help=f"some of {','.join(INTERVENTIONS)}; default: all")
+    add("--interventions", type=_split, default=knockout.kinds, help=f"some of {','.join(INTERVENTIONS)}; default: all")
     add(
-        "--knockout-tokens", type=_positive, default=knockout.tokens, help="perplexity over these; default: %(default)s"
+        "--knockout-tokens",
+        type=_positive,
+        default=knockout.tokens,
+        help="tokens for the perplexity; default: %(default)s",
     )
     add("--knockout-layers", type=_numbers, default=knockout.layers, help="such as 0,5,11; default: all")
-    add("--tasks", type=_words, default=(), help="score these tasks under every intervention too (slow)")
-    add("--task-data", type=find, help="rows of the tasks, as run_eval.py --data-dir; default: the hub")
-    add("--limit", type=_positive, help="questions a task")
+    add("--tasks", type=_split, default=(), help="score these tasks under every intervention too (slow)")
+    add("--task-data", type=find, help="rows of the tasks, like run_eval.py --data-dir; default: the hub")
+    add("--limit", type=_positive, help="examples per task")
     found = parser.parse_args(arguments)
     for name in ("interventions", "knockout_layers", "tasks", "task_data", "limit"):
         if not found.knockout and getattr(found, name) != parser.get_default(name):
@@ -169,18 +176,18 @@ def _number(text: str) -> float:
     return value
 
 
-def _words(text: str) -> tuple[str, ...]:
-    return tuple(word for word in re.split(r"[,\s]+", text) if word)
+def _split(text: str) -> tuple[str, ...]:
+    return tuple(part for part in re.split(r"[,\s]+", text) if part)
 
 
 def _numbers(text: str) -> tuple[int, ...]:
-    return tuple(int(word) for word in _words(text))
+    return tuple(int(part) for part in _split(text))
 
 
 def _shares(text: str) -> tuple[float, ...]:
-    return tuple(float(word) for word in _words(text))
+    return tuple(float(part) for part in _split(text))
 
 
 # argparse names a type by its __name__ in "invalid positive number value: '-3'".
 _positive.__name__ = _number.__name__ = "positive number"
-_words.__name__ = _numbers.__name__ = _shares.__name__ = "list"
+_split.__name__ = _numbers.__name__ = _shares.__name__ = "list"

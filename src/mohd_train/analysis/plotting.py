@@ -1,4 +1,4 @@
-"""How figures of the analysis look and are stored: vector (PDF) and PNG, readable in black and white and by the colour-blind."""
+"""How the figures look and are saved: PDF and PNG, readable in black and white and with colour blindness."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 
 from mohd_train.utils.files import atomic_path
 
-# Okabe and Ito's colours; dashes and marks tell lines apart where colour does not.
+# Okabe and Ito's colours; dashes and markers distinguish lines where colour doesn't.
 STYLES: tuple[dict[str, Any], ...] = (
     {"color": "#000000", "linestyle": "-", "marker": "o"},
     {"color": "#0072B2", "linestyle": "--", "marker": "s"},
@@ -26,7 +26,7 @@ STYLES: tuple[dict[str, Any], ...] = (
     {"color": "#E69F00", "linestyle": (0, (1, 3)), "marker": "P"},
     {"color": "#56B4E9", "linestyle": (0, (8, 3)), "marker": "X"},
 )
-SHADES = "Greys"  # of maps: dark is much, on paper too
+SHADES = "Greys"  # of maps; dark means large, in print too
 PAPER: dict[str, Any] = {
     "color": "#000000",
     "marker": "*",
@@ -34,7 +34,7 @@ PAPER: dict[str, Any] = {
     "markerfacecolor": "white",
     "linestyle": "none",
 }
-GAUSSIAN: dict[str, Any] = {"color": "#888888", "linestyle": ":", "linewidth": 2.2}  # noise: what holds of anything
+GAUSSIAN: dict[str, Any] = {"color": "#888888", "linestyle": ":", "linewidth": 2.2}  # noise: the reference line
 SUFFIXES = (".pdf", ".png")
 
 

@@ -1,4 +1,4 @@
-"""What the observation shows in the terminal."""
+"""Tables of an observation for the terminal."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from mohd_train.analysis.figures import (
 )
 
 MISSING = "–"
-_SOUND = 1e-2  # residual error above which a reader is told
+_SOUND = 1e-2  # a larger residual error is reported
 _WORST = 5
 
 
@@ -29,10 +29,10 @@ def _percent(value: float | None) -> str:
     return MISSING if value is None else f"{value:.1f}"
 
 
-def _table(title: str, *heads: str) -> Table:
+def _table(title: str, *headers: str) -> Table:
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for number, head in enumerate(heads):
-        table.add_column(head, justify="left" if number == 0 else "right")
+    for number, header in enumerate(headers):
+        table.add_column(header, justify="left" if number == 0 else "right")
     return table
 
 
@@ -44,18 +44,18 @@ READING = (
 
 
 def show_observation(console: Console, record: dict[str, Any], title: str) -> None:
-    """The key numbers beside Gaussian noise and the paper's, then every layer."""
+    """Prints the key numbers next to those of Gaussian noise and the paper, then every layer."""
     m = OF_A_DIM[record["magnitude"]]
     console.print(_against_paper(record, title))
     console.print(READING, soft_wrap=True)
     if record["magnitude"] == "absolute":
         console.print("note: |x| is not the paper's magnitude, which is x²: its numbers are left out", soft_wrap=True)
-    heads = ("att. in", "att. out", "FFN in", "FFN out", "att. %", "FFN %", "block %")
+    headers = ("att. in", "att. out", "FFN in", "FFN out", "att. %", "FFN %", "block %")
     table = _table(
         f"by layer: % of the sum of {m} that the top {record['top_dims']} dims hold; {m} of the outputs of attention, FFN and "
         "block in % of the block's input (geometric mean over tokens)",
         "layer",
-        *heads,
+        *headers,
     )
     for index, layer in enumerate(record["layers"]):
         held = [_percent(_times(layer["points"][point]["share_of_top_dims"])) for point in COMPONENT_POINTS]
@@ -133,18 +133,18 @@ def _against_paper(record: dict[str, Any], title: str) -> Table:
 
 
 def show_knockout(console: Console, record: dict[str, Any], title: str) -> None:
-    """Correlations, and the sub-dimensions that matter most."""
+    """Prints correlations, and the sub-dimensions that matter most."""
     base = record["baseline"]["perplexity"]
-    heads = ("intervention", "specialized", "Spearman", "Pearson", "within layers")
-    table = _table(f"{title}: change in cross-entropy against routing share (perplexity {base:.3f})", *heads)
+    headers = ("intervention", "specialized", "Spearman", "Pearson", "within layers")
+    table = _table(f"{title}: change in cross-entropy against routing share (perplexity {base:.3f})", *headers)
     for kind, found in record["correlation"].items():
         values = (found["all"]["spearman"], found["all"]["pearson"], found["within_layer"]["spearman"])
         shown = [MISSING if value is None else f"{value:+.2f}" for value in values]
         table.add_row(kind, str(found["all"]["n"]), *shown)
     console.print(table)
     tasks = list(record["baseline"]["tasks"])
-    heads = ("sub-dimension", "intervention", "share", "perplexity", "change (nats)", *tasks)
-    worst = _table(f"the {_WORST} interventions that change most", *heads)
+    headers = ("sub-dimension", "intervention", "share", "perplexity", "change (nats)", *tasks)
+    worst = _table(f"the {_WORST} interventions that change most", *headers)
     for row in sorted(record["effects"], key=lambda row: -abs(row["delta_nll"]))[:_WORST]:
         stderr = "" if row["delta_nll_stderr"] is None else f" ± {row['delta_nll_stderr']:.4f}"
         worst.add_row(

@@ -1,6 +1,6 @@
-"""The router's view (Fig. 11): how probable, and how often chosen, each sub-dimension is in each domain.
+"""Routing by domain (Fig. 11): the mean router probability of each sub-dimension, and how often it is chosen.
 
-Shapes: T tokens, N sub-dimensions, K active ones, S shared ones.
+Shapes: T tokens, N sub-dimensions, K active, S shared.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ FIGURE_TOKENS = 4096  # of each domain: "mean over 4096 tokens"
 
 @dataclass(frozen=True)
 class RouterSelection:
-    """One component of one layer, by domain. Each list holds a number a sub-dimension, shared ones first.
+    """One component of one layer, by domain. Each list has one number per sub-dimension, shared ones first.
 
     Attributes:
         probability: mean of the softmax over all N; sums to 1.
         specialized_probability: mean of the score normalized over the N - S specialized ones (as in the balance loss), None
-            for shared ones; sums to 1. The paper's Fig. 11 shows 0.2 to 0.3, which fits this one (1/5 for five).
+            for shared ones; sums to 1. The paper's Fig. 11 shows 0.2 to 0.3, which agrees with this definition (1/5 for five).
         selected: share of the tokens for which the sub-dimension is active; sums to K.
-        tokens: seen of each domain.
+        tokens: number of tokens read from each domain.
     """
 
     layer: int
@@ -48,7 +48,7 @@ class RouterSelection:
 
 
 class RoutingTally:
-    """Sums over tokens of what the routers of all layers decided, by domain."""
+    """Sums of the routing of all layers over tokens, by domain."""
 
     def __init__(self, plan: ModelPlan) -> None:
         self._plan = plan
@@ -56,7 +56,7 @@ class RoutingTally:
         self._tokens: dict[str, int] = {}
 
     def add(self, domain: str, routing: list[LayerRouting], tokens: int) -> None:
-        """Takes in one forward pass over ``tokens`` tokens of a domain."""
+        """Adds one forward pass over ``tokens`` tokens of a domain."""
         self._tokens[domain] = self._tokens.get(domain, 0) + tokens
         for layer, parts in enumerate(routing):
             for component in COMPONENTS:
@@ -112,7 +112,7 @@ def component_plan(plan: ModelPlan, component: str) -> SubDimPlan:
 
 
 def mohd_transformer(subject: Subject) -> Transformer:
-    """The subject's transformer. Raises :class:`UserError` where it has no router at all."""
+    """The subject's transformer. Raises :class:`UserError` if it has no router."""
     transformer = subject.transformer
     if transformer is None or not transformer.plan.components:
         raise UserError(f"{subject.info['source']} has no sub-dimensions; give a MoHD checkpoint")
@@ -121,7 +121,7 @@ def mohd_transformer(subject: Subject) -> Transformer:
 
 @torch.inference_mode()
 def tally_routing(subject: Subject, corpus: Corpus, tokens: int, batch_size: int = 4) -> RoutingTally:
-    """Routes about ``tokens`` tokens, an equal part of every domain."""
+    """Routes about ``tokens`` tokens, an equal part from every domain."""
     transformer = mohd_transformer(subject)
     tally = RoutingTally(transformer.plan)
     for batch in corpus.batches(tokens, batch_size):
@@ -145,7 +145,7 @@ def router_selection(
         layer: counted from 0.
         component: ``attention`` or ``ffn``.
     Raises:
-        UserError: no MoHD model, no such layer, a dense component, data of another tokenizer.
+        UserError: not a MoHD model, no such layer, a dense component, or data of another tokenizer.
     """
     subject = load_subject(str(checkpoint), device=device)
     plan = mohd_transformer(subject).plan

@@ -1,4 +1,4 @@
-"""Figures about sub-dimensions: the router's view (Fig. 11), and interventions against routing share."""
+"""Figures about sub-dimensions: routing by domain (Fig. 11), and interventions against routing share."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ PAPER_LAYER = 5  # of Fig. 11
 
 
 def draw_router_selection(selections: list[RouterSelection], title: str, folder: Path) -> list[Path]:
-    """Fig. 11: a row a domain, a column a sub-dimension; a panel each for the probability over all N sub-dimensions, the one over
-    the specialized ones, and the share of tokens that use it. One file pair a component."""
+    """Fig. 11: one row per domain, one column per sub-dimension. Panels for the probability over all N sub-dimensions, the
+    probability over the specialized ones, and the share of tokens that use it. A PDF and a PNG per component."""
     paths = []
     for selection in selections:
         figure, axes = panels(3, width=0.45 * _sub_dims(selection) + 2.2, height=0.42 * len(selection.tokens) + 1.9)
@@ -43,7 +43,7 @@ def _sub_dims(selection: RouterSelection) -> int:
 
 
 def _cells(axes: Axes, values: Any, name: str, shared: int) -> None:
-    """A map with its numbers written in it: nothing hangs on telling shades apart."""
+    """A map with its numbers written in the cells, so that nobody has to tell shades apart."""
     rows = np.array([[np.nan if v is None else v for v in row] for row in values.values()], np.float64)
     top = max(float(np.nanmax(rows)), 1e-9) if np.isfinite(rows).any() else 1.0
     axes.imshow(rows, aspect="auto", cmap=SHADES, vmin=0, vmax=1.4 * top)
@@ -59,7 +59,7 @@ def _cells(axes: Axes, values: Any, name: str, shared: int) -> None:
 
 
 def draw_knockout(record: dict[str, Any], title: str, folder: Path) -> list[Path]:
-    """Change in cross-entropy against routing share, a panel an intervention; and a map of it, layer by sub-dimension."""
+    """Change in cross-entropy against routing share, one panel per intervention; and as a map of layers and sub-dimensions."""
     kinds = list(record["correlation"])
     figure, axes = panels(len(kinds))
     for axis, kind in zip(axes, kinds, strict=True):
@@ -92,7 +92,7 @@ def draw_knockout(record: dict[str, Any], title: str, folder: Path) -> list[Path
 
 
 def _knockout_map(record: dict[str, Any], title: str, folder: Path) -> list[Path]:
-    """Removal only: it is the one that means something for every sub-dimension."""
+    """For removal only, the one intervention that is meaningful for every sub-dimension."""
     rows = [row for row in record["effects"] if row["kind"] == "removed"]
     if not rows:
         return []

@@ -1,4 +1,4 @@
-"""One observation from start to end: model, text, study, the router's view, interventions; JSON, figures, tables."""
+"""One observation from start to end: model, text, study, routing, interventions; then JSON, figures and tables."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +21,14 @@ from mohd_train.analysis.report import show_knockout, show_observation
 from mohd_train.analysis.routing import routed, tally_routing
 from mohd_train.analysis.routing_figures import draw_knockout, draw_router_selection
 from mohd_train.analysis.study import observe
-from mohd_train.analysis.subject import Subject, load_subject, versions
+from mohd_train.analysis.subject import Subject, fingerprint, load_subject
+from mohd_train.checkpoint.identity import is_sampled
 from mohd_train.errors import UserError
-from mohd_train.utils.environment import hardware
+from mohd_train.utils.environment import hardware, now, versions
 from mohd_train.utils.files import write_atomic
 
 FORMAT = "mohd_train.observation/2"  # 1: magnitudes were |x|
+PACKAGES = ("torch", "transformers", "tokenizers", "numpy")  # that compute the numbers
 RECORD, ROUTER, KNOCKOUT = "observation.json", "router.json", "knockout.json"
 
 MakeScore = Callable[[Subject], Score]
@@ -39,12 +40,12 @@ def run_observation(
     make_score: MakeScore | None = None,
     console: Console | None = None,
 ) -> Path:
-    """Observes, writes `observation.json`, `router.json`, `knockout.json` and figures, shows tables; returns the folder.
+    """Measures, writes `observation.json`, `router.json`, `knockout.json` and figures, prints tables; returns the folder.
 
     Args:
-        make_score: gives the function that scores tasks under an intervention, where tasks are asked for.
+        make_score: returns the function that scores tasks under an intervention, if tasks were asked for.
     Raises:
-        UserError: bad input, before anything is computed wherever that can be known.
+        UserError: bad input, found before anything is computed if possible.
     """
     console = console or Console()
     subject = load_subject(
@@ -67,7 +68,7 @@ def run_observation(
             refuse_other(folder / KNOCKOUT, subject, corpus, asked)
     score = make_score(subject) if make_score is not None else None
     if options.knockout is not None and transformer is not None:
-        count_steps(transformer, options.knockout, 1, scored=False)  # names a wrong layer or intervention now
+        count_steps(transformer, options.knockout, 1, scored=False)  # reports a wrong layer or intervention now
 
     with _bar(console, "activations", corpus.count_batches(options.study.tokens, options.study.batch_size)) as advance:
         record = observe(subject, corpus, options.study, advance)
@@ -107,7 +108,7 @@ def _knockout(
 
 
 def _folder(folder: Path) -> Path:
-    """Makes the output folder. Raises :class:`UserError` where it can't be made."""
+    """Creates the output folder. Raises :class:`UserError` if that fails."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -116,33 +117,36 @@ def _folder(folder: Path) -> Path:
 
 
 def refuse_other(path: Path, subject: Subject, corpus: Corpus, options: dict[str, Any]) -> None:
-    """Lets a stored record be replaced only by the same measurement.
+    """Allows a stored record to be replaced only by the same measurement.
 
     Raises:
-        UserError: ``path`` is another model's, was made with other settings or on other data, or can't be read.
+        UserError: ``path`` holds another model's record, one with other settings or data, or can't be read.
     """
     if not path.is_file():
         return
-    remedy = "choose another --output or say --overwrite"
+    remedy = "choose another --output, or add --overwrite"
     try:
         stored = json.loads(path.read_bytes())
         before_model, before = stored["model"], _settings(stored)
+        stored_as = str(before_model.get("fingerprint"))
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{path} is no observation of this program; {remedy}") from None
-    if before_model.get("fingerprint") != subject.info["fingerprint"]:
+    # Earlier versions sampled the parameters of every model.
+    fingerprints = {subject.info["fingerprint"]} | ({fingerprint(subject.model)} if is_sampled(stored_as) else set())
+    if stored_as not in fingerprints:
         raise UserError(f"{path} holds the observation of another model ({before_model.get('source')}); {remedy}")
-    now = _settings(json.loads(json.dumps(_about(subject, corpus) | {"options": options}, default=str)))
+    current = _settings(json.loads(json.dumps(_about(subject, corpus) | {"options": options}, default=str)))
     differing = [
-        f"{key}: {before.get(key)} there, {now.get(key)} now"
-        for key in dict.fromkeys((*now, *before))
-        if before.get(key) != now.get(key)
+        f"{key}: {before.get(key)} there, {current.get(key)} now"
+        for key in dict.fromkeys((*current, *before))
+        if before.get(key) != current.get(key)
     ]
     if differing:
         raise UserError(f"{path} was made with other settings ({'; '.join(differing)}); {remedy}")
 
 
 def _settings(record: dict[str, Any]) -> dict[str, Any]:
-    """What decides the numbers of a record, beside the weights. Of prepared data its hash, wherever it lies."""
+    """What determines the numbers of a record besides the weights. Prepared data counts by its hash, not by its path."""
     options = {name: value for name, value in record["options"].items() if name != "batch_size"}
     data = {name: value for name, value in record["data"].items() if name != "path"}
     return {"format": record["format"], "dtype": record["model"]["dtype"], **data, **options}
@@ -155,18 +159,18 @@ def _about(subject: Subject, corpus: Corpus) -> dict[str, Any]:
 def _write(path: Path, subject: Subject, corpus: Corpus, record: dict[str, Any]) -> Path:
     about = {
         **_about(subject, corpus),
-        "versions": versions(),
+        "versions": versions(PACKAGES),
         "device": str(subject.device),
         "hardware": hardware(subject.device.type),
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "date": now(),
     }
-    write_atomic(path, (json.dumps({**about, **record}, allow_nan=False) + "\n").encode())
+    write_atomic(path, json.dumps({**about, **record}, allow_nan=False) + "\n")
     return path
 
 
 @contextmanager
 def _bar(console: Console, name: str, total: int) -> Iterator[Callable[[], None]]:
-    """A bar; yields the function that moves it by one."""
+    """A progress bar; yields the function that advances it by one."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),

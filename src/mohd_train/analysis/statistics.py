@@ -1,9 +1,9 @@
 """Statistics of activations, streamed: memory does not grow with the number of tokens.
 
 Shapes: B sequences, T tokens of one, D dims. The magnitude of a dim is its **square**: "we define the magnitude of each dimension
-as the square of its activation value" (Section 2.1, eq. 1); ``absolute`` takes |x| instead. A dim is **active** for a token when
+as the square of its activation value" (Section 2.1, eq. 1); ``absolute`` takes |x| instead. A dim is **active** for a token if
 its magnitude is among the top ``share`` of that token's D magnitudes: exactly ``round(share * D)`` dims, ties to the lower dim.
-That depends on the order alone, so it is the same for both.
+This depends on the order alone, so it is the same for both.
 """
 
 from __future__ import annotations
@@ -19,7 +19,9 @@ from mohd_train.analysis.options import MAGNITUDES
 HOLD = 0.9  # a token's concentration is 1 - (fewest dims that hold this share of its magnitude) / D
 SHARES = (0.01, 0.05, 0.1, 0.2, 0.5, 0.8)  # of the dims, at which the cumulative magnitude is listed
 _TINY = torch.finfo(torch.float64).tiny
-_GAUSSIAN_NUMBERS = 1 << 22  # drawn for the Gaussian line: 1024 tokens of 4096 dims, a standard error of 0.03 points
+_GAUSSIAN_NUMBERS = (
+    1 << 22
+)  # drawn for the Gaussian reference: 1024 tokens of 4096 dims give a standard error of 0.03 points
 
 
 def active_count(share: float, width: int) -> int:
@@ -28,7 +30,7 @@ def active_count(share: float, width: int) -> int:
 
 
 def ranks(magnitude: Tensor) -> Tensor:
-    """Int64 [..., D]: place of each dim among its row's in descending order, from 0; ties to the lower dim."""
+    """Int64 [..., D]: rank of each dim within its row in descending order, from 0; ties to the lower dim."""
     order = magnitude.sort(dim=-1, descending=True, stable=True).indices
     places = torch.arange(order.shape[-1], device=order.device).expand_as(order)
     return torch.empty_like(order).scatter_(-1, order, places)
@@ -45,9 +47,9 @@ class MagnitudeStatistics:
     Args:
         width: D.
         top_dims: the "top 1000" of Fig. 3.
-        by_position: T of the sequences, to keep the shares for each token position too; 0: not.
+        by_position: T of the sequences, to also keep the shares for each token position; 0 to not keep them.
         magnitude: one of :data:`MAGNITUDES`.
-        epsilon: below which a magnitude counts as sparse (eq. 2).
+        epsilon: magnitudes below it count as sparse (eq. 2).
     """
 
     def __init__(
@@ -62,7 +64,7 @@ class MagnitudeStatistics:
         assert magnitude in MAGNITUDES, magnitude
         self.width, self.top_dims, self.kind, self.epsilon = width, top_dims, magnitude, epsilon
         self.tokens = 0
-        self.silent = 0  # tokens with no magnitude at all: they have no shares
+        self.silent = 0  # all-zero tokens, which have no shares
         self._magnitude_D = torch.zeros(width, dtype=torch.float64, device=device)
         self._curve_D = torch.zeros_like(self._magnitude_D)
         # hoyer, dims that hold HOLD of it, below epsilon, the same of Gaussian noise, below epsilon times the token's mean
@@ -70,7 +72,7 @@ class MagnitudeStatistics:
         self._position = torch.zeros(3, by_position, dtype=torch.float64, device=device)  # tokens, top, half
 
     def add(self, x_BTD: Tensor) -> Tensor:
-        """Takes in the tokens of B sequences; returns the mean magnitude of each, [B, T] in float64."""
+        """Adds the tokens of B sequences; returns the mean magnitude of each, [B, T] in float64."""
         x = x_BTD.double()
         magnitude = x.square() if self.kind == "square" else x.abs()
         self.tokens += magnitude.shape[0] * magnitude.shape[1]
@@ -99,7 +101,7 @@ class MagnitudeStatistics:
         return total / self.width
 
     def _gaussian_below(self, mean_square_BT: Tensor) -> Tensor:
-        """Share of the dims of Gaussian noise of that mean square whose magnitude is below epsilon: erf(limit / (sigma sqrt 2))."""
+        """Share of dims of Gaussian noise with that mean square whose magnitude is below epsilon: erf(limit / (sigma sqrt 2))."""
         limit = self.epsilon**0.5 if self.kind == "square" else self.epsilon
         return torch.erf(limit / (2 * mean_square_BT.clamp(min=_TINY)).sqrt())
 
@@ -117,7 +119,7 @@ class MagnitudeStatistics:
         return (self._curve_D / max(1, self.tokens - self.silent)).cpu()
 
     def summary(self) -> dict[str, Any]:
-        """What :class:`MagnitudeStatistics` found, as plain numbers."""
+        """All statistics as plain numbers."""
         curve, heard = self.curve(), self.tokens - self.silent
         fixed = self._magnitude_D.sort(descending=True).values.cumsum(0)
         fixed = (fixed / fixed[-1].clamp(min=_TINY)).cpu()
@@ -138,7 +140,7 @@ class MagnitudeStatistics:
         }
 
     def positions(self) -> dict[str, list[float | None]]:
-        """For each token position: mean share held by the top dims, and by half of the dims."""
+        """For each token position: the mean share held by the top dims, and by half of the dims."""
         count, top, half = self._position.tolist()
         return {
             name: [value / n if n else None for value, n in zip(values, count, strict=True)]
@@ -148,10 +150,10 @@ class MagnitudeStatistics:
 
 @cache
 def gaussian(width: int, top_dims: int, magnitude: str = "square", epsilon: float = 0.01) -> dict[str, Any]:
-    """What standard Gaussian noise of ``width`` dims gives: :meth:`MagnitudeStatistics.summary` of it, and its ``curve``.
+    """The :meth:`MagnitudeStatistics.summary` of standard Gaussian noise with ``width`` dims, and its ``curve``.
 
-    The line to read every number against: whatever equals it holds of any vector without structure. Four million seeded
-    numbers go through the same code as a model's activations do.
+    The reference for every number: a value equal to it says nothing about the model, since a vector without structure has
+    it too. Four million seeded numbers go through the same code as a model's activations.
     """
     statistics = MagnitudeStatistics(width, top_dims, magnitude=magnitude, epsilon=epsilon)
     generator = torch.Generator().manual_seed(0)
@@ -164,15 +166,15 @@ def gaussian(width: int, top_dims: int, magnitude: str = "square", epsilon: floa
 class CommonActivity:
     """How many dims are active in every one of n consecutive tokens, n = 1 .. ``longest``; and in how many of a few tokens.
 
-    Windows lie within a sequence. Packed sequences hold several documents, so a window may span two.
+    Windows don't cross sequences, but packed sequences hold several documents, so a window may span two documents.
 
-    A dim is active in all tokens of a window for the top k dims when its worst rank in the window is below k: one histogram of
-    worst ranks has the answer for every threshold.
+    A dim is among the top k in all tokens of a window if its worst rank in the window is below k, so one histogram of worst
+    ranks answers for every threshold.
 
     Args:
-        shares: of the dims, that count as active.
-        longest: most consecutive tokens (the paper: 9).
-        window: tokens of the map of Fig. 5 (the paper: 5).
+        shares: of the dims that count as active.
+        longest: largest number of consecutive tokens (the paper: 9).
+        window: tokens in the map of Fig. 5 (the paper: 5).
     """
 
     def __init__(self, width: int, shares: tuple[float, ...], longest: int = 9, window: int = 5) -> None:
@@ -183,7 +185,7 @@ class CommonActivity:
         self._spread_windows = 0
 
     def add(self, x_BTD: Tensor) -> None:
-        """Takes in the tokens of B sequences."""
+        """Adds the tokens of B sequences."""
         batch, length, _ = x_BTD.shape
         rank = ranks(x_BTD.abs())
         worst = rank
@@ -200,7 +202,7 @@ class CommonActivity:
             self._spread_windows += batch * (length - self.window + 1)
 
     def common(self, share: float) -> dict[str, float]:
-        """n -> mean dims active in all of n consecutive tokens, where the top ``share`` of a token's dims are active."""
+        """n -> mean number of dims active in all of n consecutive tokens, with the top ``share`` of a token's dims active."""
         count = active_count(share, self.width)
         return {
             str(n): int(self._worst[n - 1, :count].sum()) / windows
@@ -209,7 +211,7 @@ class CommonActivity:
         }
 
     def independent(self, share: float) -> dict[str, float]:
-        """The same were tokens independent, as Gaussian noise is: ``D * share**n``."""
+        """The same for independent tokens, such as Gaussian noise: ``D * share**n``."""
         active = active_count(share, self.width)
         return {n: self.width * (active / self.width) ** int(n) for n in self.common(share)}
 

@@ -1,4 +1,5 @@
-"""The observation study (Section 3): activations of every layer, streamed, as one record that tables and figures are drawn from."""
+"""The observation study (Section 3): activations of every layer, streamed into one record, from which tables and figures are
+made."""
 
 from __future__ import annotations
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from mohd_train.analysis.architecture import COMPONENT_POINTS, COMPONENTS, POINTS, find_blocks, tapped
+from mohd_train.analysis.architecture import COMPONENT_POINTS, COMPONENTS, POINTS, find_blocks, hooked
 from mohd_train.analysis.corpus import Corpus
 from mohd_train.analysis.options import StudyOptions
 from mohd_train.analysis.statistics import HOLD, CommonActivity, MagnitudeStatistics, active_dims, gaussian
@@ -26,7 +27,7 @@ THRESHOLDS = tuple(percent / 100 for percent in range(5, 100, 5))  # shares of t
 
 
 def definitions(magnitude: str, epsilon: float) -> dict[str, str]:
-    """What the numbers of a record mean, P where the paper says it in words, R where this project reads it so."""
+    """What the numbers of a record mean. P: the paper says it in words; R: this project's interpretation."""
     m = {"square": "x**2", "absolute": "|x|"}[magnitude]
     source = "P, eq. 1" if magnitude == "square" else "not the paper's, which is x**2"
     return {
@@ -50,7 +51,7 @@ def definitions(magnitude: str, epsilon: float) -> dict[str, str]:
 
 
 def checked(options: StudyOptions, layers: int, width: int) -> tuple[int, int]:
-    """(layer to look at closely, top dims). Raises :class:`UserError` for options that mean nothing for this model."""
+    """(layer to study in detail, top dims). Raises :class:`UserError` for options that don't fit this model."""
     layer = layers // 2 if options.layer is None else options.layer
     if not 0 <= layer < layers:
         raise UserError(f"--layer {layer}: the model has layers 0 .. {layers - 1}")
@@ -64,7 +65,7 @@ def checked(options: StudyOptions, layers: int, width: int) -> tuple[int, int]:
 
 
 class _Flow:
-    """Each token's magnitude at a point against the same token's at an earlier one: mean logarithm of the ratio."""
+    """Each token's magnitude at a point relative to the same token's at an earlier point: mean logarithm of the ratio."""
 
     def __init__(self) -> None:
         self._seen: dict[str, Tensor] = {}  # point -> [B, T], of the block that runs
@@ -86,7 +87,7 @@ class _Flow:
 
 
 class _Study:
-    """Receives every activation; keeps sums only."""
+    """Receives every activation and keeps only sums."""
 
     def __init__(self, options: StudyOptions, layer: int, top: int, width: int, corpus: Corpus, device: torch.device):
         self.options, self.layer, self.width = options, layer, width
@@ -123,7 +124,7 @@ def observe(subject: Subject, corpus: Corpus, options: StudyOptions, advance: Ad
     Args:
         advance: called after each batch.
     Raises:
-        UserError: an architecture that isn't understood, options that don't fit it, or too little text.
+        UserError: the architecture isn't understood, the options don't fit it, or there is too little text.
     """
     parts = find_blocks(subject.model, options.attention_module, options.ffn_module)
     width = subject.hidden_size
@@ -131,7 +132,7 @@ def observe(subject: Subject, corpus: Corpus, options: StudyOptions, advance: Ad
     study = _Study(options, layer, top, width, corpus, subject.device)
     tokens: dict[str, int] = {}
     example: list[int] = []
-    with tapped(parts, study) as taps:
+    with hooked(parts, study) as hooks:
         for batch in corpus.batches(options.tokens, options.batch_size):
             if not example:
                 start = max(0, (corpus.seq_len - options.map_tokens) // 2)
@@ -147,7 +148,7 @@ def observe(subject: Subject, corpus: Corpus, options: StudyOptions, advance: Ad
         "top_dims": top,
         "tokens": tokens,
         "seq_len": corpus.seq_len,
-        "residual_error": taps.residual_error,
+        "residual_error": hooks.residual_error,
         "layers": [_layer(study, index) for index in range(len(parts))],
         "closely": {
             point: {
@@ -186,7 +187,7 @@ def _layer(study: _Study, layer: int) -> dict[str, Any]:
 
 
 def _by_threshold(common: CommonActivity) -> dict[str, Any]:
-    """Fig. 3 right: for every threshold, the dims active in all of n consecutive tokens, and what chance gives."""
+    """Fig. 3 right: for every threshold, the dims active in all of n consecutive tokens, and the number expected by chance."""
     every = [(common.common(share), common.independent(share)) for share in THRESHOLDS]
     return {
         "shares": list(THRESHOLDS),
@@ -196,10 +197,10 @@ def _by_threshold(common: CommonActivity) -> dict[str, Any]:
 
 
 def _map(x_TD: Tensor, share: float, magnitude: str = "square") -> dict[str, Any]:
-    """Fig. 5 of a few consecutive tokens: which are highly active where, dims clustered by their pattern.
+    """Fig. 5 for a few consecutive tokens: which dims are highly active in which, dims clustered by their pattern.
 
-    The dims come in order of the number of tokens they are active in, then of the tokens themselves, then of magnitude; those
-    active in none are left out. ``relative`` is a dim's magnitude over the token's largest.
+    Dims are sorted by the number of tokens they are active in, then by which tokens these are, then by magnitude. Dims active
+    in none are left out. ``relative`` is a dim's magnitude divided by the token's largest.
     """
     magnitude_TD = x_TD.square() if magnitude == "square" else x_TD.abs()
     active = active_dims(x_TD.abs(), share)
@@ -220,7 +221,7 @@ def _map(x_TD: Tensor, share: float, magnitude: str = "square") -> dict[str, Any
 
 
 def token_texts(tokenizer: PreTrainedTokenizerBase | None, ids: list[int]) -> list[str]:
-    """What each token adds to the text, its space included; part of a character is U+FFFD. Without a tokenizer, the ids."""
+    """The text that each token adds, with its space; U+FFFD for part of a character. Without a tokenizer, the ids."""
     if tokenizer is None:
         return [str(token) for token in ids]
 

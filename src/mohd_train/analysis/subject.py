@@ -1,10 +1,8 @@
-"""The model under study: a checkpoint of ours, a Hugging Face folder, or a name on the hub; with its tokenizer and identity."""
+"""The model under study (one of our checkpoints, a Hugging Face folder, or a name on the hub), its tokenizer and identity."""
 
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
-import platform
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +12,6 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-import mohd_train
 from mohd_train import checkpoint
 from mohd_train.checkpoint.identity import check_tokenizer, tokenizer_sha256
 from mohd_train.errors import UserError
@@ -22,7 +19,7 @@ from mohd_train.hf.convert import load_model
 from mohd_train.hf.modeling import MoHDForCausalLM
 from mohd_train.model.llama import Transformer
 from mohd_train.utils.encoding import custom_code_refused, open_tokenizer
-from mohd_train.utils.text import plain_name
+from mohd_train.utils.text import first_line, plain_name
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
@@ -34,8 +31,8 @@ class Subject:
     """A model on its device, in evaluation mode.
 
     Attributes:
-        tokenizer: None where none was found; a prepared data folder needs only its hash.
-        tokenizer_sha256: None where nothing says which tokenizer the model was trained with.
+        tokenizer: None if there is none; for a prepared data folder its hash is enough.
+        tokenizer_sha256: None if nothing says which tokenizer the model was trained with.
         info: for the record: name, source, kind, fingerprint, architecture, dtype, plan (of our models).
     """
 
@@ -56,12 +53,12 @@ class Subject:
 
     @property
     def device(self) -> torch.device:
-        """Where the model is."""
+        """The model's device."""
         return self.model.device
 
     @property
     def vocab_size(self) -> int:
-        """Rows of the token embedding."""
+        """Number of rows of the token embedding."""
         return self._embedding.shape[0]
 
     @property
@@ -77,7 +74,7 @@ class Subject:
 
     @property
     def max_positions(self) -> int | None:
-        """Longest sequence the model was made for, where its configuration says so."""
+        """The longest sequence that the model was made for, if its configuration says so."""
         config = self.model.config
         return getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
 
@@ -93,12 +90,12 @@ def load_subject(
     """Reads a model.
 
     Args:
-        source: a checkpoint of any kind, here or on object storage, or a name on the hub.
-        tokenizer: a folder; default: the run's beside a checkpoint, else the model's own.
+        source: a checkpoint of any kind, local or on object storage, or a name on the hub.
+        tokenizer: a folder; default: the run's for a checkpoint, else the model's own.
         dtype: of the weights: ``auto`` (as stored), or one of :data:`DTYPES`. Statistics are in float32 or wider anyway.
         trust_remote_code: run the Python code that a Hugging Face folder may hold.
     Raises:
-        UserError: the model can't be had, or the tokenizer that was asked for.
+        UserError: the model, or the tokenizer that was asked for, can't be loaded.
     """
     opened = checkpoint.open(source) if checkpoint.exists(source) or source.endswith(".pt") else None
     model = (
@@ -115,7 +112,7 @@ def load_subject(
         "source": source,
         "kind": "native" if opened is not None and opened.is_native else "hf",
         "architecture": type(model).__name__,
-        "fingerprint": fingerprint(model),
+        "fingerprint": fingerprint(model) if opened is None else opened.fingerprint,
         "dtype": str(model.dtype).removeprefix("torch."),
         "plan": plan.to_dict() if plan is not None else None,
     }
@@ -137,7 +134,11 @@ def load_subject(
 
 
 def fingerprint(model: PreTrainedModel) -> str:
-    """16 hex digits over names, shapes and a few hundred evenly spaced numbers of every parameter."""
+    """16 hex digits over names, shapes and up to :data:`_PROBED` evenly spaced numbers of every parameter.
+
+    Only for a model from the hub, which has no checkpoint whose every byte could be hashed, and to recognize records of
+    earlier versions: a change between these numbers is not noticed.
+    """
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
         flat = parameter.detach().flatten()
@@ -147,20 +148,12 @@ def fingerprint(model: PreTrainedModel) -> str:
 
 
 def probed(count: int) -> list[int]:
-    """Up to :data:`_PROBED` evenly spaced indices, 0 .. count - 1, the first and the last among them.
+    """Up to :data:`_PROBED` evenly spaced indices in 0 .. count - 1, including the first and the last.
 
-    In whole numbers: float32 knows no odd index beyond 2^24, and the last one comes out past the end.
+    In integers: float32 has no odd numbers beyond 2^24, and the last index would be past the end.
     """
     some = min(_PROBED, count)
     return [i * (count - 1) // max(1, some - 1) for i in range(some)]
-
-
-def versions() -> dict[str, str]:
-    """Of this project, Python, and what computes the numbers."""
-    found = {
-        package: importlib.metadata.version(package) for package in ("torch", "transformers", "tokenizers", "numpy")
-    }
-    return {"mohd_train": mohd_train.__version__, "python": platform.python_version(), **found}
 
 
 def _from_hub(name: str, trust_remote_code: bool) -> PreTrainedModel:
@@ -173,7 +166,7 @@ def _from_hub(name: str, trust_remote_code: bool) -> PreTrainedModel:
         raise
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise UserError(
-            f"{name} is neither a file nor a folder here, and can't be had from the hub: {str(error).splitlines()[0]}"
+            f"{name} is not a local file or folder, and can't be loaded from the hub: {first_line(error)}"
         ) from None
 
 
@@ -181,7 +174,7 @@ def _tokenizer(asked: Path | None, default: Path | str, trust_remote_code: bool)
     place = asked or default
     if Path(place).is_dir() and not any((Path(place) / name).is_file() for name in _TOKENIZER_FILES):
         if asked is None:
-            return None  # whoever needs it says so: see corpus.py
+            return None  # corpus.py reports it if it is needed
         raise UserError(
             f"{asked} holds no tokenizer ({', '.join(_TOKENIZER_FILES)}); give another folder with --tokenizer"
         )
