@@ -40,11 +40,11 @@ def _task_score(subject: Subject, options: ObserveOptions, cache: str) -> Score:
     import datasets
 
     from mohd_train.errors import UserError
-    from mohd_train.evaluate.load import LoadedModel
     from mohd_train.evaluate.harness import HarnessLM, score
+    from mohd_train.evaluate.load import LoadedModel
+    from mohd_train.evaluate.tasks import build_task, stock_manager
     from mohd_train.results.store import scores_of
     from mohd_train.results.suite import load_suite
-    from mohd_train.evaluate.tasks import build_task, stock_manager
 
     if subject.tokenizer is None:
         raise UserError(f"--tasks: {options.model} comes with no tokenizer; give it with --tokenizer")

@@ -43,7 +43,9 @@ def tables(argv: Sequence[str], prog: str) -> None:
     from mohd_train.results.tables import subjects_text, table_text  # after parsing: --help answers at once
     from mohd_train.utils.files import write_output
 
-    text = subjects_text(args.results, args.format) if args.subjects else table_text(args.table, args.results, args.format)
+    text = (
+        subjects_text(args.results, args.format) if args.subjects else table_text(args.table, args.results, args.format)
+    )
     if args.output is None:
         print(text, end="")
     else:
