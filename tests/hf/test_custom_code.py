@@ -17,7 +17,7 @@ from mohd_train.analysis.subject import load_subject
 from mohd_train.checkpoint.identity import read_tokenizer
 from mohd_train.data.tokenizer import load_tokenizer
 from mohd_train.errors import UserError
-from mohd_train.evaluate import checkpoint as evaluated
+from mohd_train.evaluate import load as evaluated
 from mohd_train.hf.convert import load_model
 
 MODEL = """

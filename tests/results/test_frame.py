@@ -231,7 +231,7 @@ def test_plot_script(
     def call(*arguments: object) -> int:
         monkeypatch.setattr(sys, "argv", ["plot_results.py", *map(str, arguments)])
         with pytest.raises(SystemExit) as ended:
-            runpy.run_path(str(root / "scripts" / "plot_results.py"), run_name="__main__")
+            runpy.run_path(str(root / "docs" / "plot_results.py"), run_name="__main__")
         return int(ended.value.code or 0)  # type: ignore[arg-type]
 
     asked = ("--task", "perplexity", "--metric", "perplexity", "--output", tmp_path / "plot.png")

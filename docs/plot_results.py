@@ -1,7 +1,7 @@
 """A plot of your own, from the data frames of `mohd_train.results`: copy it and change it.
 
-    python scripts/plot_results.py runs/sweep/table4-tiny --task validation --metric perplexity
-    python scripts/plot_results.py eval/results --task sciq --metric acc --output sciq.png
+    python docs/plot_results.py runs/sweep/table4-tiny --task validation --metric perplexity
+    python docs/plot_results.py eval/results --task sciq --metric acc --output sciq.png
 
 Left: the metric of each model, mean over seeds, with its standard error. Right, for a sweep: training loss over tokens.
 """
