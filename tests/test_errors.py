@@ -72,3 +72,12 @@ def test_bugs_keep_their_traceback() -> None:
     with pytest.raises(KeyError):
         run_cli(broken)
     assert issubclass(UserError, ValueError)
+
+
+def test_a_reader_that_leaves_is_no_error() -> None:
+    """``command | head -1``: no traceback, and the exit code that shells give it."""
+    program = "from mohd_train.errors import run_cli\nrun_cli(lambda: [print('x' * 1000) for _ in range(1000)] and 0)"
+    command = f'{sys.executable} -c "{program}"; echo $? >&2'
+    done = subprocess.run(["bash", "-c", f"( {command} ) | head -1"], capture_output=True, text=True, timeout=60)
+    assert done.stdout == "x" * 1000 + "\n"
+    assert done.stderr.split() == ["141"]

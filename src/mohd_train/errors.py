@@ -35,6 +35,9 @@ def run_cli(main: Callable[[], int | None]) -> None:
     except PermissionError as error:
         print(f"error: no permission to write or read {error.filename}; choose another folder", file=sys.stderr)
         _leave(1)
+    except BrokenPipeError:  # the reader left, as `| head` does: nobody is there to be told
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + signal.SIGPIPE)
     except OSError as error:
         if error.errno not in FULL:
             raise
@@ -44,9 +47,6 @@ def run_cli(main: Callable[[], int | None]) -> None:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
         sys.exit(130)
-    except BrokenPipeError:  # the reader left, as `| head` does: nobody is there to be told
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(128 + signal.SIGPIPE)
     sys.exit(status or 0)
 
 
