@@ -11,6 +11,7 @@ from support.sweep_results import make_sweep
 from mohd_train.errors import UserError
 from mohd_train.evaluate import options, sweep_eval
 from mohd_train.evaluate.sweep_eval import commands, run_sweep
+from mohd_train.utils.environment import verb_command
 
 
 def test_sweep_evaluation_commands(tmp_path: Path) -> None:
@@ -23,7 +24,7 @@ def test_sweep_evaluation_commands(tmp_path: Path) -> None:
     found = commands(folder, asked.words)
     assert list(found) == ["tiny-355m-x2-s1"]
     words = found["tiny-355m-x2-s1"]
-    one = options.parse(None, words[2:])
+    one = options.parse(None, words[len(verb_command("eval")) :])
     assert isinstance(one, options.PerplexityOptions)
     assert (one.name, one.data, one.limit) == ("tiny-355m-x2-s1", Path("data"), 3)
     assert one.output == folder.path / "eval"
