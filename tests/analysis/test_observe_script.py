@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import subprocess
 import sys
@@ -173,9 +172,8 @@ def test_the_script_names_bad_input_in_one_line(root: Path, tmp_path: Path) -> N
 
 
 def test_tasks_are_scored_by_the_evaluation(root: Path, tmp_path: Path) -> None:
-    spec = importlib.util.spec_from_file_location("observe_script", root / "eval" / "observe.py")
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
+    from mohd_train.cli import observe as script
+
     arguments = ["--model", str(native(tmp_path / "run")), "--data", "d", "--knockout", "--limit", "4"]
     options = parse(None, [*arguments, "--tasks", "sciq", "--task-data", str(root / "eval" / "demo_questions")])
     score = script._task_score(load_subject(options.model), options, str(tmp_path / "cache"))

@@ -23,7 +23,6 @@ from typing import Any
 
 import numpy as np
 from composer.utils import dist
-from filelock import FileLock
 from numpy.typing import NDArray
 from streaming import Stream, StreamingDataset
 from streaming.base.compression import decompress
@@ -43,6 +42,7 @@ from mohd_train.utils.files import Lock
 from mohd_train.utils.text import first_line, short
 
 log = logging.getLogger(__name__)
+UNPACKING = 60.0  # seconds; one shard takes about one
 SHM = Path("/dev/shm")
 SHM_ADVICE = "enlarge it (docker run --shm-size=8g; mount -o remount,size=8g /dev/shm), or lower data.num_workers"
 START_NOTICE = 5.0  # seconds that a start waits for another one before it says so
@@ -278,6 +278,7 @@ class ValidationSet(Dataset[dict[str, Any]]):
         self._domain = domain
         self._vocab_size = vocab_size
         self._folder = Path(stream.local)
+        self._patience = UNPACKING + stream.download_timeout * (1 + stream.download_retry)
         self._shards = stream.get_shards(World.detect(), allow_unsafe_types=False)
         self._spanner = Spanner(np.array([shard.samples for shard in self._shards], np.int64))
 
@@ -291,8 +292,13 @@ class ValidationSet(Dataset[dict[str, Any]]):
         raw, _ = reader.file_pairs[0]
         try:
             if not (self._folder / raw.basename).exists():
-                with FileLock(self._folder / ".lock"):  # otherwise all processes of this machine would fetch it at once
+                # Otherwise all processes of this machine would fetch it at once.
+                busy = f"{self._folder}: {{holder}} has been unpacking shards for too long; end it, or resume it if it is stopped"
+                lock = Lock(self._folder / ".lock", busy, wait=self._patience)
+                try:
                     self._stream.prepare_shard(reader)
+                finally:
+                    lock.release()
             tokens = reader[within]["tokens"]
             _check_ids(tokens, self._vocab_size, reader)
             return {"tokens": tokens, "domain": self._domain}
