@@ -29,7 +29,7 @@ test: setup  ## every test: 9 to 12 minutes on two cores
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist worksteal $(ARGS)
 
 test-faults: setup  ## every fault that is injected: what happened, steps lost (measured), recovered; and the demo from a wheel (about 5 minutes)
-	OMP_NUM_THREADS=1 $(PY) -m pytest tests/faults tests/train tests/data tests/test_package.py -m "fault or expensive" $(ARGS)
+	OMP_NUM_THREADS=1 $(PY) -m pytest tests/faults tests/train tests/data tests/sweep tests/demo tests/utils tests/test_package.py -m "fault or expensive" $(ARGS)
 
 test-soak: setup  ## a run of 2,000 batches killed at random 60 times, ending as an untouched one (over half an hour) [KILLS=60]
 	OMP_NUM_THREADS=1 KILLS=$(or $(KILLS),60) $(PY) -m pytest tests/faults/test_soak.py -m expensive -s $(ARGS)
