@@ -158,9 +158,9 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Wheel:
     assert int(setuptools.__version__.partition(".")[0]) >= 77, "setuptools is old; run make setup"
     folder = tmp_path_factory.mktemp("wheel")
     source = folder / "source"
-    ignored = shutil.ignore_patterns("__pycache__", "*.egg-info", "results")
     for name in (*COMMANDS, "configs"):
-        shutil.copytree(ROOT / name, source / name, ignore=ignored)
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
+    shutil.rmtree(source / "eval" / "results", ignore_errors=True)  # what a user's evaluations wrote
     for name in ("pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE", "constraints.txt"):
         shutil.copy(ROOT / name, source)
 
