@@ -18,6 +18,15 @@ def test_numbers_of_a_csv_stand_alone() -> None:
     assert table.bold == set()  # one finished number: nothing to be the least of
 
 
+def test_a_label_is_no_formula_for_a_spreadsheet() -> None:
+    table = Table("t", ["run", "a"])
+    for label in ("=1+1", "+x", "-x2", "@SUM(A1)", "-0.5", "x=1"):
+        table.add(label, Number(-1))
+    cells = [line.split(",")[0] for line in table.to_csv().splitlines()[1:]]
+    assert cells == ["'=1+1", "'+x", "'-x2", "'@SUM(A1)", "-0.5", "x=1"]
+    assert all(line.endswith(",-1.00") for line in table.to_csv().splitlines()[1:])
+
+
 def test_what_a_form_reserves_is_escaped() -> None:
     table = Table("a <b>", ["x & y", "n_1"], [["50% <i>", "1"]], ["#1"])
     assert "&lt;i&gt;" in table.to_html()

@@ -44,6 +44,18 @@ class Number:
         return self.plain.replace("-", "−") + error + (" †" if self.unfinished else "")
 
 
+def _harmless(cell: object) -> object:
+    """A cell that a spreadsheet doesn't run: text that begins as a formula does (a run's label may be anything) is quoted."""
+    text = str(cell)
+    if not text.startswith(("=", "+", "-", "@", "\t", "\r")):
+        return cell
+    try:
+        float(text)
+    except ValueError:
+        return f"'{text}"
+    return cell
+
+
 @dataclass
 class Table:
     """Headers, rows of the same length, notes below. The first column is text, the others hold numbers.
@@ -117,7 +129,8 @@ class Table:
         """Every number alone in its column: a standard error has the column ``HEADER stderr``, a dagger becomes an entry of the
         last column, ``unfinished``. The notes are left to the other forms."""
         out = io.StringIO()
-        csv.writer(out, lineterminator="\n").writerows(self.records or self._records())
+        records = [[_harmless(cell) for cell in record] for record in self.records or self._records()]
+        csv.writer(out, lineterminator="\n").writerows(records)
         return out.getvalue()
 
     def _records(self) -> list[list[str]]:
