@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -41,6 +43,36 @@ def _seeded() -> Iterator[None]:
     torch.manual_seed(0)
     yield
     torch.use_deterministic_algorithms(False)  # a run in this process sets it
+
+
+@pytest.fixture(autouse=True)
+def _shared_memory_is_freed(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """streaming frees a data set's shared memory when the process ends. Hundreds of runs in one process would have
+    thousands of open files, and each new data set looks at the memory of all before it."""
+    from streaming.base.shared.memory import SharedMemory
+
+    made: list[SharedMemory] = []
+    theirs = SharedMemory.__init__
+
+    def init(self: SharedMemory, *args: Any, **kwargs: Any) -> None:
+        theirs(self, *args, **kwargs)
+        made.append(self)
+
+    monkeypatch.setattr(SharedMemory, "__init__", init)
+    owner = os.getpid()
+    yield
+    for memory in made if os.getpid() == owner else ():
+        atexit.unregister(memory.cleanup)
+        try:
+            memory.cleanup()
+        except BufferError:  # an array still looks at it: the name and the file go all the same
+            for block in [*memory.created_shms, *memory.opened_shms]:
+                if block in memory.created_shms:
+                    with contextlib.suppress(FileNotFoundError):
+                        block.unlink()
+                if block._fd >= 0:
+                    os.close(block._fd)
+                    block._fd = -1
 
 
 @pytest.fixture(scope="session")
