@@ -25,7 +25,7 @@ demo: setup  ## raw text -> shards -> three models -> ten tasks -> table and fig
 	@$(PY) scripts/demo.py run --out "$(or $(OUT),runs/demo)" $(if $(RAW),--raw "$(RAW)") $(if $(TOKENIZER),--tokenizer "$(TOKENIZER)") \
 	    $(if $(EVAL_DATA),--eval-data "$(EVAL_DATA)") $(ARGS)
 
-test: setup  ## every test: 9 to 12 minutes on two cores
+test: setup  ## every test: 11 to 15 minutes on two cores
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist worksteal $(ARGS)
 
 test-faults: setup  ## every fault that is injected: what happened, steps lost (measured), recovered; and the demo from a wheel (about 5 minutes)
