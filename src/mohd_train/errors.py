@@ -60,12 +60,6 @@ def causes(error: BaseException) -> list[BaseException]:
     return found
 
 
-def raise_on_interrupt() -> None:
-    """Ctrl-C raises KeyboardInterrupt: importing Composer makes it a SystemExit, which would pass for a failure."""
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
 def _leave(status: int) -> NoReturn:
     """Exits even where a library's thread would hold the process: streaming's outlive a shard that never came."""
 

@@ -167,10 +167,12 @@ def check_tokenizer(
 
     Args:
         expected: a recorded hash, such as the checkpoint's; None where nothing was recorded, which is no reason to
-        refuse. found: the tokenizer at hand, or the hash that is recorded for it, such as a manifest's. what: the
-        message's beginning, to which the hashes are added: ``"X was made with another tokenizer than Y"``. remedy: what
-        to do. folder: where the tokenizer lies that a recorded ``found`` is of: it is read where the two hashes are of
-        different versions.
+            refuse.
+        found: the tokenizer at hand, or the hash that is recorded for it, such as a manifest's.
+        what: the message's beginning, to which the hashes are added: ``"X was made with another tokenizer than Y"``.
+        remedy: what to do.
+        folder: where the tokenizer lies that a recorded ``found`` is of: it is read where the two hashes are of
+            different versions.
 
     Raises:
         UserError: another tokenizer.

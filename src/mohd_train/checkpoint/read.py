@@ -67,12 +67,12 @@ Tensors = dict[str, Tensor]
 class Checkpoint:
     """A checkpoint that is whole, as far as can be known without reading its tensors.
 
-    Attributes: path: the file or folder itself, never a link; a local copy where the checkpoint lies on object storage.
-        source: what to call it in results and messages: its address on object storage, else ``path``. plan: the
-        architecture of a native checkpoint. None for a Hugging Face folder, whose ``config.json`` describes it.
+    Attributes:
+        path: the file or folder itself, never a link; a local copy where the checkpoint lies on object storage.
+        source: what to call it in results and messages: its address on object storage, else ``path``.
+        plan: the architecture of a native checkpoint. None for a Hugging Face folder, whose ``config.json`` describes it.
         metadata: of a native checkpoint what the trainer put there (plan, run_name, tokenizer_sha256, seq_len, config,
-        version);
-            of a Hugging Face folder its ``config.json``.
+            version); of a Hugging Face folder its ``config.json``.
         files: the files that decide the model's function, in a fixed order.
     """
 

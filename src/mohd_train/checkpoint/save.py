@@ -178,9 +178,9 @@ class RunMetadata(Callback):
 
     Args:
         values: ``plan`` (``ModelPlan.to_dict``), ``run_name``, ``tokenizer_sha256``, ``seq_len``, ``version``: plain
-        data. text: for sharded checkpoints, as JSON under ``json``: there each value would be an entry of its own, and
-        a key that the next
-            session's config adds could not be loaded.
+            data.
+        text: for sharded checkpoints, as JSON under ``json``: there each value would be an entry of its own, and a key
+            that the next session's config adds could not be loaded.
     """
 
     def __init__(self, values: dict[str, Any], *, text: bool = False) -> None:
@@ -205,8 +205,8 @@ class CheckpointSaver(callbacks.CheckpointSaver):
     """See :func:`write_whole`; the class keeps Composer's name, under which its state stands in checkpoints.
 
     Args:
-        keep_every: such as ``"10000ba"``: checkpoints of these batches are never removed, and don't count to the last
-        K. arguments: Composer's.
+        keep_every: such as ``"10000ba"``: checkpoints of these batches are never removed, and don't count to the last K.
+        arguments: Composer's.
     """
 
     def __init__(self, *, keep_every: str | None, **arguments: Any) -> None:

@@ -226,10 +226,10 @@ class Transformer(nn.Module):
     """Token embedding, L blocks, final norm and an untied head, all dense over D but the blocks' MoHD components.
 
     Args:
-        plan: sizes and readings (:func:`mohd_train.config.plan.make_plan`). kernels: ``auto``, ``reference``,
-        ``grouped`` or ``triton``: what runs the sparse layers. seed: of the initial weights; None draws one from
-        torch's global generator. Built under ``torch.device("meta")`` the model
-            has no weights until :func:`mohd_train.model.init.initialize` fills them.
+        plan: sizes and readings (:func:`mohd_train.config.plan.make_plan`).
+        kernels: ``auto``, ``reference``, ``grouped`` or ``triton``: what runs the sparse layers.
+        seed: of the initial weights; None draws one from torch's global generator. Built under ``torch.device("meta")``
+            the model has no weights until :func:`mohd_train.model.init.initialize` fills them.
     """
 
     def __init__(self, plan: ModelPlan, kernels: str = "auto", seed: int | None = None) -> None:
@@ -255,12 +255,14 @@ class Transformer(nn.Module):
         """Runs the model.
 
         Args:
-            input_ids_BT: int64 [B, T] tokens. attention_mask_BS: [B, S] non-zero for real tokens, over the cached
-            positions too; None: no padding. position_ids: int64 [B or 1, T]; default: counted on from what the cache
-            holds. cache: key/value cache with ``get_seq_length()`` and ``update(k, v, layer)``, as transformers'
-            DynamicCache. labels_BT: int64 [B, T], equal to the input where it counts and -100 elsewhere; position t is
-            predicted at t - 1. logits: whether to return the logits. balance: whether to compute the balance loss, 0
-            otherwise; default: unless there is a cache.
+            input_ids_BT: int64 [B, T] tokens.
+            attention_mask_BS: [B, S] non-zero for real tokens, over the cached positions too; None: no padding.
+            position_ids: int64 [B or 1, T]; default: counted on from what the cache holds.
+            cache: key/value cache with ``get_seq_length()`` and ``update(k, v, layer)``, as transformers' DynamicCache.
+            labels_BT: int64 [B, T], equal to the input where it counts, -100 elsewhere; position t is predicted at
+                t - 1.
+            logits: whether to return the logits.
+            balance: whether to compute the balance loss, 0 otherwise; default: unless there is a cache.
         """
         balance = cache is None if balance is None else balance
         past = cache.get_seq_length() if cache is not None else 0

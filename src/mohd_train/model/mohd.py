@@ -57,10 +57,11 @@ class ForwardContext(NamedTuple):
 class Routing(NamedTuple):
     """What the router of one component decided for T tokens.
 
-    Attributes: indices: int64 [T, K], active sub-dimensions: columns 0 .. S-1 hold 0 .. S-1, the rest the chosen ones,
-        ascending. scores: [T, N] ``s = softmax(E x)`` over all N, float32 (float64 for float64 input). weights: [T, K]
-        ``alpha * g`` of the active ones, in the scores' dtype. balance_loss: scalar, already multiplied by its weight
-        (eq. 13); 0 where it was not asked for.
+    Attributes:
+        indices: int64 [T, K], active sub-dimensions: columns 0 .. S-1 hold 0 .. S-1, the rest the chosen ones, ascending.
+        scores: [T, N] ``s = softmax(E x)`` over all N, float32 (float64 for float64 input).
+        weights: [T, K] ``alpha * g`` of the active ones, in the scores' dtype.
+        balance_loss: scalar, already multiplied by its weight (eq. 13); 0 where it was not asked for.
     """
 
     indices: Tensor

@@ -19,16 +19,21 @@ def raise_first(error: str | None) -> None:
         raise UserError(found)
 
 
-def on_rank_zero(work: Callable[[], T]) -> T | None:
-    """The result of ``work`` on rank 0, None elsewhere; a UserError it raises is raised everywhere."""
+def _run_if(is_mine: bool, work: Callable[[], T]) -> T | None:
+    """The result of ``work`` where it is this process's to do, None elsewhere; a UserError it raises is raised everywhere."""
     result, error = None, None
-    if dist.get_global_rank() == 0:
+    if is_mine:
         try:
             result = work()
         except UserError as found:
             error = str(found)
     raise_first(error)
     return result
+
+
+def on_rank_zero(work: Callable[[], T]) -> T | None:
+    """The result of ``work`` on rank 0, None elsewhere; a UserError it raises is raised everywhere."""
+    return _run_if(dist.get_global_rank() == 0, work)
 
 
 def from_rank_zero(work: Callable[[], T]) -> T:
@@ -41,12 +46,6 @@ def from_rank_zero(work: Callable[[], T]) -> T:
 
 def from_first_of_node(work: Callable[[], T]) -> T:
     """As :func:`from_rank_zero`, with one process of each node doing the work."""
-    result, error = None, None
-    if dist.get_local_rank() == 0:
-        try:
-            result = work()
-        except UserError as found:
-            error = str(found)
-    raise_first(error)
+    result = _run_if(dist.get_local_rank() == 0, work)
     everyone = dist.all_gather_object((dist.get_node_rank(), dist.get_local_rank(), result))
     return next(value for node, rank, value in everyone if node == dist.get_node_rank() and rank == 0)  # type: ignore[return-value]
