@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -79,7 +79,7 @@ def flops(plan: ModelPlan, workload: Workload) -> float:
     return per_token * workload.tokens * (3 if workload.mode in ("train", "layer") else 1)
 
 
-def build(plan: ModelPlan, workload: Workload) -> tuple[Step, nn.Module, Callable[[nn.Module], Step]]:
+def build(plan: ModelPlan, workload: Workload) -> tuple[Step, nn.Module, Callable[..., Step]]:
     """(the step to time, the module it runs, a function that makes the same step, eager, of another such module)."""
     torch.manual_seed(0)
     with torch.device(workload.device):
@@ -93,8 +93,8 @@ def build(plan: ModelPlan, workload: Workload) -> tuple[Step, nn.Module, Callabl
         model.to(workload.dtype).lay_out_for_decoding()  # as `generate` does
     make = {"layer": _layer, "decode": _decode, "projections": _projections}.get(workload.mode, _whole)
 
-    def step_of(other: nn.Module, compiled: bool = False) -> Step:
-        return make(other, plan, workload, compiled)
+    def step_of(other: nn.Module, compiled: bool = False, mode: str = workload.mode) -> Step:
+        return make(other, plan, replace(workload, mode=mode), compiled)
 
     return step_of(module, workload.compile and workload.mode not in ("decode", "projections")), module, step_of
 

@@ -98,7 +98,13 @@ def _prepare(name: str, plan: ModelPlan, workload: Workload) -> tuple[Any, Measu
     for part in plan.components:
         backend = resolve_backend(workload.kernels, workload.device, workload.dtype, width=part.width)
     step, module, step_of = build(plan, workload)
-    error = check_against_reference(name, step, module, step_of, workload) if backend != "dense" else 0.0
+    error = 0.0
+    if backend != "dense":
+        error = check_against_reference(name, step, module, step_of, workload)
+        if workload.mode == "train" and workload.dtype != torch.float32:
+            one = dataclasses.replace(workload, mode="layer", layers=1)
+            block = dataclasses.replace(plan, num_hidden_layers=1)
+            error = max(error, check_against_reference(name, *build(block, one), one))
     trains = workload.mode in ("train", "layer")
     kept = activation_bytes(step, module) if trains else None
     return step, Measured([], flops(plan, workload), kept, peak_memory(step, workload), backend, error)
