@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from mohd_train.kernels.grouped.gathered_runs import runs
+from mohd_train.kernels.reference import cast
 from mohd_train.kernels.selection import TILE, Selection, tiles
 
 BLOCK_ELEMENTS = 1 << 17  # a block on a CPU: half a megabyte of float32, within a core's second-level cache
@@ -51,7 +52,9 @@ class _Fuse(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         run = _backward_traced if torch.compiler.is_compiling() else _backward_blocks
         z, mixing, indices, pairs, ends = ctx.saved_tensors
-        grad_z, grad_mixing = run(grad, z, mixing, indices, pairs, ends, ctx.shared)
+        # torch.compile traces this in the forward pass's autocast region, where eager autograd runs it outside of it
+        with torch.autocast(grad.device.type, enabled=False):
+            grad_z, grad_mixing = run(grad, z, mixing, indices, pairs, ends, ctx.shared)
         return grad_z, grad_mixing, grad, None, None, None, None
 
 
@@ -62,7 +65,7 @@ def _fuse_traced(z: Tensor, mixing: Tensor, indices: Tensor, shared: int, residu
     z, mixing = z.reshape(tokens, active, 1, -1).to(dtype), mixing.to(dtype)
     for k in range(active):
         out = out + (mixing[k] if k < shared else mixing[indices[:, k]]) * z[:, k]
-    return out.flatten(1).to(residual.dtype)
+    return cast(out.flatten(1), residual.dtype)
 
 
 def _backward_traced(
@@ -121,7 +124,7 @@ def _fuse_blocks(z: Tensor, mixing: Tensor, indices: Tensor, shared: int, residu
         for k in range(active):
             row = mixing[k] if k < shared else mixing.index_select(0, indices[start:stop, k])
             block.addcmul_(row, part[:, k])
-    return out.to(residual.dtype)
+    return cast(out, residual.dtype)
 
 
 def _backward_blocks(

@@ -43,8 +43,10 @@ class _NormRouter(torch.autograd.Function):
         x_TD, norm_weight_D, centroids_ND, rstd_T = ctx.saved_tensors
         rstd, dtype = rstd_T.unsqueeze(-1), rstd_T.dtype
         unit, norm_weight = x_TD.to(dtype) * rstd, norm_weight_D.to(dtype)
-        grad = grad_normed.to(dtype) + grad_logits @ centroids_ND.to(dtype)
-        grad_centroids = grad_logits.t() @ unit * norm_weight
+        # torch.compile traces this in the forward pass's autocast region, where eager autograd runs it outside of it
+        with torch.autocast(x_TD.device.type, enabled=False):
+            grad = grad_normed.to(dtype) + grad_logits @ centroids_ND.to(dtype)
+            grad_centroids = grad_logits.t() @ unit * norm_weight
         grad_weight = (grad * unit).sum(0)
         grad = grad * norm_weight
         grad_x = rstd * (grad - unit * (grad * unit).mean(-1, keepdim=True))

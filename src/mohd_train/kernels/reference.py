@@ -14,6 +14,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
+def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """``x.to(dtype)``, without a call where x has that dtype already.
+
+    For what the forward pass of an `autograd.Function` returns: torch 2.11's compiler drops the gradient of an output that is a
+    no-op of another tensor.
+    """
+    return x if x.dtype == dtype else x.to(dtype)
+
+
 def norm_router(x_TD: Tensor, norm_weight_D: Tensor, centroids_ND: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """RMSNorm and the router's logits (eqs. 6-7).
 
@@ -25,7 +34,7 @@ def norm_router(x_TD: Tensor, norm_weight_D: Tensor, centroids_ND: Tensor, eps: 
         x = x_TD.to(dtype)
         rstd = (x.square().mean(-1, keepdim=True) + eps).rsqrt()
         normed = x * rstd * norm_weight_D.to(dtype)
-        return normed.to(x_TD.dtype), normed @ centroids_ND.to(dtype).t(), rstd.detach().squeeze(-1)
+        return cast(normed, x_TD.dtype), normed @ centroids_ND.to(dtype).t(), rstd.detach().squeeze(-1)
 
 
 def up_projection(
