@@ -6,6 +6,7 @@ Skipped without one. `make test-gpu` runs this file alone.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -30,6 +31,30 @@ CASES = {  # tokens, N, K, S, C, inner width
     "all shared": (256, 4, 2, 2, 64, 96),
     "one token": (1, 8, 4, 3, 64, 96),
 }
+
+
+def pick_block_size(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    """Every kernel runs with the block size of this number. Tuning would compile them all: minutes."""
+    launch = pytest.importorskip("mohd_train.kernels.triton.launch")
+
+    def tune(kernel: Any, tile: int) -> Any:
+        sizes = kernel.sizes(tile, 90)
+        size = sizes[min(number, len(sizes) - 1)]
+        return _Launched(kernel.function, {**size.blocks, "num_warps": size.warps, "num_stages": size.stages})
+
+    monkeypatch.setattr(launch.Kernel, "_tune", tune)
+
+
+class _Launched:
+    """`kernel[grid](...)` with fixed block sizes."""
+
+    def __init__(self, function: Any, options: dict[str, int]) -> None:
+        self.function, self.options = function, options
+
+    def __getitem__(self, grid: Callable[[dict[str, int]], tuple[int, ...]]) -> Callable[..., Any]:
+        return lambda *arguments, **constants: self.function[grid({**constants, **self.options})](
+            *arguments, **constants, **self.options
+        )
 
 
 def operands(tokens: int, n: int, k: int, width: int, inner: int) -> dict[str, Tensor]:
@@ -60,14 +85,8 @@ def gradients(outs: tuple[Tensor, ...], inputs: dict[str, Tensor], slopes: list[
     return list(torch.autograd.grad(outs, list(inputs.values()), slopes))
 
 
-@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("backend", ["grouped", "triton"])
-@pytest.mark.parametrize("case", CASES)
-def test_equals_the_reference(case: str, backend: str, dtype: torch.dtype, compiled: bool) -> None:
+def check(case: str, backend: str, dtype: torch.dtype, compiled: bool = False) -> None:
     tokens, n, k, shared, width, inner = CASES[case]
-    if compiled and case not in ("x2", "75%, three of seven chosen"):
-        pytest.skip("compiled for two cases: enough to see that the ops survive it")
     indices = choose(tokens, n, k, shared).cuda()
     rounded = {name: value.detach().to(dtype) for name, value in operands(tokens, n, k, width, inner).items()}
     rounded["weights"] = rounded["weights"].float()  # as the model has them
@@ -85,7 +104,28 @@ def test_equals_the_reference(case: str, backend: str, dtype: torch.dtype, compi
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("backend", ["grouped", "triton"])
-def test_norm_and_router_equal_the_reference(backend: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("case", CASES)
+def test_equals_the_reference(case: str, backend: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    pick_block_size(monkeypatch, 0)
+    check(case, backend, dtype)
+
+
+@pytest.mark.parametrize("backend", ["grouped", "triton"])
+def test_compiled_equals_the_reference(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pick_block_size(monkeypatch, 0)
+    check("x2", backend, torch.bfloat16, compiled=True)
+
+
+@pytest.mark.parametrize("number", [1, 2, 3, 4, 5])
+def test_every_block_size_equals_the_reference(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    pick_block_size(monkeypatch, number)
+    check("x2", "triton", torch.bfloat16)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("backend", ["grouped", "triton"])
+def test_norm_and_router_equal_the_reference(backend: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    pick_block_size(monkeypatch, 0)
     values = {"x": torch.randn(999, 1024), "norm_weight": torch.randn(1024), "centroids": torch.randn(16, 1024) / 32}
     values = {name: value.cuda() for name, value in values.items()}
     values["x"] = values["x"].to(dtype)
@@ -102,8 +142,9 @@ def test_norm_and_router_equal_the_reference(backend: str, dtype: torch.dtype) -
         assert error < TOLERANCE[dtype], f"{name} differs by {error:.1e}"
 
 
-def test_triton_never_waits_for_the_device() -> None:
-    """Forward and backward, after the block sizes have been chosen."""
+def test_triton_never_waits_for_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forward and backward, once the kernels are compiled."""
+    pick_block_size(monkeypatch, 0)
     tokens, n, k, shared, width, inner = CASES["x2"]
     indices = choose(tokens, n, k, shared).cuda()
     inputs = {name: value.detach().bfloat16() for name, value in operands(tokens, n, k, width, inner).items()}
@@ -120,9 +161,12 @@ def test_triton_never_waits_for_the_device() -> None:
 @pytest.mark.parametrize("kernels", ["grouped", "triton"])
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 @pytest.mark.parametrize("name", ["75", "x2"])
-def test_a_model_under_autocast_trains_as_in_float32(name: str, kernels: str, compiled: bool) -> None:
+def test_a_model_under_autocast_trains_as_on_the_reference(
+    name: str, kernels: str, compiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Loss and gradients of two layers of 355M against the reference's, both under autocast. The second layer's router may choose
     differently for a few tokens, as its input differs in rounding: hence the wide limit on gradients."""
+    pick_block_size(monkeypatch, 0)
     files = [str(path("configs") / "model" / "355m.yaml"), str(path("configs") / "mohd" / f"{name}.yaml")]
     plan = load_model_plan(files, ["model.num_hidden_layers=2", "max_seq_len=512"])
     with torch.device("cuda"):

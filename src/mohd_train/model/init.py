@@ -52,7 +52,7 @@ def fill_parameter(
 ) -> None:
     """Draws one parameter of ``module`` in place, on the CPU: a value is the same on every device."""
     on_cpu = parameter.device.type == "cpu"
-    value = parameter if on_cpu else torch.empty(parameter.shape, dtype=parameter.dtype)
+    value = parameter if on_cpu else torch.empty(parameter.shape, dtype=parameter.dtype, device="cpu")
     if isinstance(module, GroupFusion):
         _identity(value, leaf)
     elif value.dim() == 1:
