@@ -75,3 +75,26 @@ def test_several_layers_with_group_ends_in_reused_buffers(
         slope = torch.randn_like(want)
         gots, wants = (torch.autograd.grad(out, leaves, slope) for out in (got, want))
         torch.testing.assert_close(gots, wants, rtol=1e-9, atol=1e-9)
+
+
+def test_backward_passes_ignore_autocast_when_compiled() -> None:
+    """The compiler traces them in the forward pass's autocast region, eager autograd runs them outside of it."""
+    torch.manual_seed(0)
+    values = {"x": torch.randn(24, 40), "norm_weight": torch.randn(40), "centroids": torch.randn(5, 40)}
+    values |= {"z": torch.randn(24, 16), "mixing": torch.randn(8, 5, 5)}
+    indices = torch.stack([torch.zeros(24, dtype=torch.int64), torch.arange(24) % 4 + 1], 1)
+
+    def run(x: Tensor, norm_weight: Tensor, centroids: Tensor, z: Tensor, mixing: Tensor) -> tuple[Tensor, ...]:
+        normed, logits, _ = ops.norm_router(x, norm_weight, centroids, 1e-6, backend="grouped")
+        selection = ops.make_selection(indices, sub_dims=5, shared=1, backend="grouped")
+        return normed, logits, ops.fuse_residual(z, mixing, selection, x, backend="grouped")
+
+    found = []
+    for function in (run, torch.compile(run, fullgraph=True, backend="aot_eager")):
+        inputs = [value.clone().requires_grad_() for value in values.values()]
+        with torch.autocast("cpu", torch.bfloat16):
+            outs = function(*inputs)
+        found.append(torch.autograd.grad(outs, inputs, [torch.ones_like(out) for out in outs]))
+    for name, eager, compiled in zip(values, *found, strict=True):
+        assert eager.abs().sum() > 0
+        torch.testing.assert_close(compiled, eager, rtol=1e-5, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}")

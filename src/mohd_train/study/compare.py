@@ -52,13 +52,26 @@ class Difference:
     paper: float | None
 
     @property
+    def latest(self) -> Interval | None:
+        """``at_end``; before a pair is finished, the difference at the last tokens that all of them have reached."""
+        if self.at_end is not None or self.curve is None:
+            return self.at_end
+        mean, low, high = (float(part[-1]) for part in (self.curve.mean, self.curve.low, self.curve.high))
+        bounded = not math.isnan(low)
+        return Interval(mean, low if bounded else None, high if bounded else None, len(self.under_way))
+
+    @property
     def verdict(self) -> str:
-        """Whether the paper's sign is found, by the interval over seeds: ``holds``, ``does not hold`` or ``can't be told``."""
-        if self.at_end is None or self.paper is None or self.paper == 0:
+        """Whether the paper's sign is found, by the interval over seeds: ``holds``, ``does not hold`` or ``can't be told``; ``so
+        far`` while no pair is finished."""
+        latest = self.latest
+        if latest is None or not self.paper or (self.at_end is None and latest.low is None):
             return "–"
-        if not self.at_end.excludes_zero:
-            return "can't be told"
-        return "holds" if (self.at_end.mean > 0) == (self.paper > 0) else "does not hold"
+        if not latest.excludes_zero:
+            found = "can't be told"
+        else:
+            found = "holds" if (latest.mean > 0) == (self.paper > 0) else "does not hold"
+        return found if self.at_end is not None else f"{found} so far"
 
     @property
     def direction(self) -> str:

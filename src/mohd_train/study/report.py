@@ -51,13 +51,11 @@ def bounds(interval: Interval | None) -> str:
 def cells(one: Difference) -> tuple[str, ...]:
     """A difference as a row under ``HEADERS``."""
     seeds = str(len(one.seeds)) + (f" (+{len(one.under_way)})" if one.under_way else "")
-    latest = "–"
-    if one.at_end is not None:
-        latest = signed(one.at_end.mean)
-    elif one.curve is not None:  # nothing finished: where the curve stands
-        latest = f"{signed(float(one.curve.mean[-1]))} at {one.curve.tokens[-1] / 1e6:.1f}M"
+    latest = "–" if one.latest is None else signed(one.latest.mean)
+    if one.at_end is None and one.curve is not None:
+        latest += f" at {one.curve.tokens[-1] / 1e6:.1f}M"
     return (
-        one.setting, one.variant or "–", seeds, latest, bounds(one.at_end), bounds(one.documents), one.direction,
+        one.setting, one.variant or "–", seeds, latest, bounds(one.latest), bounds(one.documents), one.direction,
         signed(one.paper), one.verdict,
     )  # fmt: skip
 
