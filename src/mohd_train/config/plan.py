@@ -120,6 +120,32 @@ class ModelPlan:
         except TypeError as error:
             raise UserError(f"this is no plan of a MoHD model ({error}); it was written by another version") from None
 
+    def check(self) -> ModelPlan:
+        """This plan, whoever wrote it, if a model can be built from it.
+
+        Raises:
+            UserError: what :func:`make_plan` refuses, and sub-dimensions that don't fit the hidden size.
+        """
+        for field in ("hidden_size", "base_hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+                      "num_key_value_heads", "head_dim", "vocab_size", "max_seq_len"):  # fmt: skip
+            value = getattr(self, field)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise UserError(f"{field} is {value!r}; it must be a whole number of 1 or more")
+        _check_heads("", self.num_attention_heads, self.num_key_value_heads, self.head_dim)
+        for key, known in READINGS.items():
+            _one_of(key, getattr(self, key), known)
+        for part in ("attention", "ffn"):
+            found = getattr(self, part)
+            if found is not None:
+                if found.sub_dims < 1:
+                    raise UserError(f"{part}.sub_dims is {found.sub_dims}; it must be 1 or more")
+                config = SubDimensionConfig(found.sub_dims, found.top_k, found.shared)
+                if _component(part, config, self.hidden_size) != found:
+                    raise UserError(
+                        f"{part}.width is {found.width}; it must be hidden_size / sub_dims = {self.hidden_size // found.sub_dims}"
+                    )
+        return self
+
     def differences(self, other: ModelPlan) -> list[str]:
         """``["hidden_size: 1024 here, 2048 there", ...]``: what keeps the weights of one out of the other."""
         ours, theirs = self.to_dict(), other.to_dict()
@@ -157,6 +183,16 @@ def _component(section: str, config: SubDimensionConfig | None, hidden_size: int
     return SubDimPlan(sub_dims=n, top_k=k, shared=s, width=hidden_size // n)
 
 
+def _check_heads(section: str, heads: int, key_value_heads: int, head_dim: int) -> None:
+    if heads % key_value_heads:
+        raise UserError(
+            f"{section}num_attention_heads is {heads}, no multiple of {section}num_key_value_heads = {key_value_heads}; each "
+            "key/value head serves a whole number of query heads"
+        )
+    if head_dim % 2:
+        raise UserError(f"{section}head_dim is {head_dim}; rotary embeddings need an even number")
+
+
 def make_plan(model: ModelConfig, mohd: MoHDSettings, max_seq_len: int) -> ModelPlan:
     """Checks the base model and the MoHD settings against each other and works out the numbers (Tables 1 and 3).
 
@@ -167,13 +203,7 @@ def make_plan(model: ModelConfig, mohd: MoHDSettings, max_seq_len: int) -> Model
     check_numbers(mohd, "mohd")
     check_number("max_seq_len", max_seq_len)
     sizes = {field.name: getattr(model, field.name) for field in dataclasses.fields(model)}
-    if model.num_attention_heads % model.num_key_value_heads:
-        raise UserError(
-            f"model.num_attention_heads is {model.num_attention_heads}, no multiple of model.num_key_value_heads = "
-            f"{model.num_key_value_heads}; each key/value head serves a whole number of query heads"
-        )
-    if model.head_dim % 2:
-        raise UserError(f"model.head_dim is {model.head_dim}; rotary embeddings need an even number")
+    _check_heads("model.", model.num_attention_heads, model.num_key_value_heads, model.head_dim)
     readings = {
         field.name: getattr(mohd, field.name) for field in dataclasses.fields(mohd) if field.name in _PLAN_FIELDS
     }

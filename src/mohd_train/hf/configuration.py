@@ -8,6 +8,7 @@ from typing import Any
 from transformers import AutoConfig, PretrainedConfig
 
 from mohd_train.config.plan import ModelPlan
+from mohd_train.errors import UserError
 
 # Plan field -> key in config.json, where LLaMA's name differs.
 RENAMED = {
@@ -36,6 +37,17 @@ DEFAULTS: dict[str, Any] = {
 }
 
 
+# Keys of other architectures' configurations that would change the function, with the one value that MoHD computes.
+LLAMA_ONLY: dict[str, Any] = {
+    "rope_scaling": None,
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "mlp_bias": False,
+    "attention_dropout": 0.0,
+    "sliding_window": None,
+}
+
+
 class MoHDConfig(PretrainedConfig):
     """Configuration of :class:`MoHDForCausalLM`: every field of a :class:`ModelPlan`, LLaMA 355M's by default.
 
@@ -45,18 +57,29 @@ class MoHDConfig(PretrainedConfig):
             takes. ``mohd_attention`` and ``mohd_ffn`` are ``{"sub_dims": N, "top_k": K, "shared": S, "width": d / N}``,
             or None for a dense component; ``hidden_size`` is this model's d, ``base_hidden_size`` d0; the readings are
             those of :class:`mohd_train.config.schema.MoHDSettings`.
+
+    Raises:
+        ValueError: a configuration that no model can be built from, or one of another architecture (scaled rotary embeddings,
+            biases, another activation).
     """
 
     model_type = "mohd"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = ["past_key_values", "balance_loss"]
 
     def __init__(self, kernels: str = "auto", use_cache: bool = True, **kwargs: Any) -> None:
         self.kernels, self.use_cache = kernels, use_cache
         for field in dataclasses.fields(ModelPlan):
             key = RENAMED.get(field.name, field.name)
             setattr(self, key, kwargs.pop(key, DEFAULTS.get(field.name, field.default)))
+        for key, only in LLAMA_ONLY.items():
+            if (value := kwargs.pop(key, only)) not in (only, None):
+                raise ValueError(f"{key} is {value!r}, which MoHD doesn't have: leave it out, or give {only!r}")
         kwargs.setdefault("tie_word_embeddings", False)
         super().__init__(**kwargs)
+        try:
+            self.to_plan().check()
+        except UserError as error:
+            raise ValueError(f"no MoHD model has this configuration: {error}") from None
 
     @classmethod
     def from_plan(cls, plan: ModelPlan, **kwargs: Any) -> MoHDConfig:

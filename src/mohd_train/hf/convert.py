@@ -52,7 +52,8 @@ def from_hf_llama(hf_model: LlamaForCausalLM, kernels: str = "auto") -> Transfor
     """A dense :class:`Transformer` with the weights of a Hugging Face LLaMA, in its dtype; the logits are equal.
 
     Raises:
-        UserError: a LLaMA with biases, scaled rotary embeddings or another activation, which this architecture lacks.
+        UserError: a LLaMA with biases, scaled rotary embeddings, a sliding window or another activation, which this
+            architecture lacks.
     """
     config = hf_model.config
     unlike = {
@@ -60,6 +61,7 @@ def from_hf_llama(hf_model: LlamaForCausalLM, kernels: str = "auto") -> Transfor
         "mlp_bias": getattr(config, "mlp_bias", False),
         "rope_scaling": getattr(config, "rope_scaling", None) or False,
         "hidden_act": config.hidden_act != "silu" and config.hidden_act,
+        "sliding_window": getattr(config, "sliding_window", None) or False,
     }
     if any(unlike.values()):
         raise UserError(

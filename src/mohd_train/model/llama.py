@@ -14,11 +14,12 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from mohd_train.config.plan import ModelPlan
 from mohd_train.kernels.loss import linear_cross_entropy
 from mohd_train.model.init import initialize
-from mohd_train.model.mohd import ForwardContext, Normed, Routing, SubDimensions, swiglu
+from mohd_train.model.mohd import ForwardContext, Normed, Router, Routing, SubDimensions, is_plain, swiglu
 from mohd_train.model.random_routing import token_keys
 
 IGNORE_INDEX = -100
@@ -41,6 +42,8 @@ class TransformerOutput:
         logits: [B, T, V], or None where they were not asked for.
         cross_entropy: mean over the predicted tokens in float32, where labels were given.
         routing: one entry a layer.
+        hidden_states: L + 1 of [B, T, D] where they were asked for: the embeddings, then after each block, the last one after
+            the final norm.
     """
 
     hidden: Tensor
@@ -48,6 +51,7 @@ class TransformerOutput:
     logits: Tensor | None = None
     cross_entropy: Tensor | None = None
     routing: list[LayerRouting] = field(default_factory=list)
+    hidden_states: tuple[Tensor, ...] = ()
 
 
 class RMSNorm(nn.Module):
@@ -218,6 +222,10 @@ def _normalize(x_BTD: Tensor, norm: RMSNorm, sub: SubDimensions | None) -> tuple
     """The normalized x, with the router's logits for a MoHD component."""
     if sub is None:
         return norm(x_BTD), None
+    if not (is_plain(norm, RMSNorm) and is_plain(sub.router, Router)):
+        n_BTD = norm(x_BTD)
+        read_BTD = x_BTD if sub.readings.router_input == "residual" else n_BTD
+        return n_BTD, Normed(sub.router(read_BTD.flatten(0, 1))[0], None)
     n_TD, normed = sub.normalize(x_BTD.flatten(0, 1), norm.weight, norm.eps)
     return n_TD.view_as(x_BTD), normed
 
@@ -235,6 +243,7 @@ class Transformer(nn.Module):
     def __init__(self, plan: ModelPlan, kernels: str = "auto", seed: int | None = None) -> None:
         super().__init__()
         self.plan = plan
+        self.gradient_checkpointing = False
         self.embedding = nn.Embedding(plan.vocab_size, plan.hidden_size)
         self.blocks = nn.ModuleList(Block(plan, layer, kernels) for layer in range(plan.num_hidden_layers))
         self.norm = RMSNorm(plan.hidden_size, plan.rms_norm_eps)
@@ -244,13 +253,18 @@ class Transformer(nn.Module):
 
     def forward(
         self,
-        input_ids_BT: Tensor,
+        input_ids_BT: Tensor | None,
         attention_mask_BS: Tensor | None = None,
         position_ids: Tensor | None = None,
         cache: Any = None,
         labels_BT: Tensor | None = None,
         logits: bool = True,
         balance: bool | None = None,
+        *,
+        embeddings_BTD: Tensor | None = None,
+        mask: Tensor | None = None,
+        built_mask: bool = False,
+        hidden_states: bool = False,
     ) -> TransformerOutput:
         """Runs the model.
 
@@ -263,28 +277,48 @@ class Transformer(nn.Module):
                 t - 1.
             logits: whether to return the logits.
             balance: whether to compute the balance loss, 0 otherwise; default: unless there is a cache.
+            embeddings_BTD: [B, T, D] in place of the tokens' own.
+            mask: what attention uses with ``built_mask``, instead of one built from ``attention_mask_BS``: bool, True where a
+                query may look, or added to the scores; [B, 1, T, S]. None: plain causal attention.
+            hidden_states: whether to return them.
         """
         balance = cache is None if balance is None else balance
         past = cache.get_seq_length() if cache is not None else 0
-        queries = input_ids_BT.shape[1]
+        if embeddings_BTD is None:
+            assert input_ids_BT is not None, "tokens or their embeddings"
+            embeddings_BTD = self.embedding(input_ids_BT)
+        x, queries, device = embeddings_BTD, embeddings_BTD.shape[1], embeddings_BTD.device
         if position_ids is None:
-            position_ids = torch.arange(past, past + queries, device=input_ids_BT.device)[None]
-        x = self.embedding(input_ids_BT)
+            position_ids = torch.arange(past, past + queries, device=device)[None]
+        keys = None
+        if self.plan.routing == "random":
+            if input_ids_BT is None:
+                raise ValueError("random routing goes by the tokens: give input_ids, not embeddings alone")
+            keys = token_keys(input_ids_BT, position_ids)
         context = ForwardContext(
             rope=rotary_table(position_ids, self.plan.head_dim, self.plan.rope_theta, x.dtype),
-            mask=attention_mask(attention_mask_BS, queries, past + queries, input_ids_BT.device),
+            mask=mask if built_mask else attention_mask(attention_mask_BS, queries, past + queries, device),
             token_mask_T=None if attention_mask_BS is None else attention_mask_BS[:, -queries:].flatten() != 0,
-            token_keys_T=token_keys(input_ids_BT, position_ids) if self.plan.routing == "random" else None,
+            token_keys_T=keys,
             cache=cache,
             balance=balance,
         )
         routing: list[LayerRouting] = []
+        states = [x] if hidden_states else []
         for block in self.blocks:
-            x, layer_routing = block(x, context)
+            if self.gradient_checkpointing and self.training:
+                x, layer_routing = checkpoint(block, x, context, use_reentrant=False)
+            else:
+                x, layer_routing = block(x, context)
             routing.append(layer_routing)
+            if hidden_states:
+                states.append(x)
         x = self.norm(x)
         out = TransformerOutput(
-            hidden=x, balance_loss=self._balance_loss(routing if balance else [], x), routing=routing
+            hidden=x,
+            balance_loss=self._balance_loss(routing if balance else [], x),
+            routing=routing,
+            hidden_states=(*states[:-1], x) if hidden_states else (),
         )
         if logits:
             out.logits = self.head(x)
@@ -295,6 +329,10 @@ class Transformer(nn.Module):
     def _cross_entropy(self, hidden_BTD: Tensor, labels_BT: Tensor) -> Tensor:
         """Mean next-token loss; position t of the labels is predicted from position t - 1."""
         targets = F.pad(labels_BT[:, 1:], (0, 1), value=IGNORE_INDEX)  # shifts these: hidden states would be copied
+        if not is_plain(self.head):
+            logits_TV = self.head(hidden_BTD).flatten(0, 1)
+            wide = torch.promote_types(logits_TV.dtype, torch.float32)
+            return F.cross_entropy(logits_TV.to(wide), targets.flatten(), ignore_index=IGNORE_INDEX)
         return linear_cross_entropy(
             hidden_BTD.flatten(0, 1), self.head.weight, targets.flatten(), ignore_index=IGNORE_INDEX
         )

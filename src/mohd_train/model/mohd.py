@@ -218,6 +218,19 @@ def balance_loss(
     return weight * (f_M * mean_p_M).sum()
 
 
+def is_plain(module: nn.Module, kind: type[nn.Module] = nn.Linear) -> bool:
+    """Whether reading a module's weights does what calling it does.
+
+    Not so for an adapter (LoRA), a quantized or parametrized layer, a bias, or hooks (offloading among them): such a module is
+    called, at the cost of the full width.
+    """
+    hooks = (
+        module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks,
+    )  # fmt: skip
+    hooked = any(len(found) for found in hooks) or "forward" in module.__dict__
+    return type(module) is kind and not hooked and getattr(module, "bias", None) is None
+
+
 class GroupFusion(nn.Module):
     """Group fusion (eq. 9): a Monarch-structured map that carries the active sub-dimensions back to all D dims.
 
@@ -244,12 +257,17 @@ class GroupFusion(nn.Module):
         """``B`` [C, N, N] as a view: ``blocks[j, i, k] = B_j[i, k]``."""
         return None if self.mixing is None else self.mixing.permute(2, 1, 0)
 
-    def fold(self, down_DF: Tensor) -> Tensor:
-        """The down-projection's weight [D, F] with the ``within`` factor multiplied in."""
-        if self.within is None:
-            return down_DF
-        n, c = self.plan.sub_dims, self.plan.width
-        return torch.bmm(self.within, down_DF.view(n, c, -1)).view_as(down_DF)
+    def forward(self) -> tuple[Tensor | None, Tensor | None]:
+        """``blocks`` and ``within``."""
+        return self.blocks, self.within
+
+
+def fold(within: Tensor | None, down_DF: Tensor) -> Tensor:
+    """The down-projection's weight [D, F] with the ``within`` factor [N, C, C] multiplied in."""
+    if within is None:
+        return down_DF
+    n, c, _ = within.shape
+    return torch.bmm(within, down_DF.view(n, c, -1)).view_as(down_DF)
 
 
 class SubDimensions(nn.Module):
@@ -289,22 +307,48 @@ class SubDimensions(nn.Module):
             inner: from their outputs [T, F] to what ``down`` [D, F] reads; :func:`swiglu` runs fused with the products.
         """
         routing, selection = self.route(x_TD, context, normed)  # one selection ...
-        weights, into_DF, backend = [linear.weight for linear in up], self.fusion.fold(down.weight), self.backend(x_TD)
+        (blocks, within), backend = self.fusion(), self.backend(x_TD)
         gates_TK, norm_inputs = self.input_weights(routing), None if normed is None else normed.inputs
-        if inner is swiglu:
-            gate, up_proj = weights
+        if not all(is_plain(linear) for linear in (*up, down)):
+            z_TKC = self.through_modules(x_TD, up, inner, down, routing, gates_TK, within)
+        elif inner is swiglu:
+            gate, up_proj = up
             z_TKC = ops.swiglu_ffn(
-                x_TD, gate, up_proj, into_DF, selection, routing.weights,
+                x_TD, gate.weight, up_proj.weight, fold(within, down.weight), selection, routing.weights,
                 input_weights_TK=gates_TK, norm_inputs=norm_inputs, backend=backend,
             )  # fmt: skip
         else:
+            weights = [linear.weight for linear in up]
             parts = ops.up_projection(
                 x_TD, weights, selection, input_weights_TK=gates_TK, norm_inputs=norm_inputs, backend=backend
             )  # ... for what is read (eqs. 3-5) ...
-            h_TF = inner(*parts)
-            z_TKC = ops.down_projection(h_TF, into_DF, selection, routing.weights, backend=backend)  # ... and written
-        stream_TD = ops.fuse_residual(z_TKC, self.fusion.blocks, selection, residual_TD, backend=backend)
+            into_DF = fold(within, down.weight)
+            z_TKC = ops.down_projection(
+                inner(*parts), into_DF, selection, routing.weights, backend=backend
+            )  # ... and written
+        stream_TD = ops.fuse_residual(z_TKC, blocks, selection, residual_TD, backend=backend)
         return stream_TD, routing
+
+    def through_modules(
+        self,
+        x_TD: Tensor,
+        up: Sequence[nn.Linear],
+        inner: Callable[..., Tensor],
+        down: nn.Linear,
+        routing: Routing,
+        gates_TK: Tensor | None,
+        within: Tensor | None,
+    ) -> Tensor:
+        """z [T, K*C] with the projections called as modules: x~ with zeros at the inactive dims in, all D dims out."""
+        tokens, n, c = x_TD.shape[0], self.plan.sub_dims, self.plan.width
+        ones_TK = torch.ones_like(routing.weights) if gates_TK is None else gates_TK
+        gates_TN = x_TD.new_zeros(tokens, n, dtype=ones_TK.dtype).scatter(1, routing.indices, ones_TK)
+        active_TD = (x_TD.view(tokens, n, c) * gates_TN.unsqueeze(-1)).flatten(1).to(x_TD.dtype)
+        y_TNC = down(inner(*(linear(active_TD) for linear in up))).view(tokens, n, c)
+        if within is not None:
+            y_TNC = torch.einsum("nij,tnj->tni", within.to(y_TNC.dtype), y_TNC)
+        y_TKC = y_TNC.gather(1, routing.indices.unsqueeze(-1).expand(-1, -1, c))
+        return (y_TKC * routing.weights.unsqueeze(-1)).to(y_TKC.dtype).flatten(1)
 
     def normalize(self, x_TD: Tensor, norm_weight_D: Tensor, eps: float) -> tuple[Tensor, Normed]:
         """RMSNorm and the router's logits together: the backward pass then needs no normalized x."""
