@@ -20,7 +20,7 @@ from mohd_train import checkpoint
 from mohd_train.checkpoint import identity
 from mohd_train.checkpoint.identity import check_tokenizer, fingerprint, is_tokenizer, tokenizer_sha256
 from mohd_train.errors import UserError
-from mohd_train.hf.convert import export
+from mohd_train.hf.export import export
 from mohd_train.model.llama import Transformer
 
 

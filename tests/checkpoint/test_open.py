@@ -15,7 +15,8 @@ from support.s3_server import BUCKET, S3Server
 
 from mohd_train import checkpoint
 from mohd_train.errors import UserError
-from mohd_train.hf.convert import export, load_model
+from mohd_train.hf.convert import load_model
+from mohd_train.hf.export import export
 from mohd_train.model.llama import Transformer
 
 KINDS = ("file", "sharded", "hf")

@@ -30,7 +30,7 @@ from mohd_train.errors import UserError
 from mohd_train.evaluate import load as checkpoints
 from mohd_train.evaluate.options import EvalOptions
 from mohd_train.evaluate.run import run_eval
-from mohd_train.hf.convert import export
+from mohd_train.hf.export import export
 from mohd_train.model.count import count
 from mohd_train.model.llama import Transformer
 from mohd_train.results import store as results

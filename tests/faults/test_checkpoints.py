@@ -16,7 +16,8 @@ from train.train_support import make_config
 
 from mohd_train import checkpoint
 from mohd_train.errors import UserError
-from mohd_train.hf.convert import export, load_native
+from mohd_train.hf.convert import load_native
+from mohd_train.hf.export import export
 from mohd_train.run_folder.metrics import read_metrics
 from mohd_train.train.train import dry_run, train
 

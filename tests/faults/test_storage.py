@@ -36,7 +36,7 @@ from mohd_train import checkpoint, storage
 from mohd_train.config.schema import Config
 from mohd_train.data.prepare import Request, prepare
 from mohd_train.errors import UserError, run_cli
-from mohd_train.hf.convert import export
+from mohd_train.hf.export import export
 from mohd_train.train.callbacks import Uploads
 from mohd_train.train.train import dry_run, train
 

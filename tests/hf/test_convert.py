@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 from mohd_train import checkpoint
 from mohd_train.errors import UserError
 from mohd_train.hf import MoHDForCausalLM
-from mohd_train.hf.convert import export, load_model
+from mohd_train.hf.convert import load_model
+from mohd_train.hf.export import export
 from mohd_train.model.llama import Transformer
 
 

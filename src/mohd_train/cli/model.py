@@ -111,19 +111,32 @@ def export(argv: Sequence[str], prog: str) -> None:
         %(prog)s runs/355m-x2/checkpoints/latest-rank0.pt exported/355m-x2
         %(prog)s runs/355m-dense/checkpoints/latest-rank0.pt exported/355m --llama
 
-    Load it with `import mohd_train.hf` and `AutoModelForCausalLM.from_pretrained(OUT_DIR)`; a --llama folder needs no import.
+    It loads without this package: `AutoModelForCausalLM.from_pretrained(OUT_DIR, trust_remote_code=True)`; a --llama folder is
+    plain LLaMA. After `import mohd_train.hf`, this package's faster kernels run instead of the folder's own code.
     """
     parser = make_parser(export, prog)
     parser.add_argument("checkpoint", type=path_or_uri, help="a checkpoint in its run folder, here or s3://...")
     parser.add_argument("out_dir", type=Path, help="the folder to write; it must not hold anything")
     parser.add_argument("--llama", action="store_true", help="write a dense model as LlamaForCausalLM")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of the weights")
+    parser.add_argument("--no-check", action="store_true", help="don't load the folder and compare its logits")
+    parser.add_argument(
+        "--push", metavar="REPO", help="upload the folder to the Hugging Face hub: NAME or ORGANIZATION/NAME"
+    )
+    parser.add_argument("--private", action="store_true", help="with --push: a private repository")
     arguments = parser.parse_args(argv)
 
-    from mohd_train.hf import convert
+    from mohd_train.hf import export as exporting
 
-    model = convert.export(arguments.checkpoint, arguments.out_dir, llama=arguments.llama)
+    folder = arguments.out_dir
+    model = exporting.export(
+        arguments.checkpoint, folder, llama=arguments.llama, dtype=arguments.dtype, check=not arguments.no_check
+    )
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    print(f"{arguments.out_dir}: {type(model).__name__} with {parameters:,} parameters, and its tokenizer")
+    checked = "" if arguments.no_check else "; loaded without mohd_train, its logits are the checkpoint's"
+    print(f"{folder}: {type(model).__name__} with {parameters:,} parameters, its tokenizer and a model card{checked}")
+    if arguments.push:
+        print(exporting.push(folder, arguments.push, private=arguments.private))
 
 
 def _share(text: str) -> float:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import re
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,13 +14,12 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Pr
 
 from mohd_train import checkpoint
 from mohd_train.checkpoint import Checkpoint
-from mohd_train.checkpoint.identity import check_tokenizer, read_tokenizer, tokenizer_sha256
 from mohd_train.config.plan import ModelPlan
 from mohd_train.errors import UserError
 from mohd_train.hf.configuration import MoHDConfig
 from mohd_train.hf.modeling import MoHDForCausalLM
 from mohd_train.model.llama import Transformer
-from mohd_train.utils.encoding import append_nothing, custom_code_refused
+from mohd_train.utils.encoding import custom_code_refused
 
 # Our name -> Hugging Face's LLaMA name; `{}` is the layer.
 LLAMA_NAMES = {
@@ -168,51 +165,3 @@ def load_model(found: Checkpoint | str | Path, *, trust_remote_code: bool = Fals
     if info["missing_keys"]:
         raise UserError(f"{found.path} lacks {len(info['missing_keys'])} weights, {info['missing_keys'][0]} among them")
     return model.eval()
-
-
-def export(path: str | Path, folder: str | Path, *, llama: bool = False) -> PreTrainedModel:
-    """Writes a native checkpoint as a Hugging Face folder: config, safetensors, generation config and the run's tokenizer.
-
-    The config names the tokenizer (``tokenizer_sha256``), so that the folder is never used with another one.
-
-    Args:
-        path: a checkpoint file or sharded folder, a link to one, on object storage too (``s3://...``). Its tokenizer is read
-            from ``tokenizer/`` beside the folder the checkpoint lies in.
-        folder: where to write; it must not exist, or be empty. It appears whole or not at all.
-        llama: as ``LlamaForCausalLM`` (a dense model only), which needs nothing of this project to load.
-
-    Raises:
-        UserError: an unreadable checkpoint, no tokenizer or another than the model's, or a folder that holds something.
-    """
-    folder = Path(folder)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"{folder} exists and is not empty; choose another folder")
-    found = checkpoint.open_native(path)
-    native = load_native(found)
-    tokenizer = read_tokenizer(found.tokenizer_folder, "keep a checkpoint in its run folder, which holds it")
-    check_tokenizer(
-        found.tokenizer_sha256,
-        tokenizer,
-        what=f"{found.tokenizer_folder} is another tokenizer than {found.source} was trained with",
-        remedy="put the run's own tokenizer there",
-    )
-    append_nothing(tokenizer)  # EOS ends a training document; a prompt goes on
-    model: PreTrainedModel = to_hf_llama(native) if llama else native
-    ids = {
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
-    }
-    for target in (model.config, model.generation_config):
-        for key, value in ids.items():
-            setattr(target, key, value)
-    model.config.tokenizer_sha256 = tokenizer_sha256(tokenizer)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as staging:
-        whole = Path(staging) / "whole"
-        model.save_pretrained(whole)
-        tokenizer.save_pretrained(whole)
-        if folder.is_dir():
-            folder.rmdir()
-        os.replace(whole, folder)
-    return model
