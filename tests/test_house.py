@@ -14,7 +14,7 @@ from mohd_train.cli import VERBS
 ROOT = Path(__file__).resolve().parents[1]
 SOURCE = ROOT / "src" / "mohd_train"
 
-# Imports run one way: errors, utils <- config <- kernels <- model <- checkpoint, hf <- data, run_folder <- train, sweep
+# Imports run one way: errors, utils <- config <- kernels <- model <- checkpoint <- data, run_folder <- hf, train, sweep
 # <- analysis <- results <- evaluate <- cli <- scripts. errors, resources, storage and utils are open to all; what is not named here
 # is not allowed.
 MAY_IMPORT = {
@@ -23,7 +23,7 @@ MAY_IMPORT = {
     "kernels": set(),
     "model": {"config", "kernels"},
     "checkpoint": {"config", "model", "run_folder"},
-    "hf": {"config", "model", "checkpoint"},
+    "hf": {"config", "kernels", "model", "checkpoint", "run_folder"},
     "data": {"config", "checkpoint"},
     "run_folder": {"config"},
     "train": {"config", "model", "checkpoint", "data", "kernels", "run_folder"},

@@ -34,6 +34,7 @@ VERBS = {
     "estimate": Verb("model:estimate", "scripts/estimate.py", "memory, time and disk of a run before it starts"),
     "train": Verb("model:train", "scripts/train.py", "train a model"),
     "export": Verb("model:export", "scripts/export_hf.py", "a checkpoint as a Hugging Face folder"),
+    "generate": Verb("evaluate:generate", "scripts/generate.py", "text from a checkpoint"),
     "sweep": Verb("sweep:sweep", "scripts/sweep.py", "many runs from one file: launch, watch, resume"),
     "eval": Verb("evaluate:evaluate", "eval/run_eval.py", "score checkpoints on the ten tasks, or by perplexity"),
     "prefetch": Verb("evaluate:prefetch", "eval/prefetch.py", "fetch the questions of the tasks"),
@@ -89,6 +90,14 @@ def positive(text: str) -> int:
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
     return int(text)
+
+
+def share(text: str) -> float:
+    """An argument above 0, at most 1."""
+    value = float(text)
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a share: give a number above 0, at most 1")
+    return value
 
 
 def console() -> None:

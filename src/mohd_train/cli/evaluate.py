@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import argparse
+import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from mohd_train.cli import describe, make_parser
+from mohd_train.cli import describe, make_parser, positive, share
 from mohd_train.evaluate.options import EvalOptions, SweepEvalOptions, parse
+from mohd_train.storage import path_or_uri
 
 
 def evaluate(argv: Sequence[str], prog: str) -> int:
@@ -34,6 +37,54 @@ def evaluate(argv: Sequence[str], prog: str) -> int:
     from mohd_train.evaluate.perplexity import run_perplexity
 
     return run_perplexity(options)
+
+
+def generate(argv: Sequence[str], prog: str) -> None:
+    """Continues a prompt, printing each token as it comes; tokens/s at the end.
+
+        %(prog)s runs/355m-x2/checkpoints/latest-rank0.pt "The capital of France is"
+        %(prog)s HF_FOLDER "Once upon a time" --temperature 0.8 --top-p 0.95 --seed 1
+
+    A checkpoint of any kind: a file, a sharded folder, a Hugging Face folder, here or on object storage.
+    """
+    parser = make_parser(generate, prog)
+    parser.add_argument("checkpoint", type=path_or_uri, help="a checkpoint in its run folder, or a Hugging Face folder")
+    parser.add_argument("prompt")
+    parser.add_argument("--max-new-tokens", type=positive, default=100, metavar="N")
+    parser.add_argument(
+        "--temperature", type=_not_negative, default=0.0, help="0 (default): the likeliest token each time"
+    )
+    parser.add_argument("--top-p", type=share, default=1.0, help="sample from the likeliest tokens of this mass")
+    parser.add_argument("--seed", type=int, default=0, help="of the sampling")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
+    parser.add_argument("--tokenizer", type=Path, help="default: the checkpoint's own")
+    parser.add_argument(
+        "--trust-remote-code", action="store_true", help="run the code that a Hugging Face folder holds"
+    )
+    arguments = parser.parse_args(argv)
+
+    from mohd_train.evaluate.generate import generate as run
+
+    run(
+        arguments.checkpoint,
+        arguments.prompt,
+        max_new_tokens=arguments.max_new_tokens,
+        temperature=arguments.temperature,
+        top_p=arguments.top_p,
+        seed=arguments.seed,
+        device=arguments.device,
+        dtype=arguments.dtype,
+        tokenizer=arguments.tokenizer,
+        trust_remote_code=arguments.trust_remote_code,
+    )
+
+
+def _not_negative(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text}: give 0 or more")
+    return value
 
 
 def prefetch(argv: Sequence[str], prog: str) -> int:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from mohd_train.cli import make_parser, positive
+from mohd_train.cli import make_parser, positive, share
 from mohd_train.storage import path_or_uri
 
 
@@ -58,7 +57,7 @@ def estimate(argv: Sequence[str], prog: str) -> None:
     parser.add_argument("config", nargs="+", metavar="FILE | key=value")
     parser.add_argument("--gpus", type=positive, default=8, help="GPUs over all nodes (default 8)")
     parser.add_argument("--gpu", default="a100-80gb", help="a100-40gb, a100-80gb (default), h100, h200")
-    parser.add_argument("--mfu", type=_share, help="model FLOPs utilization; default: by GPU and model")
+    parser.add_argument("--mfu", type=share, help="model FLOPs utilization; default: by GPU and model")
     parser.add_argument("--json", action="store_true", help="print a JSON object instead of text")
     options = parser.parse_args(argv)
 
@@ -137,10 +136,3 @@ def export(argv: Sequence[str], prog: str) -> None:
     print(f"{folder}: {type(model).__name__} with {parameters:,} parameters, its tokenizer and a model card{checked}")
     if arguments.push:
         print(exporting.push(folder, arguments.push, private=arguments.private))
-
-
-def _share(text: str) -> float:
-    value = float(text)
-    if not 0 < value <= 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a share: give a number above 0, at most 1")
-    return value
