@@ -34,6 +34,9 @@ VERBS = {
     "estimate": Verb("model:estimate", "scripts/estimate.py", "memory, time and disk of a run before it starts"),
     "train": Verb("model:train", "scripts/train.py", "train a model"),
     "export": Verb("model:export", "scripts/export_hf.py", "a checkpoint as a Hugging Face folder"),
+    "import": Verb(
+        "model:import_", "scripts/import_hf.py", "a pretrained LLaMA as a checkpoint to train on, dense or MoHD"
+    ),
     "generate": Verb("evaluate:generate", "scripts/generate.py", "text from a checkpoint"),
     "sweep": Verb("sweep:sweep", "scripts/sweep.py", "many runs from one file: launch, watch, resume"),
     "eval": Verb("evaluate:evaluate", "eval/run_eval.py", "score checkpoints on the ten tasks, or by perplexity"),

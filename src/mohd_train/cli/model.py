@@ -136,3 +136,42 @@ def export(argv: Sequence[str], prog: str) -> None:
     print(f"{folder}: {type(model).__name__} with {parameters:,} parameters, its tokenizer and a model card{checked}")
     if arguments.push:
         print(exporting.push(folder, arguments.push, private=arguments.private))
+
+
+def import_(argv: Sequence[str], prog: str) -> None:
+    """A Llama-shaped Hugging Face folder as a native checkpoint to train on: dense, or a MoHD of the same width.
+
+        %(prog)s HF_FOLDER imported/dense
+        %(prog)s HF_FOLDER imported/75 --mohd configs/mohd/75.yaml --calibrate TEXT_FILE
+
+    OUT_DIR/model.yaml is the config to train it on with, its weights as load_path and load_weights_only=true. --calibrate puts the
+    hidden dims that contribute most on that text (8,192 tokens) into the shared sub-dimensions; without it they stay in order.
+    """
+    parser = make_parser(import_, prog)
+    parser.add_argument("hf_dir", type=Path, help="a Hugging Face folder with its tokenizer")
+    parser.add_argument("out_dir", type=Path, help="the folder to write; it must not hold anything")
+    parser.add_argument("--mohd", metavar="YAML", help="MoHD settings of expansion 1; default: the dense model")
+    parser.add_argument("--calibrate", type=Path, metavar="TEXT", help="text that decides which hidden dims are shared")
+    arguments = parser.parse_args(argv)
+    if arguments.calibrate and not arguments.mohd:
+        parser.error("--calibrate orders the dims of a MoHD: give --mohd too")
+
+    from mohd_train.config.load import load_mohd
+    from mohd_train.errors import UserError
+
+    text = None
+    if arguments.calibrate:
+        try:
+            text = arguments.calibrate.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"--calibrate {arguments.calibrate}: {error}") from error
+    mohd = load_mohd([arguments.mohd]) if arguments.mohd else None
+
+    from mohd_train.hf.import_llama import CONFIG, import_llama
+
+    checkpoint = import_llama(arguments.hf_dir, arguments.out_dir, mohd=mohd, calibration=text)
+    config = arguments.out_dir / CONFIG
+    print(
+        f"{checkpoint}: train on with\n  mohd train RECIPE.yaml {config} load_path={checkpoint} load_weights_only=true\n"
+        f"on data prepared with the tokenizer in {arguments.out_dir / 'tokenizer'}"
+    )

@@ -235,6 +235,19 @@ def load_model_plan(files: list[str], overrides: list[str] | None = None) -> Mod
         return make_plan(typing.cast("ModelConfig", model), typing.cast("MoHDSettings", mohd), max_seq_len)
 
 
+def load_mohd(files: list[str], overrides: list[str] | None = None) -> MoHDSettings:
+    """The MoHD settings alone, from files that need not hold a model (``configs/mohd/75.yaml``).
+
+    Raises:
+        UserError: as :func:`load_config`.
+    """
+    config, _ = _merge_all(files, overrides or [])
+    try:
+        return typing.cast("MoHDSettings", OmegaConf.to_object(config.mohd))
+    except OmegaConfBaseException as error:
+        raise UserError(f"config: {first_line(error)}") from None
+
+
 def to_yaml(config: Config) -> str:
     """The resolved config as YAML that :func:`load_config` reads back to an equal one.
 

@@ -1,0 +1,87 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from hf.test_modeling import llama
+from support.native import save_tokenizer
+from transformers import LlamaForCausalLM
+
+from mohd_train import checkpoint
+from mohd_train.config.load import load_model_plan, load_mohd
+from mohd_train.config.schema import MoHDSettings, SubDimensionConfig
+from mohd_train.errors import UserError
+from mohd_train.hf.convert import from_hf_llama, load_native
+from mohd_train.hf.import_llama import as_mohd, import_llama, importance
+
+
+def settings(n: int, k: int, s: int, **others: object) -> MoHDSettings:
+    part = SubDimensionConfig(n, k, s)
+    return MoHDSettings(name="small", attention=part, ffn=part, **others)  # type: ignore[arg-type]
+
+
+def ids_of() -> torch.Tensor:
+    return torch.randint(97, (3, 20), generator=torch.Generator().manual_seed(2))
+
+
+def test_another_order_of_the_dims_changes_nothing_with_all_of_them_active() -> None:
+    """Weights of a router that is even are 1: the function is the dense model's to within the router's start."""
+    dense = from_hf_llama(llama())
+    order = torch.randperm(48, generator=torch.Generator().manual_seed(1))
+    even = as_mohd(dense, settings(4, 4, 3, router_init_std=1e-6), order)
+    torch.testing.assert_close(even(ids_of()).logits, dense(ids_of()).logits, rtol=1e-4, atol=1e-4)
+    small = as_mohd(dense, settings(4, 4, 3), order)
+    off = (small(ids_of()).logits - dense(ids_of()).logits).norm() / dense(ids_of()).logits.norm()
+    assert off < 0.05
+
+
+def test_the_dims_that_matter_go_first() -> None:
+    """Three of four sub-dimensions shared, a quarter of the dims without any weight: ordered by importance, nothing is lost."""
+    theirs = llama()
+    dead = torch.arange(48) % 4 == 0
+    with torch.no_grad():
+        for name, weight in theirs.named_parameters():
+            if name.endswith(("embed_tokens.weight", "norm.weight", "layernorm.weight")):
+                weight[..., dead] = 0
+            elif name.endswith(("o_proj.weight", "down_proj.weight")):
+                weight[dead] = 0
+    dense = from_hf_llama(theirs)
+    found = importance(dense, ids_of())
+    assert set(found.argsort()[:12].tolist()) == set(dead.nonzero()[:, 0].tolist())
+    want = dense(ids_of()).logits
+
+    def off(order: torch.Tensor | None) -> float:
+        compressed = as_mohd(dense, settings(4, 3, 3, router_init_std=1e-6), order)
+        return float((compressed(ids_of()).logits - want).norm() / want.norm())
+
+    assert off(found.argsort(descending=True)) < 1e-4
+    assert off(None) > 0.1
+
+
+def test_an_import_is_a_checkpoint_and_a_config(tmp_path: Path) -> None:
+    theirs: LlamaForCausalLM = llama(tie_word_embeddings=True)
+    theirs.save_pretrained(tmp_path / "hf")
+    save_tokenizer(tmp_path / "hf")
+    path = import_llama(tmp_path / "hf", tmp_path / "dense")
+    torch.testing.assert_close(load_native(path)(ids_of()).logits, theirs(ids_of()).logits, rtol=1e-5, atol=1e-5)
+    (tmp_path / "75.yaml").write_text(
+        "mohd:\n  name: '75'\n  attention: {sub_dims: 4, top_k: 3, shared_sub_dims: 2}\n"
+        "  ffn: {sub_dims: 4, top_k: 3, shared_sub_dims: 2}\n"
+    )
+    text = "w5 w6 w7 w8 " * 256
+    path = import_llama(tmp_path / "hf", tmp_path / "75", mohd=load_mohd([str(tmp_path / "75.yaml")]), calibration=text)
+    plan = load_model_plan([str(tmp_path / "75" / "model.yaml")], ["max_seq_len=64"])
+    assert checkpoint.open(path).plan == plan
+
+
+def test_what_cannot_be_imported_is_named(tmp_path: Path) -> None:
+    dense = from_hf_llama(llama())
+    with pytest.raises(UserError, match="expansion is 2"):
+        as_mohd(dense, settings(4, 3, 2, expansion=2))
+    with pytest.raises(UserError, match="does not divide"):
+        as_mohd(dense, settings(7, 3, 2))
+    llama().save_pretrained(tmp_path / "hf")
+    save_tokenizer(tmp_path / "hf")
+    with pytest.raises(UserError, match="calibration text has 3 tokens"):
+        import_llama(tmp_path / "hf", tmp_path / "out", mohd=settings(4, 3, 2), calibration="w5 w6 w7")
