@@ -1,13 +1,10 @@
 """What a path is, and what a native checkpoint holds: metadata and parameters, read without running anything in it.
 
-=========
-============================================================================================================== kind
-what it is =========
-============================================================================================================== file
-one file that Composer wrote: ``ep0-ba100-rank0.pt`` sharded    a folder that torch.distributed.checkpoint wrote, one
-part for each rank: ``ep0-ba100/`` hf         a Hugging Face folder: ``config.json`` beside weights (``*.safetensors``
-or ``*.bin``) =========
-==============================================================================================================
+Three kinds of path are checkpoints:
+
+- ``file``: one file that Composer wrote, ``ep0-ba100-rank0.pt``;
+- ``sharded``: a folder that torch.distributed.checkpoint wrote, one part for each rank, ``ep0-ba100/``;
+- ``hf``: a Hugging Face folder, ``config.json`` beside weights (``*.safetensors`` or ``*.bin``).
 
 Each may be named by a link: Composer's ``latest-rank0.pt`` is a symbolic link to a file or, for a sharded run, to a
 folder; on object storage, and in a folder copied from there, it is a text file, ``latest-rank0.pt.symlink``, that holds
