@@ -164,11 +164,11 @@ def test_triton_never_waits_for_the_device(monkeypatch: pytest.MonkeyPatch) -> N
 def test_a_model_under_autocast_trains_as_on_the_reference(
     name: str, kernels: str, compiled: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Loss and gradients of two layers of 355M against the reference's, both under autocast. The second layer's router may choose
-    differently for a few tokens, as its input differs in rounding: hence the wide limit on gradients."""
+    """Loss and gradients of two layers of 355M against the reference's, both under autocast. The choices are random, which they are
+    alike for both: a learned router's would differ for some tokens, as its input differs in rounding."""
     pick_block_size(monkeypatch, 0)
     files = [str(path("configs") / "model" / "355m.yaml"), str(path("configs") / "mohd" / f"{name}.yaml")]
-    plan = load_model_plan(files, ["model.num_hidden_layers=2", "max_seq_len=512"])
+    plan = load_model_plan(files, ["model.num_hidden_layers=2", "max_seq_len=512", "mohd.routing=random"])
     with torch.device("cuda"):
         model, exact = Transformer(plan, kernels, seed=0), Transformer(plan, "reference", seed=0)
     ids = torch.randint(0, plan.vocab_size, (4, 512), device="cuda")
@@ -177,14 +177,13 @@ def test_a_model_under_autocast_trains_as_on_the_reference(
         out = run(ids, labels_BT=ids, logits=False)
         want = exact(ids, labels_BT=ids, logits=False)
     torch.testing.assert_close(out.cross_entropy, want.cross_entropy, rtol=5e-4, atol=0)
-    torch.testing.assert_close(out.balance_loss, want.balance_loss, rtol=1e-3, atol=0)
-    (out.cross_entropy + out.balance_loss).backward()
-    (want.cross_entropy + want.balance_loss).backward()
+    out.cross_entropy.backward()
+    want.cross_entropy.backward()
     for (label, a), b in zip(model.named_parameters(), exact.parameters(), strict=True):
         assert a.grad is not None
         assert b.grad is not None
         error = ((a.grad - b.grad).norm() / b.grad.norm().clamp(min=1e-20)).item()
-        assert error < 0.25, f"{label}: gradients differ by {error:.1e}"
+        assert error < 5e-2, f"{label}: gradients differ by {error:.1e}"
 
 
 def test_the_loss_equals_cross_entropy() -> None:

@@ -165,7 +165,7 @@ comparisons:
     assert (slow.label, slow.seed, slow.config.optimizer.lr) == ("x2, half the rate", 4, 1e-3)
     assert (slow.plan.fusion, slow.plan.name) == ("monarch", "small-355m-x2-slow")
     assert runs["small-355m-x2-no-fusion-slow-s5"].plan.fusion == "none"  # the setting's own word counts
-    assert runs["small-355m-x2-s1"].config.optimizer.lr == 2e-3
+    assert runs["small-355m-x2-s1"].config.optimizer.lr == 4e-3
     assert sweep.seeds == (1, 4, 5)
     assert {run.seed for run in expand(sweep, Choice("small", (9,)), Path("out"))} == {9}
     again = sweep_file.read_text().replace(

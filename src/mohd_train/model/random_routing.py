@@ -52,5 +52,7 @@ def random_ranks(keys_T: Tensor, sub_dims: int, component: int) -> Tensor:
     Returns:
         int64 [T, N].
     """
-    streams = torch.arange(1, sub_dims + 1, device=keys_T.device) + component * sub_dims
-    return _mix(keys_T[:, None] + streams * _GOLDEN)
+    streams_N = torch.arange(1, sub_dims + 1, device=keys_T.device) + component * sub_dims
+    # The zeros keep torch 2.11's compiler from working out the products itself: it refuses integers beyond 64 bits
+    streams_TN = streams_N + (keys_T[:, None] & 0)
+    return _mix(keys_T[:, None] + streams_TN * _GOLDEN)
