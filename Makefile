@@ -8,7 +8,7 @@ export PYTHONNOUSERSITE := 1
 export PATH := $(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-gpu test-faults test-soak check format data train eval tables benchmark study study-status study-stop clean
+.PHONY: help setup demo test test-gpu test-ecosystem test-faults test-soak check format data train eval tables benchmark study study-status study-stop clean
 
 help:  ## this list
 	@echo "mohd_train: pretraining MoHD (Mixture of Hidden Dimensions) transformers on MosaicML Composer"
@@ -30,6 +30,11 @@ test: setup  ## every test: 11 to 15 minutes on two cores
 
 test-gpu: setup  ## the kernels on this machine's GPU against the float64 reference (about two minutes)
 	OMP_NUM_THREADS=1 $(PY) -m pytest tests/kernels/test_on_gpu.py -n 4 $(ARGS)
+
+# A folder of their own: what the project needs stays as it is, and make test is the same with and without them
+test-ecosystem: setup  ## PEFT, TRL, Trainer, lm_eval and pipelines on MoHD models (installs PEFT and TRL into .ecosystem; about two minutes)
+	$(PY) -m pip install --quiet --no-deps --upgrade --target .ecosystem peft trl
+	PYTHONPATH="$(CURDIR)/.ecosystem" OMP_NUM_THREADS=1 $(PY) -m pytest tests/hf $(ARGS)
 
 test-faults: setup  ## every fault that is injected: what happened, steps lost (measured), recovered; and the demo from a wheel (about 5 minutes)
 	OMP_NUM_THREADS=1 $(PY) -m pytest tests/faults tests/train tests/data tests/sweep tests/demo tests/utils tests/test_package.py -m "fault or expensive" $(ARGS)

@@ -129,6 +129,14 @@ def test_peft_trains_merges_and_unmerges(use_dora: bool) -> None:
     close(wrapped.merge_and_unload()(ids).logits, want)
 
 
+def test_the_base_model_is_called_as_llamas() -> None:
+    """What TRL computes its loss from: hidden states under transformers' names, whatever wraps the model."""
+    model, ids = model_of(), ids_of()
+    hidden = model.base_model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).last_hidden_state
+    close(model.get_output_embeddings()(hidden), model(ids).logits)
+    assert model.base_model(ids, return_dict=False)[0].shape == hidden.shape
+
+
 def test_offloaded_weights_are_fetched() -> None:
     from accelerate import cpu_offload
 

@@ -13,14 +13,18 @@ import pytest
 import torch
 from support.native import save_native
 from support.plans import SETTINGS, small_plan
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from tokenizers import Tokenizer, models
+from train.train_support import make_config
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
+from mohd_train import checkpoint
 from mohd_train.errors import UserError
 from mohd_train.hf import export as exporting
 from mohd_train.hf import remote_code
 from mohd_train.hf.convert import load_native
-from mohd_train.hf.export import check_folder, export
+from mohd_train.hf.export import check_folders, export
 from mohd_train.model.llama import Transformer
+from mohd_train.train.train import train
 
 HIDDEN = """
 import sys
@@ -45,26 +49,33 @@ def trained(folder: Path, setting: str = "x2", **readings: Any) -> Path:
     return save_native(folder, plan, Transformer(plan, seed=3))
 
 
-@pytest.mark.parametrize(
-    ("setting", "readings"),
-    [
-        *((setting, {}) for setting in ("dense", *SETTINGS)),
-        ("x2", {"fusion": "monarch", "gate_input": True, "router_input": "residual"}),
-        ("x2", {"routing": "random", "scaling": "gate_mass", "fusion": "none"}),
-    ],
-)
-def test_the_code_it_carries_computes_the_checkpoints_logits_and_choices(
-    tmp_path: Path, setting: str, readings: dict[str, Any]
-) -> None:
-    """The check of every export, in a process of its own; here that it ran, and that it can fail."""
-    path = trained(tmp_path / "run", setting, **readings)
-    export(path, tmp_path / "out")
-    if setting == "x2" and not readings:
-        native = load_native(path)
-        with torch.no_grad():
-            native.transformer.head.weight[0] += 1
-        with pytest.raises(UserError, match=r"logits differ by .*e-"):
-            check_folder(tmp_path / "out", native)
+CASES: list[tuple[str, dict[str, Any]]] = [
+    *((setting, {}) for setting in ("dense", *SETTINGS)),
+    ("x2", {"fusion": "monarch", "gate_input": True, "router_input": "residual"}),
+    ("x2", {"routing": "random", "scaling": "gate_mass", "fusion": "none"}),
+]
+
+
+def test_the_code_it_carries_computes_the_checkpoints_logits_and_choices(tmp_path: Path) -> None:
+    """The check of every export, in a process of its own: every setting of Table 3 and other readings, and that it can fail."""
+    exported = {}
+    for number, (setting, readings) in enumerate(CASES):
+        path, out = trained(tmp_path / f"run{number}", setting, **readings), tmp_path / f"out{number}"
+        export(path, out, check=False)
+        exported[out] = load_native(path)
+    check_folders(exported)
+    native = exported[tmp_path / f"out{CASES.index(('x2', {}))}"]
+    assert {part.kernels for part in native.modules() if hasattr(part, "kernels")} == {"auto"}  # as before
+    with torch.no_grad():
+        native.transformer.head.weight[0] += 1
+    with pytest.raises(UserError, match=r"logits differ by .*e-"):
+        check_folders({tmp_path / f"out{CASES.index(('x2', {}))}": native})
+
+
+def test_two_definitions_of_one_name_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(remote_code.FILES, "modeling_mohd", ("model/mohd.py", "model/mohd.py"))
+    with pytest.raises(RuntimeError, match=r"would define ForwardContext, .* twice"):
+        remote_code.assemble("modeling_mohd")
 
 
 def test_its_code_needs_torch_and_transformers_alone() -> None:
@@ -149,6 +160,54 @@ def test_bfloat16(tmp_path: Path) -> None:
     export(trained(tmp_path / "run"), tmp_path / "out", dtype="bfloat16")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "out", torch_dtype="auto")
     assert {parameter.dtype for parameter in again.parameters()} == {torch.bfloat16}
+
+
+def test_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    from mohd_train.cli import main
+
+    calls: list[Any] = []
+
+    def push(folder: Path, repository: str, *, private: bool) -> str:
+        calls.append((folder, repository, private))
+        return "https://hub/me/x2"
+
+    monkeypatch.setattr(exporting, "push", push)
+    monkeypatch.setattr(exporting, "check_folders", lambda exported: calls.append(list(exported.values())))
+    path, out = trained(tmp_path / "run"), tmp_path / "out"
+    assert (
+        main(["export", str(path), str(out), "--dtype", "float16", "--no-check", "--push", "me/x2", "--private"])
+        is None
+    )
+    assert calls == [(out, "me/x2", True)]
+    said = capsys.readouterr().out
+    assert "https://hub/me/x2" in said
+    assert "its logits are" not in said
+    assert json.loads((out / "config.json").read_text())["dtype"] == "float16"
+    assert main(["export", str(path), str(tmp_path / "checked")]) is None
+    assert len(calls) == 2
+    with pytest.raises(UserError, match="is not empty"):
+        main(["export", str(path), str(out)])
+
+
+def test_the_card_says_what_was_measured_and_how_it_was_trained(tmp_path: Path, data: Path) -> None:
+    """From the run's record: the tokens as they were counted, the config to train it again with, and scores that are given."""
+    train(make_config(tmp_path, data, "run_name=a"))
+    run = tmp_path / "runs" / "a"
+    metrics = run / "metrics.jsonl"  # as after a session of another batch size
+    rows = [json.loads(line) for line in metrics.read_text().splitlines()]
+    rows[-1]["tokens"] = 4321
+    metrics.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = checkpoint.open_native(run / "checkpoints" / "ep0-ba6-rank0.pt")
+    native = load_native(found)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"a": 0}, unk_token="a")))
+    text = exporting.card(found, native, tokenizer, "a", llama=False, dtype="float32", scores={"piqa, acc": "63.20%"})
+    for said in (
+        "4,321 tokens, seed 17",
+        "| piqa, acc | 63.20% |",
+        "composer -n 1 -c mohd train training_config.yaml",
+        "Chen, Yilong",
+    ):
+        assert said in text
 
 
 def test_push(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -120,6 +120,9 @@ def export(argv: Sequence[str], prog: str) -> None:
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of the weights")
     parser.add_argument("--no-check", action="store_true", help="don't load the folder and compare its logits")
     parser.add_argument(
+        "--results", type=Path, help="results of `mohd eval` on this checkpoint: its scores, for the model card"
+    )
+    parser.add_argument(
         "--push", metavar="REPO", help="upload the folder to the Hugging Face hub: NAME or ORGANIZATION/NAME"
     )
     parser.add_argument("--private", action="store_true", help="with --push: a private repository")
@@ -129,7 +132,12 @@ def export(argv: Sequence[str], prog: str) -> None:
 
     folder = arguments.out_dir
     model = exporting.export(
-        arguments.checkpoint, folder, llama=arguments.llama, dtype=arguments.dtype, check=not arguments.no_check
+        arguments.checkpoint,
+        folder,
+        llama=arguments.llama,
+        dtype=arguments.dtype,
+        check=not arguments.no_check,
+        scores=_scores(arguments.results, arguments.checkpoint) if arguments.results else None,
     )
     parameters = sum(parameter.numel() for parameter in model.parameters())
     checked = "" if arguments.no_check else "; loaded without mohd_train, its logits are the checkpoint's"
@@ -138,11 +146,37 @@ def export(argv: Sequence[str], prog: str) -> None:
         print(exporting.push(folder, arguments.push, private=arguments.private))
 
 
+def _scores(results: Path, checkpoint: str | Path) -> dict[str, str]:
+    """What the evaluations of this checkpoint found, as a model card shows it.
+
+    Raises:
+        UserError: no results there, or none of this checkpoint.
+    """
+    from mohd_train.checkpoint import open_native
+    from mohd_train.errors import UserError
+    from mohd_train.results import load
+
+    frame = load(results)
+    fingerprint = open_native(checkpoint).fingerprint
+    rows = frame[(frame["fingerprint"] == fingerprint) & frame["value"].notna()]
+    if rows.empty:
+        raise UserError(
+            f"--results {results}: none is of {checkpoint}; measure it with `mohd eval --checkpoint {checkpoint}`"
+        )
+    scores = {}
+    for row in rows.itertuples():
+        percent = str(row.metric).startswith(("acc", "exact"))
+        shown = f"{100 * row.value:.2f}%" if percent else f"{row.value:.4f}"
+        scores[f"{row.task}, {row.metric}"] = shown + (f" ({row.notes})" if row.notes else "")
+    return scores
+
+
 def import_(argv: Sequence[str], prog: str) -> None:
-    """A Llama-shaped Hugging Face folder as a native checkpoint to train on: dense, or a MoHD of the same width.
+    """A Llama-shaped Hugging Face folder as a native checkpoint to train on: dense, or a MoHD.
 
         %(prog)s HF_FOLDER imported/dense
         %(prog)s HF_FOLDER imported/75 --mohd configs/mohd/75.yaml --calibrate TEXT_FILE
+        %(prog)s HF_FOLDER imported/x2 --mohd configs/mohd/x2.yaml
 
     OUT_DIR/model.yaml is the config to train it on with, its weights as load_path and load_weights_only=true. --calibrate puts the
     hidden dims that contribute most on that text (8,192 tokens) into the shared sub-dimensions; without it they stay in order.
@@ -150,7 +184,11 @@ def import_(argv: Sequence[str], prog: str) -> None:
     parser = make_parser(import_, prog)
     parser.add_argument("hf_dir", type=Path, help="a Hugging Face folder with its tokenizer")
     parser.add_argument("out_dir", type=Path, help="the folder to write; it must not hold anything")
-    parser.add_argument("--mohd", metavar="YAML", help="MoHD settings of expansion 1; default: the dense model")
+    parser.add_argument(
+        "--mohd",
+        metavar="YAML",
+        help="MoHD settings: a compression, or an expansion with one specialized sub-dimension active; default: the dense model",
+    )
     parser.add_argument("--calibrate", type=Path, metavar="TEXT", help="text that decides which hidden dims are shared")
     arguments = parser.parse_args(argv)
     if arguments.calibrate and not arguments.mohd:

@@ -147,12 +147,15 @@ class ModelPlan:
         return self
 
     def differences(self, other: ModelPlan) -> list[str]:
-        """``["hidden_size: 1024 here, 2048 there", ...]``: what keeps the weights of one out of the other."""
+        """``["hidden_size: 1024 here, 2048 there", ...]``: what keeps the weights of one out of the other.
+
+        The context length doesn't: rotary embeddings hold no weights.
+        """
         ours, theirs = self.to_dict(), other.to_dict()
         return [
             f"{key}: {ours[key]} here, {theirs[key]} there"
             for key in ours
-            if key != "name" and ours[key] != theirs[key]
+            if key not in ("name", "max_seq_len") and ours[key] != theirs[key]
         ]
 
 

@@ -7,10 +7,12 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -22,25 +24,34 @@ from mohd_train.hf import remote_code
 from mohd_train.hf.convert import load_native, to_hf_llama
 from mohd_train.hf.modeling import MoHDForCausalLM
 from mohd_train.model.count import count
+from mohd_train.model.mohd import SubDimensions
 from mohd_train.run_folder.metrics import read_metrics
 from mohd_train.run_folder.paths import METRICS, checkpoint_batch
-from mohd_train.run_folder.record import read_record
+from mohd_train.run_folder.record import RunRecord, read_record
 from mohd_train.utils.encoding import append_nothing
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 LOSS = "metrics/eval/LanguageCrossEntropy"
-CARD = "README.md"
+CARD, TRAINING_CONFIG = "README.md", "training_config.yaml"
 # The largest relative difference in norm of the logits between the two codes: sums in another order, in the weights' dtype
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 CITATION = """@article{mohd2024,
   title={Mixture of Hidden-Dimensions Transformer},
+  author={Chen, Yilong and Shang, Junyuan and Zhang, Zhenyu and Sheng, Jiawei and Liu, Tingwen and Wang, Shuohuan
+          and Sun, Yu and Wu, Hua and Wang, Haifeng},
   journal={arXiv preprint arXiv:2412.05644},
   year={2024}
 }"""
 
 
 def export(
-    path: str | Path, folder: str | Path, *, llama: bool = False, dtype: str = "float32", check: bool = True
+    path: str | Path,
+    folder: str | Path,
+    *,
+    llama: bool = False,
+    dtype: str = "float32",
+    check: bool = True,
+    scores: Mapping[str, str] | None = None,
 ) -> PreTrainedModel:
     """Writes a native checkpoint as a Hugging Face folder: config, safetensors, generation config, the run's tokenizer, a model
     card, and the code that ``trust_remote_code=True`` loads it with.
@@ -54,6 +65,7 @@ def export(
         llama: as ``LlamaForCausalLM`` (a dense model only), which needs no code of this project's.
         dtype: of the weights: a key of :data:`DTYPES`.
         check: load the folder in a process without this package, and compare its logits and choices.
+        scores: for the model card, as shown: ``{"piqa, acc": "63.20%"}``.
 
     Raises:
         UserError: an unreadable checkpoint, no tokenizer or another than the model's, a folder that holds something, or one that
@@ -99,12 +111,16 @@ def export(
         model.save_pretrained(whole)
         tokenizer.save_pretrained(whole)
         (whole / CARD).write_text(
-            card(found, native, tokenizer, folder.name, llama=llama, dtype=dtype), encoding="utf-8"
+            card(found, native, tokenizer, folder.name, llama=llama, dtype=dtype, scores=scores or {}), encoding="utf-8"
         )
+        record = _record(found)
+        if record is not None:
+            text = yaml.safe_dump(record.data["config"], sort_keys=False)  # secrets are not in it
+            (whole / TRAINING_CONFIG).write_text(text, encoding="utf-8")
         if not llama:
             remote_code.write(whole)
         if check:
-            check_folder(whole, native)
+            check_folders({whole: native})
         if folder.is_dir():
             folder.rmdir()
         os.replace(whole, folder)
@@ -113,7 +129,7 @@ def export(
 
 # Loads the folder where mohd_train can't be imported
 STRANGER = """
-import json, sys
+import sys
 class Hidden:
     def find_spec(self, name, path=None, target=None):
         if name.partition(".")[0] == "mohd_train":
@@ -121,45 +137,58 @@ class Hidden:
 sys.meta_path.insert(0, Hidden())
 import torch
 from transformers import AutoModelForCausalLM
-folder, data = sys.argv[1:]
 torch.set_num_threads(1)
-model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, torch_dtype="auto").eval()
-ids = torch.load(data)["ids"]
-with torch.no_grad():
-    found = {"logits": model(ids).logits.float()}
-    if hasattr(model, "transformer"):
-        routing = model.transformer(ids).routing
-        found["indices"] = [part.indices for layer in routing for part in layer if part is not None]
+data, *folders = sys.argv[1:]
+asked, found = torch.load(data), []
+for folder, ids in zip(folders, asked):
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype="auto").eval()
+    with torch.no_grad():
+        found.append({"logits": model(ids).logits.float()})
+        if hasattr(model, "transformer"):
+            routing = model.transformer(ids).routing
+            found[-1]["indices"] = [part.indices for layer in routing for part in layer if part is not None]
 torch.save(found, data)
 """
 
 
 @torch.no_grad()
-def check_folder(folder: Path, native: MoHDForCausalLM) -> None:
-    """Compares the folder, loaded in a process where this package can't be imported, with the model it was written from.
+def check_folders(exported: Mapping[Path, MoHDForCausalLM]) -> None:
+    """Compares folders, loaded in a process where this package can't be imported, with the models they were written from.
 
     Raises:
-        UserError: it doesn't load, or its logits or choices are others.
+        UserError: one doesn't load, or its logits or choices are others.
     """
-    plan = native.transformer.plan
-    for part in native.modules():
-        if hasattr(part, "kernels"):
-            setattr(part, "kernels", "reference")  # noqa: B010
-    length = min(64, plan.max_seq_len)
-    ids = torch.randint(plan.vocab_size, (2, length), generator=torch.Generator().manual_seed(0))
+    asked = []
+    for native in exported.values():
+        plan = native.transformer.plan
+        shape = 2, min(64, plan.max_seq_len)
+        asked.append(torch.randint(plan.vocab_size, shape, generator=torch.Generator().manual_seed(0)))
     with tempfile.TemporaryDirectory() as scratch:
         data = Path(scratch) / "ids.pt"
-        torch.save({"ids": ids}, data)
+        torch.save(asked, data)
         environment = {**os.environ, "HF_MODULES_CACHE": scratch, "HF_HUB_OFFLINE": "1"}
-        command = [sys.executable, "-c", STRANGER, str(folder.resolve()), str(data)]
+        command = [sys.executable, "-c", STRANGER, str(data), *(str(folder.resolve()) for folder in exported)]
         done = subprocess.run(command, env=environment, cwd=scratch, capture_output=True, text=True)
         if done.returncode:
             last = (done.stderr.strip().splitlines() or ["no message"])[-1]
             raise UserError(
                 f"the exported folder can't be loaded without mohd_train ({last}); --no-check writes it all the same"
             )
-        got = torch.load(data)
-    out = native.transformer(ids)
+        loaded = torch.load(data)
+    for native, ids, got in zip(exported.values(), asked, loaded, strict=True):
+        _compare(native, ids, got)
+
+
+def _compare(native: MoHDForCausalLM, ids: Tensor, got: dict[str, Any]) -> None:
+    parts = [part for part in native.modules() if isinstance(part, SubDimensions)]
+    kernels = [part.kernels for part in parts]
+    try:  # the same mathematics on both sides: another backend's rounding may flip a choice that is nearly a tie
+        for part in parts:
+            part.kernels = "reference"
+        out = native.transformer(ids)
+    finally:
+        for part, name in zip(parts, kernels, strict=True):
+            part.kernels = name
     assert out.logits is not None
     want = out.logits.float()
     error = float((got["logits"] - want).norm() / want.norm())
@@ -181,11 +210,12 @@ def card(
     *,
     llama: bool,
     dtype: str,
+    scores: Mapping[str, str],
 ) -> str:
     """A model card from the run's record: what the model is, how to load it, and what it was trained on."""
     plan, counts = native.transformer.plan, count(native.transformer.plan, native.transformer.plan.max_seq_len)
-    record = read_record(found.path.parent.parent)
-    data = record.data if record is not None and record.data.get("run_name") == found.metadata.get("run_name") else {}
+    record = _record(found)
+    data = {} if record is None else record.data
     batch = checkpoint_batch(found.path.name)
     facts = [
         ("Model", plan.name),
@@ -201,15 +231,23 @@ def card(
     ]  # fmt: skip
     if data:
         config = data["config"]
-        tokens = (batch or 0) * config["global_train_batch_size"] * config["max_seq_len"]
+        metrics = record.folder / METRICS if record is not None else None
+        tokens = _tokens(metrics, batch)
+        if tokens is None:
+            tokens = (batch or 0) * config["global_train_batch_size"] * config["max_seq_len"]
         facts.append(("Trained on", f"{tokens:,} tokens" + (f", seed {data['seed']}" if "seed" in data else "")))
         mix = config["data"].get("domains") or {}
         facts.append(("Data", ", ".join(f"{key} {share:g}" for key, share in mix.items()) or "unknown"))
-        loss = _validation_loss(record.folder / METRICS, batch) if record is not None else None
+        loss = _validation_loss(metrics, batch)
         if loss is not None:
             facts.append(("Validation", f"{loss:.4f} nats a token, perplexity {math.exp(loss):.2f}"))
         code = data.get("code") or {}
         facts.append(("Code", f"mohd_train {code.get('version')}, commit {code.get('commit')}"))
+        processes = (data.get("sessions") or [{}])[-1].get("hardware", {}).get("processes", 1)
+        facts.append(
+            ("Command", f"`composer -n {processes} -c mohd train {TRAINING_CONFIG}`, that file with your paths in it")
+        )
+    facts += scores.items()
     rows = "\n".join(f"| {key} | {value} |" for key, value in facts)
     trust = "" if llama else ", trust_remote_code=True"
     kind = "LLaMA" if llama or not plan.components else "MoHD (Mixture of Hidden Dimensions)"
@@ -251,13 +289,26 @@ The code in this folder is the mathematics alone; mohd_train has faster kernels,
 """
 
 
-def _validation_loss(metrics: Path, batch: int | None) -> float | None:
+def _record(found: Checkpoint) -> RunRecord | None:
+    """The record of the run that the checkpoint is of, where it lies in its folder."""
+    record = read_record(found.path.parent.parent)
+    return record if record is not None and record.data.get("run_name") == found.metadata.get("run_name") else None
+
+
+def _rows(metrics: Path | None, batch: int | None) -> list[dict[str, Any]]:
+    """What was logged at or before the checkpoint's batch."""
+    rows = read_metrics(metrics) if metrics is not None and metrics.is_file() else []
+    return [row for row in rows if batch is None or row["batch"] <= batch]
+
+
+def _validation_loss(metrics: Path | None, batch: int | None) -> float | None:
     """The last one at or before the checkpoint's batch."""
-    found = None
-    for row in read_metrics(metrics) if metrics.is_file() else ():
-        if LOSS in row and (batch is None or row["batch"] <= batch):
-            found = float(row[LOSS])
-    return found
+    return next((float(row[LOSS]) for row in reversed(_rows(metrics, batch)) if LOSS in row), None)
+
+
+def _tokens(metrics: Path | None, batch: int | None) -> int | None:
+    """The tokens seen by then, as they were counted: the batch size may have changed between sessions."""
+    return next((int(row["tokens"]) for row in reversed(_rows(metrics, batch)) if row["batch"] == batch), None)
 
 
 def push(folder: Path, repository: str, *, private: bool = False) -> str:
@@ -276,5 +327,5 @@ def push(folder: Path, repository: str, *, private: bool = False) -> str:
     except (HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(
-            f"--push {repository}: {reason} (log in with `huggingface-cli login`); {folder} is written and whole"
+            f"--push {repository}: {reason} (log in with `hf auth login`); {folder} is written and whole"
         ) from None

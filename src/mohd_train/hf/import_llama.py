@@ -1,9 +1,15 @@
-"""A run's start from a pretrained model: a Llama-shaped Hugging Face model as a native checkpoint, dense or a MoHD as wide.
+"""A run's start from a pretrained model: a Llama-shaped Hugging Face model as a native checkpoint, dense or MoHD.
 
-A MoHD of the same width keeps all weights, in another order of the hidden dims: the residual stream of a model with RMSNorm may
-be permuted without changing its function, so the dims that matter most go into the shared sub-dimensions. Routers start small
-(every active sub-dimension then weighs nearly 1), the group fusion as the identity: with all sub-dimensions active the function is
-the dense model's. With fewer, what the inactive dims carried is missing until training has made up for it.
+A MoHD of the same width (compression) keeps all weights, in another order of the hidden dims: the residual stream of a model
+with RMSNorm may be permuted without changing its function, so the dims that matter most go into the shared sub-dimensions.
+Routers start small (every active sub-dimension then weighs nearly 1), the group fusion as the identity: with all sub-dimensions
+active the function is the dense model's. With fewer, what the inactive dims carried is missing until training has made up for it.
+
+A wider MoHD (expansion, x2 to x4) computes the dense model's function whichever specialized sub-dimensions its routers pick.
+The S shared ones hold the first dims, and each of the R = N - S specialized ones a copy of the rest, divided by sqrt(R): their
+squares then add up to the dense model's, so that RMSNorm differs by the constant factor sqrt(expansion) alone, which its weights
+and epsilon make up for. Group fusion writes what the one active copy computed into all copies. That takes K - S = 1, and K
+sub-dimensions that are together as wide as the dense model, as in all of Table 3's expansions.
 """
 
 from __future__ import annotations
@@ -20,11 +26,12 @@ from transformers import LlamaForCausalLM
 from mohd_train import __version__
 from mohd_train.checkpoint.identity import read_tokenizer, tokenizer_sha256
 from mohd_train.checkpoint.read import METADATA, PREFIX
-from mohd_train.config.plan import ModelPlan, make_plan
+from mohd_train.config.plan import ModelPlan, SubDimPlan, make_plan
 from mohd_train.config.schema import ModelConfig, MoHDSettings
 from mohd_train.errors import UserError
 from mohd_train.hf.convert import from_hf_llama, load_model
 from mohd_train.model.llama import Transformer
+from mohd_train.model.mohd import GroupFusion
 from mohd_train.run_folder.paths import CHECKPOINTS, TOKENIZER
 from mohd_train.utils.encoding import append_nothing, encode_text
 
@@ -40,7 +47,7 @@ def import_llama(
 
     Args:
         source: a Hugging Face folder. Tied embeddings come apart: this project's head is a parameter of its own.
-        mohd: settings of expansion 1; None: the dense model.
+        mohd: settings, of expansion 1 or :func:`as_mohd` says which; None: the dense model.
         calibration: text by which the hidden dims are ordered; None keeps their order.
 
     Raises:
@@ -86,21 +93,17 @@ def import_llama(
 
 
 def as_mohd(dense: Transformer, settings: MoHDSettings, order_D: Tensor | None = None) -> Transformer:
-    """A MoHD of the same width with a dense model's weights, its hidden dims in this order: the first go into the shared
-    sub-dimensions.
+    """A MoHD with a dense model's weights, its hidden dims in this order: the first go into the shared sub-dimensions.
 
     Raises:
-        UserError: an expansion, or sub-dimensions that don't divide the hidden size.
+        UserError: sub-dimensions that don't divide the hidden size, or an expansion that can't hold the dense model's function.
     """
-    if settings.expansion != 1:
-        raise UserError(
-            f"mohd.expansion is {settings.expansion}; a pretrained model's dims fill a MoHD of expansion 1 only"
-        )
     base = dense.plan
     sizes = {
         field.name: getattr(base, field.name) for field in dataclasses.fields(ModelConfig) if hasattr(base, field.name)
     }
     sizes["name"] = base.name.partition("-")[0]
+    sizes["rms_norm_eps"] = base.rms_norm_eps / settings.expansion  # beside a mean square that is as much smaller
     plan = make_plan(ModelConfig(**sizes), settings, base.max_seq_len)
     if plan.router_init_std is None:
         plan = dataclasses.replace(plan, router_init_std=ROUTER_STD)
@@ -108,9 +111,67 @@ def as_mohd(dense: Transformer, settings: MoHDSettings, order_D: Tensor | None =
     weights = dense.state_dict()
     if order_D is not None:
         weights = {name: _permuted(name, value, order_D) for name, value in weights.items()}
+    if settings.expansion > 1:
+        layout = _layout(plan)
+        weights = {name: _expanded(name, value, plan, layout) for name, value in weights.items()}
     kept = {name: value for name, value in model.state_dict().items() if name not in weights}  # routers and fusion
     model.load_state_dict(weights | kept)
+    if settings.expansion > 1:
+        _fuse_into_copies(model, layout)
     return model.eval()
+
+
+def _layout(plan: ModelPlan) -> SubDimPlan:
+    """The N, K and S that an expanded model's dims are laid out by.
+
+    Raises:
+        UserError: settings under which not every choice of sub-dimensions gives the dense model's function.
+    """
+    parts = {part for part in (plan.attention, plan.ffn) if part is not None}
+    reason = None
+    if not parts:
+        reason = "no component has sub-dimensions"
+    elif len(parts) > 1:
+        reason = "attention and ffn differ in their sub-dimensions"
+    else:
+        (part,) = parts
+        if part.top_k - part.shared != 1:
+            reason = f"{part.top_k - part.shared} specialized sub-dimensions are active a token, where it takes 1"
+        elif part.top_k * part.width != plan.base_hidden_size:
+            reason = f"the active sub-dimensions are {part.top_k * part.width} dims, the source's are {plan.base_hidden_size}"
+        elif plan.fusion == "none":
+            reason = "fusion is none, and group fusion keeps the copies of a dim alike"
+        else:
+            return part
+    raise UserError(
+        f"mohd.expansion is {plan.hidden_size // plan.base_hidden_size}, but {reason}; configs/mohd/x2.yaml fits"
+    )
+
+
+def _expanded(name: str, weight: Tensor, plan: ModelPlan, layout: SubDimPlan) -> Tensor:
+    """A dense weight over all D dims of an expanded model: the first S sub-dimensions, then R copies of the last."""
+    copies, kept = layout.sub_dims - layout.shared, layout.shared * layout.width
+    source_D = torch.cat([torch.arange(kept), torch.arange(kept, plan.base_hidden_size).repeat(copies)])
+    dense_part = (".attention." in name and plan.attention is None) or (".ffn." in name and plan.ffn is None)
+    writes = name.endswith(("o_proj.weight", "down_proj.weight"))
+    found = weight[source_D] if weight.dim() == 1 or writes else weight[:, source_D]
+    factors_D = torch.ones(plan.hidden_size, dtype=weight.dtype)
+    if weight.dim() == 1:  # a norm: from the expanded stream to the dense model's normalized one
+        factors_D /= (plan.hidden_size / plan.base_hidden_size) ** 0.5
+        factors_D[kept:] *= copies**0.5
+    elif name == "embedding.weight" or (writes and dense_part):
+        factors_D[kept:] = copies**-0.5
+    elif name == "head.weight" or dense_part:  # reads all copies
+        factors_D[kept:] = 1 / copies
+    return found * (factors_D[:, None] if writes else factors_D)
+
+
+@torch.no_grad()
+def _fuse_into_copies(model: Transformer, layout: SubDimPlan) -> None:
+    """Group fusion: what one specialized sub-dimension computed goes into all of them."""
+    for module in model.modules():
+        if isinstance(module, GroupFusion) and module.mixing is not None:
+            module.mixing[layout.shared :, layout.shared :] = (layout.sub_dims - layout.shared) ** -0.5
 
 
 def _permuted(name: str, weight: Tensor, order_D: Tensor) -> Tensor:
@@ -156,7 +217,8 @@ def importance(dense: Transformer, ids_BT: Tensor) -> Tensor:
 def _config(plan: ModelPlan, mohd: MoHDSettings | None) -> dict[str, object]:
     names = [field.name for field in dataclasses.fields(ModelConfig) if hasattr(plan, field.name)]
     model = {name: getattr(plan, name) for name in names}
-    found: dict[str, object] = {"model": {**model, "name": plan.name.partition("-")[0]}}
+    model |= {"name": plan.name.partition("-")[0], "hidden_size": plan.base_hidden_size}
+    found: dict[str, object] = {"model": model}
     if mohd is not None:
         found["mohd"] = {**dataclasses.asdict(mohd), "router_init_std": plan.router_init_std}
     return found

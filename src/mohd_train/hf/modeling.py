@@ -81,6 +81,11 @@ class MoHDPreTrainedModel(PreTrainedModel):
         for leaf, parameter in module.named_parameters(recurse=False):
             fill_parameter(module, leaf, parameter, self.transformer.plan)
 
+    @property
+    def base_model(self) -> Any:
+        """The model without its head, as clients (TRL among them) call it: ``base_model(input_ids=...).last_hidden_state``."""
+        return _Backbone(self)
+
     def get_input_embeddings(self) -> nn.Module:
         """The token embedding [V, D]."""
         return self.transformer.embedding
@@ -184,6 +189,22 @@ class MoHDPreTrainedModel(PreTrainedModel):
         return bool(self.config.use_return_dict if return_dict is None else return_dict)
 
 
+class _Backbone:
+    """A model's transformer with the arguments and the output of :class:`MoHDModel`; it holds no weights of its own."""
+
+    def __init__(self, owner: MoHDPreTrainedModel) -> None:
+        self.owner = owner
+
+    def __call__(
+        self, input_ids: Tensor | None = None, return_dict: bool | None = None, **kwargs: Any
+    ) -> BaseModelOutputWithPast | tuple[Any, ...]:
+        out, cache = self.owner.run(input_ids, **kwargs)
+        result = BaseModelOutputWithPast(
+            last_hidden_state=out.hidden, past_key_values=cache, hidden_states=out.hidden_states or None
+        )
+        return result if self.owner.wants_dict(return_dict) else result.to_tuple()
+
+
 class MoHDForCausalLM(MoHDPreTrainedModel, GenerationMixin):  # type: ignore[misc]  # transformers' own bases disagree
     """A MoHD or LLaMA transformer for causal language modelling.
 
@@ -267,11 +288,12 @@ class MoHDModel(MoHDPreTrainedModel):
         self, input_ids: Tensor | None = None, return_dict: bool | None = None, **kwargs: Any
     ) -> BaseModelOutputWithPast | tuple[Any, ...]:
         """As ``LlamaModel.forward``."""
-        out, cache = self.run(input_ids, **kwargs)
-        result = BaseModelOutputWithPast(
-            last_hidden_state=out.hidden, past_key_values=cache, hidden_states=out.hidden_states or None
-        )
-        return result if self.wants_dict(return_dict) else result.to_tuple()
+        return _Backbone(self)(input_ids, return_dict, **kwargs)
+
+    @property
+    def base_model(self) -> Any:
+        """Itself."""
+        return self
 
 
 class MoHDForSequenceClassification(MoHDPreTrainedModel):

@@ -67,7 +67,11 @@ def assemble(name: str) -> str:
     head = f'"""MoHD (Mixture of Hidden Dimensions, arXiv:2412.05644), as mohd_train {mohd_train.__version__} exports it."""\n'
     text = "\n".join([head, "from __future__ import annotations", "", *_merged(imports, body), "", "", body, ""])
     defined = Counter(_names(ast.parse(text)))
-    assert max(defined.values()) == 1, f"defined twice: {[key for key, count in defined.items() if count > 1]}"
+    twice = [key for key, count in defined.items() if count > 1]
+    if twice:  # the later one would silently take the place of the earlier
+        raise RuntimeError(
+            f"{name}.py would define {', '.join(twice)} twice; rename it in one of {', '.join(FILES[name])}"
+        )
     return text
 
 
