@@ -190,7 +190,7 @@ class Storage:
 
 def path_or_uri(text: str) -> Path | str:
     """For command lines: a Path would take ``s3://bucket`` for ``s3:/bucket``."""
-    return text if is_remote(text) else Path(text)
+    return text if is_remote(text) else Path(text).expanduser()
 
 
 def here(checkpoint: Path | str) -> Path:

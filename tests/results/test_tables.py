@@ -124,7 +124,7 @@ def test_stored_perplexity_is_used_when_every_run_has_it(tmp_path: Path) -> None
     assert table(folder, 4)["MoHD x2 -710M"]["PPL"] == "10.00"  # one column, one source
     put(names[1], 8.0)
     assert table(folder, 4)["MoHD x2 -710M"]["PPL"] == "7.00"
-    assert "run_eval.py --perplexity" in " ".join(TABLES[4](PAPER, read_sweep_results(folder.path)).notes)
+    assert "mohd eval --perplexity" in " ".join(TABLES[4](PAPER, read_sweep_results(folder.path)).notes)
 
 
 def test_table2_of_a_sweep_with_seeds(tmp_path: Path) -> None:

@@ -305,3 +305,13 @@ def test_bad_settings_are_named_with_the_run(sweep_file: Path) -> None:
 def test_no_such_file_names_those_there(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no such sweep file; configs/sweep has .*table2"):
         read_sweep(tmp_path / "table9.yaml")
+
+
+def test_a_name_that_yaml_reads_as_a_number_is_refused(tmp_path: Path) -> None:
+    """1.10 would become 1.1: another name, and another run's folder."""
+    file = tmp_path / "sweep.yaml"
+    file.write_text(
+        "name: a\ntitle: b\nrecipe: tiny\nseeds: [1]\nruns:\n  - models: [tiny]\n    settings: [x2]\n    set: {mohd.name: 1.10}\n"
+    )
+    with pytest.raises(UserError, match=r"set\.mohd\.name is 1\.1, .*put it in quotes"):
+        read_sweep(file)

@@ -1,4 +1,4 @@
-"""Options of `eval/observe.py`. Imports nothing heavy, so that --help and usage errors are instant."""
+"""Options of `mohd observe`. Imports nothing heavy, so that --help and usage errors are instant."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mohd_train.resources import find
+from mohd_train.utils.arguments import Parser
 
 INTERVENTIONS = ("removed", "banned", "forced")  # defined in mohd_train.analysis.interventions
 MAGNITUDES = ("square", "absolute")  # the paper's (eq. 1), and |x|
@@ -44,7 +45,7 @@ class KnockoutOptions:
 
 @dataclass(frozen=True)
 class ObserveOptions:
-    """One run of `eval/observe.py`."""
+    """One run of `mohd observe`."""
 
     model: str
     data: Path
@@ -64,9 +65,7 @@ class ObserveOptions:
 
 def parse(description: str | None, arguments: Sequence[str] | None = None, prog: str | None = None) -> ObserveOptions:
     """Parses the command line. A usage error exits through argparse, with 2."""
-    parser = argparse.ArgumentParser(
-        prog=prog, description=description, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(prog=prog, description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     study, knockout = StudyOptions(), KnockoutOptions()
     add("--model", required=True, help="checkpoint (.pt), Hugging Face folder, or a name on the hub")
@@ -120,7 +119,7 @@ def parse(description: str | None, arguments: Sequence[str] | None = None, prog:
     )
     add("--knockout-layers", type=_numbers, default=knockout.layers, help="such as 0,5,11; default: all")
     add("--tasks", type=_split, default=(), help="score these tasks under every intervention too (slow)")
-    add("--task-data", type=find, help="rows of the tasks, like run_eval.py --data-dir; default: the hub")
+    add("--task-data", type=find, help="rows of the tasks, like mohd eval --data-dir; default: the hub")
     add("--limit", type=_positive, help="examples per task")
     found = parser.parse_args(arguments)
     for name in ("interventions", "knockout_layers", "tasks", "task_data", "limit"):

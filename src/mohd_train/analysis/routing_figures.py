@@ -141,7 +141,7 @@ def draw_router(sweep: Path, run: str, output: Path, layer: int | None, componen
         raise UserError(f"{sweep} has no run {run!r}; it has {', '.join(folder.runs)}")
     checkpoint = latest_checkpoint(sweep / run)
     if not exists(checkpoint):
-        raise UserError(f"{run} has no checkpoint yet; see scripts/sweep.py status {sweep}")
+        raise UserError(f"{run} has no checkpoint yet; see mohd sweep status {sweep}")
     plan = ModelPlan.from_dict(folder.runs[run]["plan"])
     layer = min(PAPER_LAYER, plan.num_hidden_layers - 1) if layer is None else layer
     chosen = [component] if component else [part for part in COMPONENTS if getattr(plan, part) is not None]

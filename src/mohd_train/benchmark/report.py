@@ -89,7 +89,7 @@ def _command() -> str:
         if option in args:
             index = args.index(option)
             args = args[:index] + args[index + 2 :]
-    return " ".join(["python scripts/benchmark.py", *args])
+    return " ".join(["mohd benchmark", *args])
 
 
 def write_results(path: Path, env: dict[str, Any], rows: list[dict[str, Any]]) -> None:

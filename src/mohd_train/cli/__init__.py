@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 from mohd_train import __version__
 from mohd_train.errors import run_cli
+from mohd_train.utils.arguments import Parser
 from mohd_train.utils.text import nearest
 
 
@@ -78,9 +79,7 @@ def call(verb: str, argv: Sequence[str], prog: str) -> int | None:
 
 def make_parser(function: Callable[..., object], prog: str) -> argparse.ArgumentParser:
     """A parser whose help is ``function``'s docstring (see :func:`describe`)."""
-    return argparse.ArgumentParser(
-        prog=prog, description=describe(function, prog), formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    return Parser(prog=prog, description=describe(function, prog), formatter_class=argparse.RawDescriptionHelpFormatter)
 
 
 def describe(function: Callable[..., object], prog: str) -> str:

@@ -13,7 +13,7 @@ def tables(argv: Sequence[str], prog: str) -> None:
     """The paper's tables with our numbers, the paper's beside them, and the difference.
 
         %(prog)s SWEEP_DIR --table 4 [--format md|latex|csv|html] [--output FILE]
-        %(prog)s eval/results                           # Table 2 from results of mohd eval (eval/run_eval.py)
+        %(prog)s eval/results                           # Table 2 from results of mohd eval
         %(prog)s eval/results --subjects                # MMLU subject by subject
         %(prog)s --paper-only --table 5                 # the paper's own
 

@@ -70,7 +70,7 @@ class MoHDSettings:
 
 @dataclass
 class DataConfig:
-    """Prepared data (`data_prep/prepare.py`) and the mix it is streamed in."""
+    """Prepared data (`mohd prepare`) and the mix it is streamed in."""
 
     local: str = MISSING  # folder with manifest.json, or the cache when `remote` is set
     remote: Optional[str] = None

@@ -222,7 +222,7 @@ class TokenStreams(StreamingDataset):
         if isinstance(fault, UserError):
             return fault
         text = first_line(fault or "its thread ended")
-        return UserError(f"a shard can't be fetched while training ({text}); check the data with data_prep/verify.py")
+        return UserError(f"a shard can't be fetched while training ({text}); check the data with mohd verify")
 
     def get_item(self, sample_id: int, retry: int = 7) -> dict[str, Any]:
         """{"tokens" [T], "domain"}. Raises UserError for a shard that is gone or broken."""

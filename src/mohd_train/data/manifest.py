@@ -146,11 +146,11 @@ def load_manifest(folder: str | Path) -> Manifest:
     folder = Path(folder)
     path = folder / MANIFEST
     if not folder.is_dir():
-        raise UserError(f"no data folder {folder}; prepare it: python data_prep/prepare.py --raw DIR --out {folder}")
+        raise UserError(f"no data folder {folder}; prepare it: mohd prepare --raw DIR --out {folder}")
     if not path.is_file():
         raise UserError(
             f"{folder} holds no {MANIFEST}: not a prepared data folder, or its preparation has not finished; "
-            f"run data_prep/prepare.py --out {folder} (it resumes)"
+            f"run mohd prepare --out {folder} (it resumes)"
         )
     try:
         obj = json.loads(path.read_bytes())

@@ -52,7 +52,7 @@ LOCK_WAIT = 15.0  # seconds
 
 @dataclass(frozen=True)
 class Request:
-    """Arguments of `data_prep/prepare.py`. `max_bad_rows`: below 1 a share of the rows, else a count."""
+    """Arguments of `mohd prepare`. `max_bad_rows`: below 1 a share of the rows, else a count."""
 
     raw: str
     out: str

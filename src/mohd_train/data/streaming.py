@@ -190,7 +190,7 @@ def _check_shards(folder: Path, manifest: Manifest, domains: Iterable[str], hash
             more = f" (and {len(problems) - 1} more)" if problems[1:] else ""
             raise UserError(f"{problems[0]}{more}; this is a cached copy: remove it, and it is downloaded again")
         if problems:
-            more = f" (and {len(problems) - 1} more: data_prep/verify.py lists them)" if problems[1:] else ""
+            more = f" (and {len(problems) - 1} more: mohd verify lists them)" if problems[1:] else ""
             raise UserError(f"{problems[0]}{more}; copy the shard again, or prepare the data again")
     for domain in domains:
         for name, split in manifest.domains[domain].items():

@@ -1,4 +1,4 @@
-"""The commands of `scripts/demo.py`."""
+"""The commands of `mohd demo`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def run(**given: str | int | None) -> None:
         if isinstance(path, str) and not find(path).exists():
             raise UserError(f"--{name.replace('_', '-')}: there is no {path}")
     limit = given.get("limit")
-    if isinstance(limit, int) and limit < 2:  # as run_eval.py would, half an hour later
+    if isinstance(limit, int) and limit < 2:  # as mohd eval would, half an hour later
         raise UserError(f"--limit is {limit}; it must be 2 or more")
     run_demo(Options(**{name: value for name, value in given.items() if value is not None}))  # type: ignore[arg-type]
 
@@ -54,7 +54,7 @@ def curves(runs: list[Path], output: Path) -> None:
 def _texts(raw: Path) -> Iterator[str]:
     """Documents below ``raw``, one of each file in turn, so that any prefix holds every domain.
 
-    Bad rows are passed over: prepare.py, which comes next, names them.
+    Bad rows are passed over: mohd prepare, which comes next, names them.
     """
     from mohd_train.data.raw import Source, find_sources, parse_rows, range_lines, unpacked_units
 

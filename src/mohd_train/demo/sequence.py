@@ -43,7 +43,7 @@ class Options:
 
     out: str = "runs/demo"
     raw: str | None = None  # RedPajama rows; None: a corpus of this Python installation's own text
-    tokenizer: str | None = None  # a sentencepiece model or what prepare.py takes; None: one learned from the corpus
+    tokenizer: str | None = None  # a sentencepiece model or what mohd prepare takes; None: one learned from the corpus
     eval_data: str | None = None  # DIR/<task>/<split>.jsonl; None: the questions written for this project
     limit: int | None = None  # examples a task; None: all of the demo questions, REAL_LIMIT of EVAL_DATA
     max_duration: str | None = None  # None: the recipe's, or REAL_BATCHES with RAW

@@ -10,11 +10,12 @@ from pathlib import Path
 
 from mohd_train.resources import find
 from mohd_train.storage import path_or_uri
+from mohd_train.utils.arguments import Parser
 
 
 @dataclass
 class EvalOptions:
-    """Options of `eval/run_eval.py` for the tasks."""
+    """Options of `mohd eval` for the tasks."""
 
     checkpoint: Path | str
     output: Path | str
@@ -34,7 +35,7 @@ class EvalOptions:
 
 @dataclass
 class PerplexityOptions:
-    """Options of `eval/run_eval.py --perplexity`."""
+    """Options of `mohd eval --perplexity`."""
 
     checkpoint: Path | str
     data: Path  # a prepared folder
@@ -52,7 +53,7 @@ class PerplexityOptions:
 
 @dataclass
 class SweepEvalOptions:
-    """Options of `eval/run_eval.py --sweep`."""
+    """Options of `mohd eval --sweep`."""
 
     sweep: Path  # folder of a launched sweep
     jobs: int | None  # checkpoints at once; None: one a GPU
@@ -62,8 +63,8 @@ class SweepEvalOptions:
 def parse(
     description: str | None, arguments: Sequence[str] | None = None, prog: str | None = None
 ) -> EvalOptions | PerplexityOptions | SweepEvalOptions:
-    """Parses the command line of `eval/run_eval.py`. Usage errors exit with status 2, as argparse does."""
-    sweep = argparse.ArgumentParser(prog=prog, add_help=False, allow_abbrev=False)
+    """Parses the command line of `mohd eval`. Usage errors exit with status 2, as argparse does."""
+    sweep = Parser(prog=prog, add_help=False, allow_abbrev=False)
     sweep.add_argument("--sweep", type=Path)
     sweep.add_argument("--jobs", type=int)
     found, words = sweep.parse_known_args(arguments)
@@ -82,7 +83,7 @@ def parse(
 
 
 def _parse_one(description: str | None, arguments: Sequence[str], prog: str | None) -> EvalOptions | PerplexityOptions:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog=prog,
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -124,7 +125,7 @@ def _parse_one(description: str | None, arguments: Sequence[str], prog: str | No
         "--trust-remote-code", action="store_true", help="run the Python code that a Hugging Face folder may hold"
     )
     parser.add_argument("--perplexity", action="store_true", help="validation perplexity per domain, on --data")
-    parser.add_argument("--data", type=Path, help="a folder that data_prep/prepare.py made, for --perplexity")
+    parser.add_argument("--data", type=Path, help="a folder that mohd prepare made, for --perplexity")
     parser.add_argument("--domains", nargs="+", default=[], help="of --data; default: all")
     args = parser.parse_args(arguments)
     args.tasks = [name for item in args.tasks for name in re.split(r"[,\s]+", item) if name]

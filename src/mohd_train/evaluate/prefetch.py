@@ -207,7 +207,7 @@ def verify(folder: Path, suite: Suite, names: list[str]) -> tuple[list[str], lis
     specs = suite.select(names)
     known = read_manifest(folder)
     if known is None:
-        raise UserError(f"{folder} has no {MANIFEST}; eval/prefetch.py {folder} fetches rows into it")
+        raise UserError(f"{folder} has no {MANIFEST}; mohd prefetch {folder} fetches rows into it")
     tasks = {spec.name for spec in specs}
     had = {entry.task for entry in known.files.values()}
     problems = [] if had & tasks else [f"{folder} holds no rows of {', '.join(spec.name for spec in specs)}"]

@@ -1,7 +1,7 @@
 """Local questions, `DIR/<task>/<split>.jsonl`: read, and checked against what the stock task needs of a row.
 
 A row that lacks a field, or holds a value that the stock task can't use, would otherwise end in a traceback from inside a
-template, or worse, in a prompt that says "None". `DIR/manifest.json` says where eval/prefetch.py took the rows from.
+template, or worse, in a prompt that says "None". `DIR/manifest.json` says where mohd prefetch took the rows from.
 """
 
 from __future__ import annotations
@@ -194,11 +194,11 @@ def read_manifest(folder: Path) -> RowsManifest | None:
             raise ValueError(f"its format is {data['format']!r}, not {FORMAT!r}")
         return RowsManifest({name: Entry(**entry) for name, entry in data["files"].items()}, dict(data["missing"]))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} is not a manifest of eval/prefetch.py ({error}); remove it and fetch again") from None
+        raise UserError(f"{path} is not a manifest of mohd prefetch ({error}); remove it and fetch again") from None
 
 
 def why_missing(folder: Path, task: str) -> str | None:
-    """Why eval/prefetch.py could not fetch the rows of ``task``; None if the folder has them, or its manifest says nothing."""
+    """Why mohd prefetch could not fetch the rows of ``task``; None if the folder has them, or its manifest says nothing."""
     known = None if (folder / task).is_dir() else read_manifest(folder)
     missing = known.missing if known else {}
     return next((why for place, why in missing.items() if place.partition("/")[0] == task), None)

@@ -95,7 +95,7 @@ def _check(options: EvalOptions, suite: Suite) -> None:
 def _build(
     specs: list[TaskSpec], options: EvalOptions, cache: Path, console: Console
 ) -> tuple[list[BuiltTask], dict[str, str]]:
-    """The tasks, and why others are unavailable from the hub, or were for eval/prefetch.py.
+    """The tasks, and why others are unavailable from the hub, or were for mohd prefetch.
 
     A local file that is wrong, or missing for another reason, is an error instead.
     """

@@ -1,4 +1,4 @@
-"""Evaluates every finished run of a sweep with `eval/run_eval.py`, several at once on several GPUs."""
+"""Evaluates every finished run of a sweep with `mohd eval`, several at once on several GPUs."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def run_sweep(options: SweepEvalOptions) -> int:
         if not folder.finished(name):
             print(f"{name}: {run_status(folder, name).state}, passed over", flush=True)
     if not todo:
-        raise UserError(f"{options.sweep} has no finished run; python scripts/sweep.py resume {options.sweep}")
+        raise UserError(f"{options.sweep} has no finished run; mohd sweep resume {options.sweep}")
     failed, ended, total = [], 0, len(todo)
 
     def report(name: str, how: str) -> None:

@@ -52,14 +52,14 @@ def load(path: Source | Sequence[Source], *, parts: bool = False) -> pd.DataFram
     """Every stored score and perplexity: one row for each model, seed, task and metric.
 
     Args:
-        path: the folder of a launched sweep, or result files and folders of ``run_eval.py`` (``s3://...`` too); or several.
+        path: the folder of a launched sweep, or result files and folders of ``mohd eval`` (``s3://...`` too); or several.
         parts: also a row for each subject of MMLU and each domain of a perplexity.
 
     Returns:
         A frame with the columns
 
         - ``model``: ``355m-x2``; ``setting``, ``seed``, ``run``: of a sweep's run, elsewhere missing;
-        - ``task``: as in `eval/tasks.yaml`; ``perplexity`` is what ``run_eval.py --perplexity`` measured, ``validation`` the last
+        - ``task``: as in `eval/tasks.yaml`; ``perplexity`` is what ``mohd eval --perplexity`` measured, ``validation`` the last
           validation within training; ``part``: the subject or domain, missing for the whole task;
         - ``metric``, ``value``, ``stderr``: such as ``acc``, ``acc_norm``, ``acc_macro`` (fractions, not percent), ``perplexity``,
           ``loss`` (nats a token); lm-eval's standard error over questions; ``n``: questions, for a perplexity tokens;

@@ -187,12 +187,12 @@ def read(path: Path) -> Result:
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(f"no results at {path}; eval/run_eval.py writes them") from None
+        raise UserError(f"no results at {path}; mohd eval writes them") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not valid JSON ({error}); run the evaluation again or remove the file") from None
     ours = data.get(KEY) if isinstance(data, dict) else None
     if not isinstance(ours, dict) or ours.get("format") != FORMAT:
-        raise UserError(f"{path} is not a result of eval/run_eval.py (key {KEY}.format must be {FORMAT!r})")
+        raise UserError(f"{path} is not a result of mohd eval (key {KEY}.format must be {FORMAT!r})")
     try:
         settings, scores = Settings(**ours["settings"]), ours["scores"]
         subjects = subjects_of(data, settings.task)
@@ -241,7 +241,7 @@ def find(paths: Iterable[Path]) -> Found:
                     raise
                 found.notes.append(f"{error} (set aside)")
         if not files:
-            raise UserError(f"{path} holds no results; eval/run_eval.py --output writes them")
+            raise UserError(f"{path} holds no results; mohd eval --output writes them")
         found.missing += read_missing(path, found.notes) if path.is_dir() else []
     return found
 

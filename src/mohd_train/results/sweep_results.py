@@ -22,7 +22,7 @@ from mohd_train.sweep.folder import RECORD, SweepFolder
 from mohd_train.sweep.scale import paper_name
 from mohd_train.sweep.status import RunStatus, run_status
 
-RESULTS = "eval"  # the folder of a sweep that run_eval.py --sweep fills
+RESULTS = "eval"  # the folder of a sweep that mohd eval --sweep fills
 PERPLEXITY = "metrics/eval/LanguagePerplexity"
 
 
@@ -53,7 +53,7 @@ class RunResult:
         record: its ``run.json``; None if it has not started.
         metrics: the lines of its ``metrics.jsonl``.
         tasks: task -> its stored result.
-        measured: the stored result of ``run_eval.py --perplexity``.
+        measured: the stored result of ``mohd eval --perplexity``.
         missing: why it lacks results.
     """
 
@@ -145,7 +145,7 @@ class SweepResults:
             asked = finished[0].measured["settings"] if finished[0].measured else {}
             size = f" of {asked['batch_size']}" if asked.get("batch_size") else ""
             part = f", the first {asked['limit']} batches{size} of each domain" if asked.get("limit") else ""
-            return f"run_eval.py --perplexity{part}", lambda run: run.measured and run.measured[TOTAL]["perplexity"]
+            return f"mohd eval --perplexity{part}", lambda run: run.measured and run.measured[TOTAL]["perplexity"]
         return "the last validation within training", lambda run: run.status.perplexity
 
     def perplexity(self, runs: list[RunResult]) -> Mean | None:
@@ -171,7 +171,7 @@ def read_sweep_results(path: Path) -> SweepResults:
     """
     if not is_sweep([path]):
         raise UserError(
-            f"{path} is not the folder of a launched sweep (it has no {RECORD}); scripts/sweep.py launch makes one"
+            f"{path} is not the folder of a launched sweep (it has no {RECORD}); mohd sweep launch makes one"
         )
     folder = SweepFolder(path)
     found = SweepResults(path, folder.record["name"], folder.record["title"], folder.record["scale"], [])

@@ -62,7 +62,7 @@ def subjects_text(sources: Sequence[Path | str], form: str) -> str:
     found = merged_tasks(read_sweep_results(Path(sources[0]))) if is_sweep(sources) else _stored(sources).results
     ours = [one for one in found if suite.tasks[one.settings.task].subjects]
     if not ours:
-        raise UserError("no results of a task with subjects (mmlu) there; eval/run_eval.py --tasks mmlu makes them")
+        raise UserError("no results of a task with subjects (mmlu) there; mohd eval --tasks mmlu makes them")
     names = [one.model["name"] for one in ours]
     labels = [
         name if names.count(name) == 1 else f"{name} [{one.model['fingerprint'][:6]}]"
@@ -101,9 +101,7 @@ def table2_of(found: SweepResults) -> Scores:
     """Table 2 of a sweep. Raises UserError if none of its runs has been evaluated."""
     merged = merged_tasks(found)
     if not merged:
-        raise UserError(
-            f"{found.folder} has no results of the ten tasks yet; python eval/run_eval.py --sweep {found.folder}"
-        )
+        raise UserError(f"{found.folder} has no results of the ten tasks yet; mohd eval --sweep {found.folder}")
     scores = build_scores(load_suite(), load_paper(), merged, missing=missing_tasks(found))
     scale = f"ours at the {found.scale} scale: not the paper's models, their proportions"
     scores.remarks = [*([] if found.scale == "paper" else [scale]), *found.notes]

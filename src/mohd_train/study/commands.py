@@ -1,4 +1,4 @@
-"""The commands of `scripts/study.py`."""
+"""The commands of `mohd study`."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ from mohd_train.study.runs import Study, StudyRun, differing
 from mohd_train.study.statistics import Interval, bootstrap_documents, paired_t, paired_t_along
 from mohd_train.sweep.file import Comparison, variant_name
 
-WITHIN, MEASURED = "the last validation within training", "every validation sample (run_eval.py --perplexity)"
+WITHIN, MEASURED = "the last validation within training", "every validation sample (mohd eval --perplexity)"
 
 
 @dataclass(frozen=True)

@@ -46,7 +46,7 @@ def write_record(study: Study, folder: Path, name: str | None = None) -> list[Pa
     for path in draw_study(study, folder / name):
         if path.suffix == ".png":
             figures.append(path)
-        else:  # the page shows pictures; scripts/study.py figures makes PDFs
+        else:  # the page shows pictures; mohd study figures makes PDFs
             path.unlink()
     page = folder / f"{name}.md"
     write_atomic(folder / f"{name}.json", (json.dumps(content, indent=1, allow_nan=False) + "\n").encode())
@@ -198,7 +198,7 @@ def _page(study: Study, content: dict[str, Any], name: str, figures: list[Path])
         )
     headers = ("setting", "seed", "state", "tokens", "nats a token", "perplexity", "nats a byte", "time")
     parts = [
-        f"# {study.title}\n\nWritten by `scripts/study.py record`; `{name}.json` holds every run, curve and interval.\n",
+        f"# {study.title}\n\nWritten by `mohd study record`; `{name}.json` holds every run, curve and interval.\n",
         "\n".join(f"- {fact}" for fact in facts) + "\n",
         f"{EXPLANATION}\n",
         comparisons_markdown(study),

@@ -38,7 +38,7 @@ class Documents:
 
 @dataclass(frozen=True)
 class Measured:
-    """What ``run_eval.py --perplexity`` stored of a checkpoint, on every validation sample."""
+    """What ``mohd eval --perplexity`` stored of a checkpoint, on every validation sample."""
 
     loss: float  # nats a token
     domains: dict[str, tuple[int, float]]  # predicted tokens, summed nats
@@ -116,7 +116,7 @@ def read_study(folder: Path) -> Study:
     """
     if not (folder / RECORD).is_file():
         raise UserError(
-            f"{folder} is not the folder of a launched sweep (it has no {RECORD}); scripts/sweep.py launch makes one"
+            f"{folder} is not the folder of a launched sweep (it has no {RECORD}); mohd sweep launch makes one"
         )
     there = SweepFolder(folder)
     sweep = read_sweep(there.record["file"])

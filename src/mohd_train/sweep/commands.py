@@ -1,4 +1,4 @@
-"""The commands of `scripts/sweep.py`."""
+"""The commands of `mohd sweep`."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ WATCH = 5.0  # seconds between two updates
 
 @dataclass(frozen=True)
 class Request:
-    """The arguments of a command line; see ``scripts/sweep.py --help``."""
+    """The arguments of a command line; see ``mohd sweep --help``."""
 
     target: Path | None = None  # a sweep file, or the folder of a launched sweep
     overrides: tuple[str, ...] = ()
@@ -270,7 +270,7 @@ def _submit(request: Request, folder: SweepFolder, names: list[str], processes: 
     launcher = {"slurm": slurm, "k8s": kubernetes}[request.launcher]
     record = launcher.submit(folder, names, options)
     job = f"array job {record['job']}" if request.launcher == "slurm" else f"{len(names)} jobs"
-    print(f"submitted {job}: {', '.join(names)}\nwatch: python scripts/sweep.py status {folder.path}", flush=True)
+    print(f"submitted {job}: {', '.join(names)}\nwatch: mohd sweep status {folder.path}", flush=True)
     return 0
 
 

@@ -20,7 +20,7 @@ class DataSource:
 
     Attributes:
         folder: prepared data; None: ``SWEEP/data``, from ``raw``.
-        raw: folder of raw rows, as ``data_prep/prepare.py`` takes it.
+        raw: folder of raw rows, as ``mohd prepare`` takes it.
         tokenizer: the same program's ``--tokenizer``.
     """
 

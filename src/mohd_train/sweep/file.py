@@ -17,7 +17,7 @@ A name that ends in `.yaml` is a path, relative to the sweep file. An entry of `
         label: torch's initialization      # in words, after the settings' own
         set: {model.init: torch}           # keys of the config
 
-and `comparisons` says which of the runs are to be compared (scripts/study.py):
+and `comparisons` says which of the runs are to be compared (mohd study):
 
     comparisons:
       - title: "Table 4"
@@ -38,6 +38,7 @@ from typing import Any
 import yaml
 
 from mohd_train import resources
+from mohd_train.config.keys import KNOWN_KEYS, TEXT_KEYS, is_text
 from mohd_train.errors import UserError
 from mohd_train.utils.text import nearest
 
@@ -208,6 +209,9 @@ class _Reader:
         values = mapping.get("set") or {}
         if not isinstance(values, dict):
             raise self.fail(f"{key}.set", f"is {values!r}; it must be a mapping of dotted config keys to values")
+        for name, found in values.items():
+            if name in TEXT_KEYS and is_text(KNOWN_KEYS[name]) and not isinstance(found, str | None):
+                raise self.fail(f"{key}.set.{name}", f"is {found!r}, which YAML reads as no text; put it in quotes")
         return values
 
     def seeds(self, value: Any, key: str = "seeds") -> tuple[int, ...]:

@@ -31,6 +31,7 @@ from mohd_train.sweep.file import SweepFile
 from mohd_train.utils.environment import now
 from mohd_train.utils.files import Lock, write_atomic, write_json
 from mohd_train.utils.processes import SharedLock
+from mohd_train.utils.text import plain_name
 
 RECORD = "sweep.json"
 FORMAT = "mohd_train.sweep/1"
@@ -230,4 +231,6 @@ def _read(path: Path) -> dict[str, Any]:
         ) from None
     if not isinstance(data, dict) or data.get("format") != FORMAT:
         raise UserError(f"{path}: not the record of a sweep that this program reads ({FORMAT})")
+    for run in data.get("runs", []):
+        plain_name(str(run.get("name", "")), f"{path}: the name of a run")  # folders are called by it
     return data
