@@ -27,7 +27,9 @@ from mohd_train.checkpoint.identity import tokenizer_sha256
 from mohd_train.data import prepare as module
 from mohd_train.data import workers
 from mohd_train.data.manifest import Manifest, save_manifest
-from mohd_train.data.prepare import Request, prepare
+from mohd_train.data.prepare import Preparation, Request, prepare, prepare_shard
+from mohd_train.data.raw import find_sources
+from mohd_train.data.tokenizer import load_tokenizer
 from mohd_train.data.workers import WorkerPool
 from mohd_train.errors import UserError
 
@@ -321,3 +323,57 @@ def test_real_rows_equal_a_plain_preparation(real_data: Path, tmp_path: Path) ->
     for domain in ("github", "cc"):
         expected = naive_samples(texts_of(tmp_path / "raw", domain), model, 256)
         assert np.array_equal(stored_samples(tmp_path / "out" / domain / "train"), expected)
+
+
+def test_shards_on_several_machines_give_the_same_bytes(
+    raw: Path, pieces: Path, prepared: tuple[Path, Manifest], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three processes at once, one of which is killed, then the finishing call, which makes what is missing."""
+    out = tmp_path / "out"
+    asked = request(raw, out, pieces, workers=1, unit_bytes=4000)
+    parts = [Preparation(asked, find_sources(str(raw), None), load_tokenizer(str(pieces))).part(i, 3) for i in range(3)]
+    assert all(parts)
+    assert len({one for part in parts for one in part}) == sum(map(len, parts))
+    processes = [multiprocessing.get_context("spawn").Process(target=prepare_shard, args=(asked, i, 3)) for i in (0, 2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+        assert process.exitcode == 0
+    made = sorted((out / ".work" / "units").rglob("*.npz"))
+    assert made
+    times = {path: path.stat().st_mtime_ns for path in made}
+    monkeypatch.setattr(shutil, "rmtree", lambda *_, **__: None)  # so that the units can be looked at
+    prepare(asked)
+    monkeypatch.undo()
+    assert {path: path.stat().st_mtime_ns for path in made} == times
+    shutil.rmtree(out / ".work")
+    assert tree(out) == tree(prepared[0])
+    assert prepare_shard(asked, 1, 3)[0] == len(parts[1])  # a late one finds it finished
+    assert not (out / ".work").exists()
+
+
+def test_a_shard_at_work_is_not_overtaken(raw: Path, pieces: Path, tmp_path: Path) -> None:
+    asked = request(raw, tmp_path / "out", pieces)
+    prepare_shard(asked, 0, 2)
+    held = FileLock(tmp_path / "out" / ".work" / "shards" / "0-of-2")
+    with held:
+        with pytest.raises(UserError, match=r"shard 0 of 2 is at work .*finish when all are done"):
+            prepare(asked)
+        with pytest.raises(UserError, match=r"shard 0 of 2 is at work .* already"):
+            prepare_shard(asked, 0, 2)
+    with pytest.raises(UserError, match="other --seq-len"):
+        prepare_shard(dataclasses.replace(asked, seq_len=SEQ_LEN + 1), 1, 2)
+    assert not prepare(asked).already_done
+    for number, count in ((2, 2), (-1, 2)):
+        with pytest.raises(UserError, match="numbered from 0 to 1"):
+            prepare_shard(asked, number, count)
+
+
+def test_a_shard_that_stops_at_bad_rows_says_so(pieces: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "raw" / "cc"
+    folder.mkdir(parents=True)
+    (folder / "a.jsonl").write_text("no json\n" * 400)
+    asked = request(tmp_path / "raw", tmp_path / "out", pieces, max_bad_rows=5, unit_bytes=200, workers=1)
+    with pytest.raises(UserError, match=r"shard 0 of 1 stopped at \d+ bad rows"):
+        prepare_shard(asked, 0, 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 from collections.abc import Sequence
 
@@ -14,7 +15,8 @@ def prepare(argv: Sequence[str], prog: str) -> None:
         %(prog)s --raw DIR --out DIR --tokenizer PATH_OR_NAME [--domains cc wiki ...] [--seq-len 4096]
             [--val-tokens N] [--workers N] [--max-bad-rows SHARE_OR_COUNT]
 
-    It resumes if you run it again after a kill. docs/data.md describes the input layouts and the output.
+    It resumes if you run it again after a kill. Many machines on one file system share the work by --shard I/N, I from 0; the same
+    command without --shard then finishes. docs/data.md describes the input layouts and the output.
     """
     parser = make_parser(prepare, prog)
     raw = os.environ.get("RED_PAJAMA_DATA_DIR")
@@ -36,15 +38,30 @@ def prepare(argv: Sequence[str], prog: str) -> None:
     parser.add_argument(
         "--max-bad-rows", type=float, default=0.01, help="allowed bad rows: below 1 a share of all rows, else a count"
     )
+    parser.add_argument(
+        "--shard", type=_shard, metavar="I/N", help="tokenize one of N parts of the raw files, and no more"
+    )
     args = parser.parse_args(argv)
 
     from mohd_train.data import prepare as preparing
     from mohd_train.data.manifest import describe
 
     options = vars(args) | {"domains": tuple(args.domains) if args.domains else None}
+    shard = options.pop("shard")
+    if shard is not None:
+        files, size = preparing.prepare_shard(preparing.Request(**options), *shard)
+        print(f"shard {shard[0]} of {shard[1]} is tokenized: {files} files, {size / 1e9:.2f} GB")
+        return
     prepared = preparing.prepare(preparing.Request(**options))
     print(describe(prepared.manifest))
     print(f"{'already done' if prepared.already_done else 'done'}: {args.out}")
+
+
+def _shard(text: str) -> tuple[int, int]:
+    number, _, count = text.partition("/")
+    if not (number.isdigit() and count.isdigit() and int(number) < int(count)):
+        raise argparse.ArgumentTypeError(f"{text!r} is not I/N with I from 0 to N - 1, such as 0/64")
+    return int(number), int(count)
 
 
 def verify(argv: Sequence[str], prog: str) -> int:

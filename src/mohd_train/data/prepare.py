@@ -1,6 +1,9 @@
 """Raw rows -> a prepared folder, in three stages: tokenize units, choose validation documents, pack. A killed run resumes
 within its stage.
 
+The first stage can be shared by many machines on one file system (:func:`prepare_shard`): each tokenizes some of the raw files, and
+a plain call finishes what they have made.
+
 Intermediate files are in `OUT/.work`, which is removed once the manifest is written. The result depends on the raw files,
 the tokenizer, `seq_len` and `val_tokens` alone, byte for byte, and not on the number of workers or on kills in between.
 """
@@ -12,7 +15,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -37,7 +40,7 @@ from mohd_train.data.manifest import (
 from mohd_train.data.pack import PackJob, pack_domain
 from mohd_train.data.raw import UNIT_BYTES, RawData, find_sources, shares
 from mohd_train.data.tokenizer import Tokenizer, load_tokenizer
-from mohd_train.data.units import load_lengths, report_bad_rows, tokenize_sources, unit_files, units_folder
+from mohd_train.data.units import RowCount, load_lengths, report_bad_rows, tokenize_sources, unit_files, units_folder
 from mohd_train.data.workers import WorkerPool
 from mohd_train.errors import UserError
 from mohd_train.storage import refuse_remote
@@ -46,8 +49,9 @@ from mohd_train.utils.text import first_line
 
 WORK = ".work"
 PLAN = "plan.json"  # in WORK: the settings of the preparation
+SHARDS = "shards"  # in WORK: the locks of the machines that tokenize
 LOCK = ".lock"  # not in WORK, which goes before the lock is given back
-LOCK_WAIT = 15.0  # seconds
+LOCK_WAIT, SHARD_WAIT = 15.0, 300.0  # seconds
 
 
 @dataclass(frozen=True)
@@ -79,12 +83,7 @@ def prepare(request: Request) -> Prepared:
 
     Raises UserError for bad input, too many bad rows, a folder that holds another preparation, a full disk.
     """
-    if request.seq_len < 2:
-        raise UserError(f"--seq-len {request.seq_len}: a sample needs at least 2 tokens")
-    if request.val_tokens < 0 or request.max_bad_rows < 0 or request.workers < 0:
-        raise UserError("--val-tokens, --max-bad-rows and --workers can't be negative")
-    refuse_remote(request.raw, "--raw", "copy the raw rows here first (aws s3 sync s3://... FOLDER)")
-    refuse_remote(request.out, "--out", "then copy it (aws s3 sync OUT s3://...), and train with data.remote=s3://...")
+    _check(request)
     raw = find_sources(request.raw, request.domains)
     tokenizer = load_tokenizer(request.tokenizer)
     preparation = Preparation(request, raw, tokenizer)
@@ -96,9 +95,72 @@ def prepare(request: Request) -> Prepared:
     try:
         return _prepare_alone(preparation)
     except OSError as error:
-        if error.errno == errno.ENOSPC:
-            raise UserError(f"the disk of {out} is full; free space, run the same command again: it resumes") from error
-        raise
+        raise _full(error, out) from error
+
+
+def _check(request: Request) -> None:
+    if request.seq_len < 2:
+        raise UserError(f"--seq-len {request.seq_len}: a sample needs at least 2 tokens")
+    if request.val_tokens < 0 or request.max_bad_rows < 0 or request.workers < 0:
+        raise UserError("--val-tokens, --max-bad-rows and --workers can't be negative")
+    refuse_remote(request.raw, "--raw", "copy the raw rows here first (aws s3 sync s3://... FOLDER)")
+    refuse_remote(request.out, "--out", "then copy it (aws s3 sync OUT s3://...), and train with data.remote=s3://...")
+
+
+def prepare_shard(request: Request, number: int, count: int) -> tuple[int, int]:
+    """Tokenizes one of ``count`` parts of the raw files, as one of as many processes on one file system; :func:`prepare` finishes.
+
+    The largest file goes to the part that has least so far, and so on: every process divides them alike. A part that was killed
+    is resumed by the same call, or else by :func:`prepare`.
+
+    Args:
+        number: from 0.
+
+    Returns:
+        How many files it has, and how many bytes.
+
+    Raises:
+        UserError: as :func:`prepare`; or the same part, or the finishing, is at work already.
+    """
+    if not 0 <= number < count:
+        raise UserError(f"--shard {number}/{count}: shards are numbered from 0 to {count - 1}")
+    _check(request)
+    preparation = Preparation(request, find_sources(request.raw, request.domains), load_tokenizer(request.tokenizer))
+    mine = preparation.part(number, count)
+    files = [preparation.sources[domain][index] for domain, index in mine]
+    found = len(files), sum(source.bytes for source in files)
+    try:
+        preparation.check_out()
+        preparation.out.mkdir(parents=True, exist_ok=True)
+        start = preparation.lock(wait=SHARD_WAIT)  # the others start at the same time
+        try:
+            if preparation.finished() is not None:
+                return found
+            preparation.open_work()
+            (preparation.work / SHARDS).mkdir(exist_ok=True)
+            busy = f"shard {number} of {count} is at work in {preparation.out} already ({{holder}})"
+            lock = Lock(preparation.work / SHARDS / f"{number}-of-{count}", busy)
+        finally:
+            start.release()
+        try:
+            with preparation.pool() as pool:
+                rows = preparation.tokenize(pool, mine)
+        finally:
+            lock.release()
+        if rows.stop:
+            raise UserError(
+                f"shard {number} of {count} stopped at {rows.bad:,} bad rows among {rows.bad + rows.documents:,}; the same command "
+                "without --shard names them, or raise --max-bad-rows"
+            )
+    except OSError as error:
+        raise _full(error, preparation.out) from error
+    return found
+
+
+def _full(error: OSError, out: Path) -> Exception:
+    if error.errno == errno.ENOSPC:
+        return UserError(f"the disk of {out} is full; free space, run the same command again: it resumes")
+    return error
 
 
 def _prepare_alone(preparation: Preparation) -> Prepared:
@@ -106,13 +168,13 @@ def _prepare_alone(preparation: Preparation) -> Prepared:
     out = preparation.out
     preparation.check_out()
     out.mkdir(parents=True, exist_ok=True)
-    busy = f"another preparation is at work in {out} ({{holder}}); wait for it, or choose another --out"
-    lock = Lock(out / LOCK, busy, LOCK_WAIT)
+    lock = preparation.lock()
     try:
         finished = preparation.finished()  # perhaps since the first look, while this process waited for the lock
         manifest = finished
         if manifest is None:
             preparation.open_work()
+            preparation.check_shards()
             manifest = preparation.run()
         shutil.rmtree(preparation.work, ignore_errors=True)
         # Whoever waits for it, or makes another one, will find the manifest and do nothing: two locks do no harm now.
@@ -151,6 +213,43 @@ class Preparation:
         manifest = load_manifest(self.out)
         _refuse_other(self.out, manifest.settings, self.settings, self.tokenizer)
         return manifest
+
+    def lock(self, wait: float = LOCK_WAIT) -> Lock:
+        """The folder's lock. Raises UserError if another preparation holds it."""
+        busy = f"another preparation is at work in {self.out} ({{holder}}); wait for it, or choose another --out"
+        return Lock(self.out / LOCK, busy, wait)
+
+    def part(self, number: int, count: int) -> list[tuple[str, int]]:
+        """The sources of one of ``count`` parts of about the same size, as (domain, number)."""
+        everything = [(domain, index) for domain, files in self.sources.items() for index in range(len(files))]
+        everything.sort(key=lambda one: -self.sources[one[0]][one[1]].bytes)
+        sizes: list[int] = [0] * count
+        mine = []
+        for domain, index in everything:
+            least = sizes.index(min(sizes))
+            sizes[least] += self.sources[domain][index].bytes
+            if least == number:
+                mine.append((domain, index))
+        return mine
+
+    def check_shards(self) -> None:
+        """Raises UserError while a shard is at work."""
+        for path in sorted((self.work / SHARDS).glob("*-of-*")):
+            busy = (
+                f"shard {path.name.replace('-', ' ')} is at work in {self.out} ({{holder}}); finish when all are done"
+            )
+            Lock(path, busy, 0).release()
+
+    def pool(self) -> WorkerPool:
+        """The processes that tokenize and pack."""
+        return WorkerPool(self.request.workers or os.cpu_count() or 1, self.tokenizer)
+
+    def tokenize(self, pool: WorkerPool, only: Collection[tuple[str, int]] | None = None) -> RowCount:
+        """The first stage, for all sources or these."""
+        asked = self.request
+        return tokenize_sources(
+            self.sources, self.units, pool, asked.unit_bytes, asked.max_bad_rows, asked.show_progress, only
+        )
 
     def check_out(self) -> None:
         """Raises UserError if `OUT` is not a folder, or holds anything but a preparation."""
@@ -200,13 +299,10 @@ class Preparation:
     def run(self) -> Manifest:
         """All stages. The caller holds the lock and has made sure that there is no manifest yet."""
         info = self._save_tokenizer()
-        workers, limit = self.request.workers or os.cpu_count() or 1, self.request.max_bad_rows
-        with WorkerPool(workers, self.tokenizer) as pool:
-            tokenize_sources(
-                self.sources, self.units, pool, self.request.unit_bytes, limit, show=self.request.show_progress
-            )
+        with self.pool() as pool:
+            self.tokenize(pool)
             self._check_sources()
-            bad_rows = report_bad_rows(self.sources, self.units, self.out / BAD_ROWS, limit)
+            bad_rows = report_bad_rows(self.sources, self.units, self.out / BAD_ROWS, self.request.max_bad_rows)
             domains = self._pack(self._validation(), pool)
         manifest = Manifest(
             version=VERSION,

@@ -13,7 +13,7 @@ import sys
 import time
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -205,23 +205,42 @@ class RowCount:
 
 
 def tokenize_sources(
-    sources: Sources, folder: Path, pool: WorkerPool, unit_bytes: int, limit: float, show: bool
-) -> None:
+    sources: Sources,
+    folder: Path,
+    pool: WorkerPool,
+    unit_bytes: int,
+    limit: float,
+    show: bool,
+    only: Collection[tuple[str, int]] | None = None,
+) -> RowCount:
     """Makes every unit that doesn't exist yet. Stops early if there are too many bad rows, which :func:`report_bad_rows`
     then reports. Units in progress are finished first: a missing unit would shift the line numbers of those after it.
 
+    Args:
+        only: of these sources, as (domain, number); None: of all.
+
+    Returns:
+        The rows, and whether it stopped early.
+
     Raises UserError if a compressed file is truncated or corrupt.
     """
-    total = sum(source.bytes for domain in sources.values() for source in domain)
+    wanted = [
+        (domain, index, source)
+        for domain, files in sources.items()
+        for index, source in enumerate(files)
+        if only is None or (domain, index) in only
+    ]
+    total = sum(source.bytes for _, _, source in wanted)
     count = RowCount()
     with TokenProgress(total, show=show) as progress:
-        jobs = _jobs(sources, folder, unit_bytes, progress, count)
+        jobs = _jobs(wanted, folder, unit_bytes, progress, count)
         for job, info in pool.run(tokenize_job, jobs):
             count.documents += info.documents
             count.bad += len(info.bad)
             progress.advance(job.source_bytes, info.documents, info.tokens)
             judged = limit >= 1 or count.documents + count.bad >= _EARLY_ROWS
             count.stop = count.stop or (judged and count.too_many(limit))
+    return count
 
 
 def unit_files(folder: Path, domain: str, index: int) -> list[Path]:
@@ -263,7 +282,9 @@ def report_bad_rows(sources: Sources, folder: Path, report: Path, limit: float) 
     return count.bad
 
 
-def _jobs(sources: Sources, folder: Path, unit_bytes: int, progress: TokenProgress, count: RowCount) -> Iterator[Job]:
+def _jobs(
+    wanted: list[tuple[str, int, Source]], folder: Path, unit_bytes: int, progress: TokenProgress, count: RowCount
+) -> Iterator[Job]:
     """Units that are still to be made, in order, until `count` says to stop. Existing units are counted."""
 
     def exists(path: Path, source_bytes: int) -> bool:
@@ -275,15 +296,14 @@ def _jobs(sources: Sources, folder: Path, unit_bytes: int, progress: TokenProgre
         progress.skip(source_bytes)
         return True
 
-    for domain, files in sources.items():
-        for index, source in enumerate(files):
-            place = units_folder(folder, domain, index)
-            make = _unpacked_jobs if source.compression else _range_jobs
-            for job in make(source, place, unit_bytes):
-                if count.stop:
-                    return
-                if not exists(job.out, job.source_bytes):
-                    yield job
+    for domain, index, source in wanted:
+        place = units_folder(folder, domain, index)
+        make = _unpacked_jobs if source.compression else _range_jobs
+        for job in make(source, place, unit_bytes):
+            if count.stop:
+                return
+            if not exists(job.out, job.source_bytes):
+                yield job
 
 
 def _range_jobs(source: Source, place: Path, unit_bytes: int) -> Iterator[Job]:
