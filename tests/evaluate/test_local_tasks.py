@@ -115,7 +115,7 @@ def edit(path: Path, line: int, **changes: Any) -> None:
         ("piqa", "validation", {"label": 2}, "field 'label' is 2, must be 0 or 1"),
         ("winogrande", "validation", {"sentence": "no blank"}, "field 'sentence' has no blank"),
         ("winogrande", "validation", {"answer": "3"}, "field 'answer' is '3'"),
-        ("arc_easy", "test", {"answerKey": "E"}, "field 'answerKey' is 'E', none of the labels"),
+        ("arc_easy", "test", {"answerKey": "E"}, "field 'answerKey' is 'E', not one of the labels"),
         ("arc_challenge", "train", {"choices": {"text": ["x", "y"], "label": ["A"]}}, "choices.label"),
         ("hellaswag", "validation", {"label": "4"}, "field 'label' is '4', no index"),
         ("logiqa", "test", {"label": "e"}, "field 'label' is 'e'"),
@@ -140,7 +140,7 @@ def test_broken_lines_are_named(copied: Path, suite: Suite) -> None:
     path = copied / "sciq" / "test.jsonl"
     good = path.read_bytes()
     path.write_bytes(good + b'{"question": \n')
-    with pytest.raises(UserError, match="line 9: no valid JSON"):
+    with pytest.raises(UserError, match="line 9: not valid JSON"):
         build("sciq", suite, copied)
     path.write_bytes(good + b"\xff\xfe\n")
     with pytest.raises(UserError, match="line 9: not UTF-8"):

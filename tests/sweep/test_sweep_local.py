@@ -187,7 +187,7 @@ def test_resume_and_status_need_a_launched_sweep(
     sweep_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match="small has not been launched in runs/sweep/small nor runs/sweep/small-tiny"):
+    with pytest.raises(UserError, match="small has not been launched in runs/sweep/small or runs/sweep/small-tiny"):
         status(Request(target=sweep_file))
     with pytest.raises(UserError, match="which sweep"):
         resume(Request())

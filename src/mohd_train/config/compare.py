@@ -1,4 +1,4 @@
-"""Whether two configs are of the same run: what it computes must agree; where and how it runs may change."""
+"""Whether two configs describe the same run: what it computes must agree; where and how it runs may change."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ DEFAULTS = {key: value for key, value in _flatten(dataclasses.asdict(Config())).
 def _settled(value: dict[str, Any]) -> dict[str, Any]:
     """Flat, under today's names. Through JSON, so that a tuple and a list, or an int and a float of one value, are the same.
 
-    A key that an earlier version didn't have stands at its default, which is what that version did.
+    A key that an earlier version didn't have takes its default, which is what that version did.
     """
     flat = _flatten(json.loads(json.dumps(value)))
     return DEFAULTS | {key: current_name(key, child) for key, child in flat.items()}

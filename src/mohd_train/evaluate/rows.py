@@ -1,6 +1,6 @@
-"""Local questions, `DIR/<task>/<split>.jsonl`: read, and checked against what the stock task needs of a row.
+"""Local questions, `DIR/<task>/<split>.jsonl`: read, and checked against what lm-eval's task expects of a row.
 
-A row that lacks a field, or holds a value that the stock task can't use, would otherwise end in a traceback from inside a
+A row that lacks a field, or holds a value that the task can't use, would otherwise end in a traceback from inside a
 template, or worse, in a prompt that says "None". `DIR/manifest.json` says where mohd prefetch took the rows from.
 """
 
@@ -69,14 +69,14 @@ def _arc(row: dict[str, Any]) -> str | None:
     if len(choices["text"]) != len(choices["label"]):
         return "fields 'choices.text' and 'choices.label' differ in length"
     if row["answerKey"] not in choices["label"]:
-        return f"field 'answerKey' is {row['answerKey']!r}, none of the labels {choices['label']}"
+        return f"field 'answerKey' is {row['answerKey']!r}, not one of the labels {choices['label']}"
     return None
 
 
 def _hellaswag(row: dict[str, Any]) -> str | None:
     label = str(row["label"])
     if not (label.isdigit() and int(label) < len(row["endings"])):
-        return f"field 'label' is {row['label']!r}, no index of 'endings'"
+        return f"field 'label' is {row['label']!r}, not an index into 'endings'"
     return _choices(row["endings"], "endings")
 
 
@@ -130,7 +130,7 @@ def check_file(path: Path, task: str) -> RowFile:
     """Reads every row of ``path`` and checks it against the task's schema.
 
     Raises:
-        UserError: the file is empty, or a line is no JSON or no row of the task; names file, line and field.
+        UserError: the file is empty, or a line is not JSON or not a row of the task; the message names file, line and field.
     """
     schema, digest, count = SCHEMAS[task], hashlib.sha256(), 0
     with path.open("rb") as lines:
@@ -144,7 +144,7 @@ def check_file(path: Path, task: str) -> RowFile:
                 raise UserError(f"{path}, line {number}: not UTF-8; save the file as UTF-8") from None
             except json.JSONDecodeError as error:
                 raise UserError(
-                    f"{path}, line {number}: no valid JSON ({error.msg}); one object a line is needed"
+                    f"{path}, line {number}: not valid JSON ({error.msg}); each line must hold one JSON object"
                 ) from None
             if wrong := schema.problem(row):
                 raise UserError(f"{path}, line {number}: {wrong} (task {task})")

@@ -88,10 +88,10 @@ def _launched(request: Request) -> SweepFolder:
     found = [path for path in candidates if (path / RECORD).exists()]
     if not found:
         raise UserError(
-            f"{sweep.name} has not been launched in {' nor '.join(map(str, candidates))}; launch it, or say --out"
+            f"{sweep.name} has not been launched in {' or '.join(map(str, candidates))}; launch it, or give --out"
         )
     if len(found) > 1:
-        raise UserError(f"{sweep.name} has been launched in {' and '.join(map(str, found))}; say --scale or --out")
+        raise UserError(f"{sweep.name} has been launched in {' and '.join(map(str, found))}; give --scale or --out")
     return SweepFolder(found[0])
 
 

@@ -82,13 +82,13 @@ def total_batches(config: Config) -> int | None:
 
 
 def expand(sweep: SweepFile, choice: Choice, folder: Path) -> list[SweepRun]:
-    """Every run that ``choice`` selects, block after block of the file, within it seed after seed.
+    """Every run that ``choice`` selects: block by block as in the file, and seed by seed within a block.
 
     Args:
         folder: the sweep's, in which each run gets a folder of its own name.
 
     Raises:
-        UserError: an invalid config (it names the file and the run), two runs of one name, an ``only`` that matches none.
+        UserError: an invalid config (it names the file and the run), two runs of one name, an ``only`` that matches nothing.
     """
     if choice.scale not in SCALES:
         raise UserError(f"--scale {choice.scale}: it must be one of {', '.join(SCALES)}")
@@ -103,7 +103,9 @@ def expand(sweep: SweepFile, choice: Choice, folder: Path) -> list[SweepRun]:
                     if choice.seeds and run.name in runs and runs[run.name].config == run.config:
                         continue  # blocks that differ in their seeds alone, which are set aside here
                     if run.name in runs:
-                        raise UserError(f"{sweep.path}: two runs are called {run.name}; name their settings apart")
+                        raise UserError(
+                            f"{sweep.path}: two runs are called {run.name}; give their settings different names"
+                        )
                     runs[run.name] = run
     return select(list(runs.values()), choice.only)
 
