@@ -117,7 +117,7 @@ def edit(path: Path, line: int, **changes: Any) -> None:
         ("winogrande", "validation", {"answer": "3"}, "field 'answer' is '3'"),
         ("arc_easy", "test", {"answerKey": "E"}, "field 'answerKey' is 'E', not one of the labels"),
         ("arc_challenge", "train", {"choices": {"text": ["x", "y"], "label": ["A"]}}, "choices.label"),
-        ("hellaswag", "validation", {"label": "4"}, "field 'label' is '4', no index"),
+        ("hellaswag", "validation", {"label": "4"}, "field 'label' is '4', not an index"),
         ("logiqa", "test", {"label": "e"}, "field 'label' is 'e'"),
         ("logiqa", "test", {"options": ["one", "two"]}, "field 'options' must be a list of 4"),
         ("boolq", "train", {"passage": None}, "field 'passage' is missing"),

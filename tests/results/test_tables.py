@@ -202,7 +202,7 @@ def test_why_a_task_is_missing_stands_below_the_table(tmp_path: Path) -> None:
     metrics.write_text('{"batch": 1, "tok\n[]\n' + metrics.read_text() + '{"batch": 9')  # the last: being written
     found = read_sweep_results(folder.path)
     assert len(found.runs[0].metrics) == 3
-    assert [note for note in found.notes if "metrics.jsonl, line 1 and 1 more: no valid JSON of a batch" in note]
+    assert [note for note in found.notes if "metrics.jsonl, line 1 and 1 more: not the JSON of a batch" in note]
 
 
 def test_no_sweep_there(tmp_path: Path) -> None:

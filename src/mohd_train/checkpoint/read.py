@@ -278,7 +278,7 @@ def _open_hf(path: Path, source: str) -> Checkpoint:
     try:
         metadata = json.loads(config.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"{config} is no valid JSON ({error}); copy the folder again") from None
+        raise UserError(f"{config} is not valid JSON ({error}); copy the folder again") from None
     if not isinstance(metadata, dict):
         raise UserError(f"{config} is no configuration of a model; copy the folder again")
     weights = [file for suffix in ("safetensors", "bin") for file in sorted(path.glob(f"*.{suffix}"))]

@@ -47,7 +47,7 @@ def read_metrics(path: str | Path, notes: list[str] | None = None) -> list[dict[
                 broken.append(number)
     if notes is not None and broken:
         others = f" and {len(broken) - 1} more" if len(broken) > 1 else ""
-        notes.append(f"{path}, line {broken[0]}{others}: no valid JSON of a batch, set aside")
+        notes.append(f"{path}, line {broken[0]}{others}: not the JSON of a batch, set aside")
     return records
 
 
