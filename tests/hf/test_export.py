@@ -23,6 +23,7 @@ from mohd_train.hf import export as exporting
 from mohd_train.hf import remote_code
 from mohd_train.hf.convert import load_native
 from mohd_train.hf.export import check_folders, export
+from mohd_train.model.count import count
 from mohd_train.model.llama import Transformer
 from mohd_train.train.train import train
 
@@ -152,7 +153,18 @@ def test_tokenizer_and_card(tmp_path: Path) -> None:
     again = AutoTokenizer.from_pretrained(tmp_path / "out")
     assert (again.model_max_length, again.pad_token) == (64, "<unk>")
     card = (tmp_path / "out" / "README.md").read_text()
-    for said in ("4 of 8 sub-dimensions a token, 3 shared", "trust_remote_code=True", "2412.05644", "test, 3"):
+    plan = load_native(path).transformer.plan
+    parameters, activated = (
+        sum(one.numel() for one in AutoModelForCausalLM.from_pretrained(tmp_path / "out").parameters()),
+        count(plan).activated,
+    )
+    for said in (
+        f"{parameters:,}; a token activates {activated:,} of",
+        "4 of 8 sub-dimensions a token, 3 shared",
+        "trust_remote_code=True",
+        "2412.05644",
+        "test, 3",
+    ):
         assert said in card
 
 

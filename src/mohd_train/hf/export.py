@@ -224,7 +224,7 @@ def card(
             (part, "dense" if sub is None else f"{sub.top_k} of {sub.sub_dims} sub-dimensions a token, {sub.shared} shared")
             for part, sub in (("Attention", plan.attention), ("Feed-forward", plan.ffn))
         ),
-        ("Parameters", f"{counts.activated:,} activated a token, {counts.total:,} in all, embedding and head included in neither"),
+        ("Parameters", f"{counts.parameters:,}; a token activates {counts.activated:,} of those of the layers' projections"),
         ("Vocabulary, context", f"{plan.vocab_size:,} pieces, {plan.max_seq_len:,} tokens"),
         ("Weights", dtype),
         ("Run, batch", f"{found.metadata.get('run_name', 'unknown')}, {'unknown' if batch is None else batch}"),
