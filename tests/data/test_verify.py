@@ -86,7 +86,7 @@ def test_broken_manifests(copy: Path, change: object, message: str) -> None:
 
 
 def test_missing_and_empty_folders(copy: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"no data folder .*prepare\.py"):
+    with pytest.raises(UserError, match=r"no data folder .*mohd prepare"):
         load_manifest(tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=r"holds no manifest\.json"):

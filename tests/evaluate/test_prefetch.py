@@ -187,7 +187,7 @@ def test_rows_of_a_user_are_never_replaced(hub: FakeHub, suite: Suite, tmp_path:
     with pytest.raises(UserError, match=r"has no manifest\.json"):
         verify(tmp_path / "hub", suite, [])
     (tmp_path / "rows" / MANIFEST).write_text('{"files": ')
-    with pytest.raises(UserError, match=r"is not a manifest of eval/prefetch\.py"):
+    with pytest.raises(UserError, match=r"is not a manifest of mohd prefetch"):
         prefetch(tmp_path / "rows", suite, ["sciq"])
 
 

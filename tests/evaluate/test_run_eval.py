@@ -180,9 +180,7 @@ def test_a_file_in_the_place_of_a_result_is_named(
     run_eval(options, suite)
     stored(options).write_text(content, encoding="utf-8")
     stored(options).with_name("other.json").write_text(content, encoding="utf-8")
-    assert re.search(
-        r"sciq\.json is not a result of eval/run_eval\.py .* \(set aside\)", table_text(2, [options.output], "md")
-    )
+    assert re.search(r"sciq\.json is not a result of mohd eval .* \(set aside\)", table_text(2, [options.output], "md"))
     assert "other.json" not in table_text(2, [options.output], "md")
     capsys.readouterr()
     assert run_eval(options, suite) == 0

@@ -166,7 +166,7 @@ def test_curves_are_the_lines_of_the_metrics_files(tmp_path: Path) -> None:
 def test_a_broken_line_of_a_curve_is_a_warning(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "metrics.jsonl").write_text('{"batch": 1, "tokens": 8, "a": 1.0}\n{"batch"\n{"batch": 3')
-    with pytest.warns(UserWarning, match=r"metrics\.jsonl, line 2: no valid JSON"):
+    with pytest.warns(UserWarning, match=r"metrics\.jsonl, line 2: not the JSON of a batch"):
         curves = results.load_curves(tmp_path)
     assert curves["a"].tolist() == [1.0]
 
