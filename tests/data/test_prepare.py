@@ -328,7 +328,7 @@ def test_real_rows_equal_a_plain_preparation(real_data: Path, tmp_path: Path) ->
 def test_shards_on_several_machines_give_the_same_bytes(
     raw: Path, pieces: Path, prepared: tuple[Path, Manifest], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Three processes at once, one of which is killed, then the finishing call, which makes what is missing."""
+    """Two of three parts at once, in processes; the third never starts. Then the finishing call, which makes what is missing."""
     out = tmp_path / "out"
     asked = request(raw, out, pieces, workers=1, unit_bytes=4000)
     parts = [Preparation(asked, find_sources(str(raw), None), load_tokenizer(str(pieces))).part(i, 3) for i in range(3)]

@@ -215,7 +215,6 @@ def card(
     """A model card from the run's record: what the model is, how to load it, and what it was trained on."""
     plan, counts = native.transformer.plan, count(native.transformer.plan, native.transformer.plan.max_seq_len)
     record = _record(found)
-    data = {} if record is None else record.data
     batch = checkpoint_batch(found.path.name)
     facts = [
         ("Model", plan.name),
@@ -229,16 +228,18 @@ def card(
         ("Weights", dtype),
         ("Run, batch", f"{found.metadata.get('run_name', 'unknown')}, {'unknown' if batch is None else batch}"),
     ]  # fmt: skip
-    if data:
+    if record is not None:
+        data = record.data
         config = data["config"]
-        metrics = record.folder / METRICS if record is not None else None
-        tokens = _tokens(metrics, batch)
+        rows = _logged(record.folder / METRICS, batch)
+        # As they were counted: the batch size may have changed between sessions
+        tokens = next((int(row["tokens"]) for row in reversed(rows) if row["batch"] == batch), None)
         if tokens is None:
             tokens = (batch or 0) * config["global_train_batch_size"] * config["max_seq_len"]
         facts.append(("Trained on", f"{tokens:,} tokens" + (f", seed {data['seed']}" if "seed" in data else "")))
         mix = config["data"].get("domains") or {}
         facts.append(("Data", ", ".join(f"{key} {share:g}" for key, share in mix.items()) or "unknown"))
-        loss = _validation_loss(metrics, batch)
+        loss = next((float(row[LOSS]) for row in reversed(rows) if LOSS in row), None)
         if loss is not None:
             facts.append(("Validation", f"{loss:.4f} nats a token, perplexity {math.exp(loss):.2f}"))
         code = data.get("code") or {}
@@ -248,7 +249,7 @@ def card(
             ("Command", f"`composer -n {processes} -c mohd train {TRAINING_CONFIG}`, that file with your paths in it")
         )
     facts += scores.items()
-    rows = "\n".join(f"| {key} | {value} |" for key, value in facts)
+    table = "\n".join(f"| {key} | {value} |" for key, value in facts)
     trust = "" if llama else ", trust_remote_code=True"
     kind = "LLaMA" if llama or not plan.components else "MoHD (Mixture of Hidden Dimensions)"
     return f"""---
@@ -264,7 +265,7 @@ A {kind} language model, trained with mohd_train, an independent implementation 
 
 | | |
 |---|---|
-{rows}
+{table}
 
 ## Use it
 
@@ -295,20 +296,10 @@ def _record(found: Checkpoint) -> RunRecord | None:
     return record if record is not None and record.data.get("run_name") == found.metadata.get("run_name") else None
 
 
-def _rows(metrics: Path | None, batch: int | None) -> list[dict[str, Any]]:
+def _logged(metrics: Path, batch: int | None) -> list[dict[str, Any]]:
     """What was logged at or before the checkpoint's batch."""
-    rows = read_metrics(metrics) if metrics is not None and metrics.is_file() else []
+    rows = read_metrics(metrics) if metrics.is_file() else []
     return [row for row in rows if batch is None or row["batch"] <= batch]
-
-
-def _validation_loss(metrics: Path | None, batch: int | None) -> float | None:
-    """The last one at or before the checkpoint's batch."""
-    return next((float(row[LOSS]) for row in reversed(_rows(metrics, batch)) if LOSS in row), None)
-
-
-def _tokens(metrics: Path | None, batch: int | None) -> int | None:
-    """The tokens seen by then, as they were counted: the batch size may have changed between sessions."""
-    return next((int(row["tokens"]) for row in reversed(_rows(metrics, batch)) if row["batch"] == batch), None)
 
 
 def push(folder: Path, repository: str, *, private: bool = False) -> str:

@@ -30,8 +30,9 @@ from mohd_train.config.plan import ModelPlan, SubDimPlan, make_plan
 from mohd_train.config.schema import ModelConfig, MoHDSettings
 from mohd_train.errors import UserError
 from mohd_train.hf.convert import from_hf_llama, load_model
+from mohd_train.model.init import initializer
 from mohd_train.model.llama import Transformer
-from mohd_train.model.mohd import GroupFusion
+from mohd_train.model.mohd import GroupFusion, Router
 from mohd_train.run_folder.paths import CHECKPOINTS, TOKENIZER
 from mohd_train.utils.encoding import append_nothing, encode_text
 
@@ -107,15 +108,19 @@ def as_mohd(dense: Transformer, settings: MoHDSettings, order_D: Tensor | None =
     plan = make_plan(ModelConfig(**sizes), settings, base.max_seq_len)
     if plan.router_init_std is None:
         plan = dataclasses.replace(plan, router_init_std=ROUTER_STD)
-    model = Transformer(plan, seed=0)
     weights = dense.state_dict()
     if order_D is not None:
         weights = {name: _permuted(name, value, order_D) for name, value in weights.items()}
     if settings.expansion > 1:
         layout = _layout(plan)
         weights = {name: _expanded(name, value, plan, layout) for name, value in weights.items()}
-    kept = {name: value for name, value in model.state_dict().items() if name not in weights}  # routers and fusion
-    model.load_state_dict(weights | kept)
+    with torch.device("meta"):
+        model = Transformer(plan)
+    model.load_state_dict({name: value.float().clone() for name, value in weights.items()}, strict=False, assign=True)
+    fill = initializer(model, plan, seed=0)
+    for module in model.modules():
+        if isinstance(module, Router | GroupFusion):  # all that the dense model has no weights for
+            fill(module.to_empty(device="cpu"))
     if settings.expansion > 1:
         _fuse_into_copies(model, layout)
     return model.eval()
@@ -154,7 +159,7 @@ def _expanded(name: str, weight: Tensor, plan: ModelPlan, layout: SubDimPlan) ->
     source_D = torch.cat([torch.arange(kept), torch.arange(kept, plan.base_hidden_size).repeat(copies)])
     dense_part = (".attention." in name and plan.attention is None) or (".ffn." in name and plan.ffn is None)
     writes = name.endswith(("o_proj.weight", "down_proj.weight"))
-    found = weight[source_D] if weight.dim() == 1 or writes else weight[:, source_D]
+    found = _permuted(name, weight, source_D)
     factors_D = torch.ones(plan.hidden_size, dtype=weight.dtype)
     if weight.dim() == 1:  # a norm: from the expanded stream to the dense model's normalized one
         factors_D /= (plan.hidden_size / plan.base_hidden_size) ** 0.5

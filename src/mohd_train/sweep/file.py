@@ -38,7 +38,7 @@ from typing import Any
 import yaml
 
 from mohd_train import resources
-from mohd_train.config.keys import KNOWN_KEYS, TEXT_KEYS, is_text
+from mohd_train.config.keys import KNOWN_KEYS, is_text
 from mohd_train.errors import UserError
 from mohd_train.utils.text import nearest
 
@@ -210,7 +210,7 @@ class _Reader:
         if not isinstance(values, dict):
             raise self.fail(f"{key}.set", f"is {values!r}; it must be a mapping of dotted config keys to values")
         for name, found in values.items():
-            if name in TEXT_KEYS and is_text(KNOWN_KEYS[name]) and not isinstance(found, str | None):
+            if name in KNOWN_KEYS and is_text(KNOWN_KEYS[name]) and not isinstance(found, str | None):
                 raise self.fail(f"{key}.set.{name}", f"is {found!r}, which YAML reads as no text; put it in quotes")
         return values
 
