@@ -45,13 +45,13 @@ def test_bounds_are_finite_and_hold_the_default(key: str) -> None:
 
 
 @functools.cache
-def base() -> Config:
-    return load_config([str(ROOT / "configs/model/tiny.yaml"), str(ROOT / "configs/mohd/x2.yaml")], [*WHOLE])
+def base(mohd: str = "mohd/x2") -> Config:
+    return load_config([str(ROOT / "configs/model/tiny.yaml"), str(ROOT / f"configs/{mohd}.yaml")], [*WHOLE])
 
 
 def with_value(key: str, value: float) -> Config:
     """The config with the key, or its first entry, set to ``value``, which OmegaConf has typed."""
-    config = copy.deepcopy(base())
+    config = copy.deepcopy(base("moe/moe-x2" if key.startswith("mohd.experts.") else "mohd/x2"))
     *sections, last = key.split(".")
     section = functools.reduce(getattr, sections, config)
     kind = typing.get_origin(options(KNOWN_KEYS[key])[0])
@@ -99,8 +99,9 @@ def test_a_number_that_was_typed_is_refused_under_its_name(value: str, files: li
     for key in NUMERIC_KEYS:
         kind = typing.get_origin(options(KNOWN_KEYS[key])[0])
         word = {list: f"{key}=[{value}, 0.5]", dict: f"{key}={{cc: {value}}}"}.get(kind, f"{key}={value}")
+        moe = [str(ROOT / "configs/moe/moe-x2.yaml")] if key.startswith("mohd.experts.") else []
         with pytest.raises(UserError, match=re.escape(key)) as caught:
-            load_model_plan(files[1:], [word]) if key.startswith(("model.", "mohd.")) else load_config(files, [word])
+            load_model_plan([*files[1:], *moe], [word]) if key.startswith(("model.", "mohd.")) else load_config(files, [word])
         assert "\n" not in str(caught.value)
 
 

@@ -32,10 +32,11 @@ def test_export_equals_the_checkpoint(tmp_path: Path, setting: str) -> None:
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert isinstance(again, MoHDForCausalLM)
     ids = torch.randint(97, (2, 9))
-    with torch.no_grad():
-        assert torch.equal(again(ids).logits, model(ids).logits)
-        assert torch.equal(load_model(path)(ids).logits, model(ids).logits)
-        assert torch.equal(load_model(tmp_path / "out")(ids).logits, model(ids).logits)
+    torch.testing.assert_close(again.transformer.state_dict(), model.state_dict(), rtol=0, atol=0)
+    with torch.no_grad():  # a matrix product's last bit may depend on where its weights lie in memory
+        torch.testing.assert_close(again(ids).logits, model(ids).logits, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(load_model(path)(ids).logits, model(ids).logits, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(load_model(tmp_path / "out")(ids).logits, model(ids).logits, rtol=1e-5, atol=1e-5)
     assert (again.config.bos_token_id, again.generation_config.eos_token_id) == (1, 2)
     assert AutoTokenizer.from_pretrained(tmp_path / "out")("w5 w6").input_ids == [5, 6]
     found = checkpoint.open(path)

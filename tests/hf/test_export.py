@@ -18,6 +18,7 @@ from train.train_support import make_config
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from mohd_train import checkpoint
+from mohd_train.config.schema import ExpertsConfig
 from mohd_train.errors import UserError
 from mohd_train.hf import export as exporting
 from mohd_train.hf import remote_code
@@ -54,6 +55,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     *((setting, {}) for setting in ("dense", *SETTINGS)),
     ("x2", {"fusion": "monarch", "gate_input": True, "router_input": "residual"}),
     ("x2", {"routing": "random", "scaling": "gate_mass", "fusion": "none"}),
+    ("dense", {"experts": ExpertsConfig(6, 3, 1), "fusion": "none"}),
 ]
 
 

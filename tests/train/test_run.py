@@ -111,7 +111,7 @@ def test_same_seed_same_run(finished: Path, data: Path) -> None:
     assert lines[0] != lines[1]
 
 
-@pytest.mark.parametrize("mohd", ["x2", "dense"])
+@pytest.mark.parametrize("mohd", ["x2", "dense", "moe-x2"])
 def test_crash_and_resume_twice_equals_uninterrupted(
     mohd: str, tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -129,7 +129,7 @@ def test_crash_and_resume_twice_equals_uninterrupted(
     assert_same_run(tmp_path / "runs" / "whole", tmp_path / "runs" / "crashed", "ep1-ba22-rank0.pt")
     record = json.loads((tmp_path / "runs" / "crashed" / "run.json").read_text())
     assert [bool(session["from"]) for session in record["sessions"]] == [False, True, True]
-    kernels = "grouped" if mohd == "x2" else "dense"
+    kernels = "dense" if mohd == "dense" else "grouped"
     assert {(session["kernels"], session["loss"]) for session in record["sessions"]} == {(kernels, "chunked")}
     assert record["status"] == "finished"
 

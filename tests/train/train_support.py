@@ -71,9 +71,10 @@ def make_data(folder: Path, *, train: int = 60, val: int = 6, seq_len: int = SEQ
 
 
 def make_config(folder: Path, data: Path, *overrides: str, mohd: str = "x2") -> Config:
-    """The small config, with one of ``configs/mohd``, runs in ``folder/runs``."""
+    """The small config, with one of ``configs/mohd`` or ``configs/moe``, runs in ``folder/runs``."""
     file = write_config(folder, data)
-    return load_config([str(file), str(ROOT / "configs" / "mohd" / f"{mohd}.yaml")], list(overrides))
+    setting = ROOT / "configs" / ("moe" if mohd.startswith("moe") else "mohd") / f"{mohd}.yaml"
+    return load_config([str(file), str(setting)], list(overrides))
 
 
 def write_config(folder: Path, data: Path) -> Path:

@@ -95,7 +95,7 @@ def compare(
 def _prepare(name: str, plan: ModelPlan, workload: Workload) -> tuple[Any, Measured]:
     """Builds a model's step, checks it against the reference, and measures everything but time."""
     backend = "dense"
-    for part in plan.components:
+    for part in plan.routed.values():
         backend = resolve_backend(workload.kernels, workload.device, workload.dtype, width=part.width)
     step, module, step_of = build(plan, workload)
     error = 0.0

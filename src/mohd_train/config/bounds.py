@@ -73,6 +73,9 @@ BOUNDS = {
     "mohd.ffn.sub_dims": _SIZE,
     "mohd.ffn.top_k": _SIZE,
     "mohd.ffn.shared_sub_dims": Bounds(0, 2**20),
+    "mohd.experts.num_experts": _SIZE,
+    "mohd.experts.top_k": _SIZE,
+    "mohd.experts.shared_experts": Bounds(0, 2**20),
     "mohd.router_init_std": Bounds(
         0,
         1000,

@@ -32,12 +32,15 @@ def current_name(key: str, value: Any) -> Any:
 
 @dataclass(frozen=True)
 class SubDimPlan:
-    """Sub-dimensions of one component: dims ``i*width .. (i+1)*width-1`` are sub-dimension i of N = sub_dims."""
+    """Sub-dimensions of one component: dims ``i*width .. (i+1)*width-1`` are sub-dimension i of N = sub_dims.
+
+    Of the hidden size for MoHD; of the intermediate size for a mixture of experts, whose experts they are.
+    """
 
     sub_dims: int  # N
     top_k: int  # K, shared ones included
     shared: int  # S: sub-dimensions 0 .. S-1 are active for every token
-    width: int  # c = d / N
+    width: int  # c = d / N; of an expert F / K
 
     @property
     def specialized(self) -> int:
@@ -75,6 +78,7 @@ class ModelPlan:
     init: str = ModelConfig.init
     attention: SubDimPlan | None = None  # None: dense
     ffn: SubDimPlan | None = None
+    experts: SubDimPlan | None = None  # in place of ffn: a mixture of experts over N x F / K intermediate dims
     routing: str = MoHDSettings.routing
     router_input: str = MoHDSettings.router_input
     router_init_std: float | None = MoHDSettings.router_init_std
@@ -101,8 +105,19 @@ class ModelPlan:
 
     @property
     def components(self) -> tuple[SubDimPlan, ...]:
-        """The routed components of one layer."""
+        """The MoHD components of one layer."""
         return tuple(part for part in (self.attention, self.ffn) if part is not None)
+
+    @property
+    def routed(self) -> dict[str, SubDimPlan]:
+        """What has a router in one layer, by component: MoHD's sub-dimensions, and a mixture of experts under ``ffn``."""
+        parts = {"attention": self.attention, "ffn": self.ffn or self.experts}
+        return {name: part for name, part in parts.items() if part is not None}
+
+    @property
+    def ffn_width(self) -> int:
+        """Intermediate dims of one layer's FFN: F, or those of all experts, of which a token uses F."""
+        return self.intermediate_size if self.experts is None else self.experts.sub_dims * self.experts.width
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, for checkpoints and ``run.json``."""
@@ -113,7 +128,7 @@ class ModelPlan:
         """The inverse of :meth:`to_dict`. Raises :class:`UserError` where a key is missing or unknown."""
         values = dict(data)
         try:
-            for part in ("attention", "ffn"):
+            for part in ("attention", "ffn", "experts"):
                 if values.get(part) is not None:
                     values[part] = SubDimPlan(**values[part])
             return cls(**values)
@@ -144,6 +159,14 @@ class ModelPlan:
                     raise UserError(
                         f"{part}.width is {found.width}; it must be hidden_size / sub_dims = {self.hidden_size // found.sub_dims}"
                     )
+        if (experts := self.experts) is not None:
+            numbers = (experts.sub_dims, experts.top_k, experts.shared)
+            if _experts("experts", *numbers, self.intermediate_size) != experts:
+                raise UserError(
+                    f"experts.width is {experts.width}; it must be intermediate_size / top_k = "
+                    f"{self.intermediate_size // experts.top_k}"
+                )
+        _check_experts("", self.experts, self.ffn, self.gate_input)
         return self
 
     def differences(self, other: ModelPlan) -> list[str]:
@@ -186,6 +209,33 @@ def _component(section: str, config: SubDimensionConfig | None, hidden_size: int
     return SubDimPlan(sub_dims=n, top_k=k, shared=s, width=hidden_size // n)
 
 
+def _experts(section: str, experts: int, top_k: int, shared: int, intermediate_size: int) -> SubDimPlan:
+    if not 1 <= top_k <= experts:
+        raise UserError(f"{section}.top_k is {top_k}; it must lie in 1 .. {section}.num_experts = {experts}")
+    if not 0 <= shared < top_k:
+        raise UserError(
+            f"{section}.shared_experts is {shared}; it must lie in 0 .. {section}.top_k - 1 = {top_k - 1}, so that the router "
+            "chooses at least one"
+        )
+    if intermediate_size % top_k:
+        raise UserError(
+            f"{section}.top_k is {top_k}, which does not divide model.intermediate_size = {intermediate_size}: an expert has "
+            "intermediate_size / top_k dims, so that a token uses as many as the dense layer has"
+        )
+    return SubDimPlan(sub_dims=experts, top_k=top_k, shared=shared, width=intermediate_size // top_k)
+
+
+def _check_experts(section: str, experts: SubDimPlan | None, ffn: SubDimPlan | None, gate_input: bool) -> None:
+    if experts is None:
+        return
+    if ffn is not None:
+        raise UserError(
+            f"{section}experts and {section}ffn exclude each other: the feed-forward layer is one or the other"
+        )
+    if gate_input:
+        raise UserError(f"{section}gate_input is for sub-dimensions: an expert reads all of x; set it to false")
+
+
 def _check_heads(section: str, heads: int, key_value_heads: int, head_dim: int) -> None:
     if heads % key_value_heads:
         raise UserError(
@@ -215,5 +265,9 @@ def make_plan(model: ModelConfig, mohd: MoHDSettings, max_seq_len: int) -> Model
         _one_of(f"model.{key}" if key == "init" else f"mohd.{key}", (sizes | readings)[key], known)
     hidden_size = mohd.expansion * model.hidden_size
     components = {part: _component(f"mohd.{part}", getattr(mohd, part), hidden_size) for part in ("attention", "ffn")}
+    if (found := mohd.experts) is not None:
+        numbers = (found.num_experts, found.top_k, found.shared_experts)
+        components["experts"] = _experts("mohd.experts", *numbers, model.intermediate_size)
+    _check_experts("mohd.", components.setdefault("experts", None), components["ffn"], mohd.gate_input)
     sizes |= {"base_hidden_size": model.hidden_size, "hidden_size": hidden_size, "max_seq_len": max_seq_len}
     return ModelPlan(**(sizes | readings | components))

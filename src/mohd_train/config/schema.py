@@ -45,6 +45,15 @@ class SubDimensionConfig:
 
 
 @dataclass
+class ExpertsConfig:
+    """A mixture-of-experts feed-forward layer: the baseline of configs/moe (docs/mohd.md)."""
+
+    num_experts: int = MISSING  # N, each with intermediate_size / top_k dims
+    top_k: int = MISSING  # K: experts a token uses, shared ones included
+    shared_experts: int = 0  # S: the first S are active for every token
+
+
+@dataclass
 class MoHDSettings:
     """MoHD on top of the base model. Where the paper is silent, the defaults are the readings taken (docs/mohd.md)."""
 
@@ -52,6 +61,7 @@ class MoHDSettings:
     expansion: int = 1  # hidden size d = expansion x d0
     attention: Optional[SubDimensionConfig] = None
     ffn: Optional[SubDimensionConfig] = None
+    experts: Optional[ExpertsConfig] = None  # in place of ffn: a mixture of experts over the intermediate size
     routing: str = "learned"  # who chooses the specialized sub-dimensions: learned | random (a control)
     router_input: str = "normalized"  # what the router reads: normalized | residual (the stream before the norm)
     router_init_std: Optional[float] = (

@@ -64,7 +64,7 @@ def gpu_named(name: str) -> GPU:
 def default_mfu(gpu: GPU, plan: ModelPlan, checkpointing: bool) -> tuple[float, str]:
     """The model FLOPs utilization to assume, and where the number comes from."""
     mfu, source = gpu.mfu, MFU_SOURCE
-    if plan.components:
+    if plan.routed:
         mfu, source = mfu * SPARSE_SHARE, f"{source}; times {SPARSE_SHARE}, {SPARSE_SOURCE}"
     if checkpointing:
         mfu, source = mfu * RECOMPUTED, f"{source}; times {RECOMPUTED} for activation checkpointing"

@@ -133,7 +133,7 @@ class MemoryModel:
         """The optimizer's temporaries. The decoupled one updates parameter by parameter, torch's all of them at once."""
         if self.optimizer == "adamw":
             return self.parameters // self.sharding.shards
-        largest = max(self.counts.embedding, self.plan.hidden_size * self.plan.intermediate_size)
+        largest = max(self.counts.embedding, self.plan.hidden_size * self.plan.ffn_width)
         return 2 * WIDE * largest // self.sharding.shards
 
     def _validation(self) -> dict[str, int]:

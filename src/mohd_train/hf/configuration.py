@@ -16,6 +16,7 @@ RENAMED = {
     "max_seq_len": "max_position_embeddings",
     "attention": "mohd_attention",
     "ffn": "mohd_ffn",
+    "experts": "moe_experts",
 }
 
 
@@ -55,8 +56,8 @@ class MoHDConfig(PretrainedConfig):
         kernels: ``auto``, ``reference``, ``grouped`` or ``triton``.
         kwargs: the plan's fields under their own names, but for :data:`RENAMED`, and what :class:`PretrainedConfig`
             takes. ``mohd_attention`` and ``mohd_ffn`` are ``{"sub_dims": N, "top_k": K, "shared": S, "width": d / N}``,
-            or None for a dense component; ``hidden_size`` is this model's d, ``base_hidden_size`` d0; the readings are
-            those of :class:`mohd_train.config.schema.MoHDSettings`.
+            or None for a dense component; ``moe_experts`` is the same for a mixture of experts, or None; ``hidden_size`` is this
+            model's d, ``base_hidden_size`` d0; the readings are those of :class:`mohd_train.config.schema.MoHDSettings`.
 
     Raises:
         ValueError: a configuration that no model can be built from, or one of another architecture (scaled rotary embeddings,

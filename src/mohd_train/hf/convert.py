@@ -95,10 +95,9 @@ def to_hf_llama(model: Transformer | MoHDForCausalLM, **config: object) -> Llama
     """
     model = model.transformer if isinstance(model, MoHDForCausalLM) else model
     plan = model.plan
-    if plan.components:
-        raise UserError(
-            f"{plan.name} has MoHD components, which LlamaForCausalLM lacks; export it as MoHDForCausalLM instead"
-        )
+    if plan.routed:
+        parts = "MoHD components" if plan.components else "a mixture of experts"
+        raise UserError(f"{plan.name} has {parts}, which LlamaForCausalLM lacks; export it as MoHDForCausalLM instead")
     hf_config = LlamaConfig(
         vocab_size=plan.vocab_size,
         hidden_size=plan.hidden_size,

@@ -222,6 +222,12 @@ def card(
         *(
             (part, "dense" if sub is None else f"{sub.top_k} of {sub.sub_dims} sub-dimensions a token, {sub.shared} shared")
             for part, sub in (("Attention", plan.attention), ("Feed-forward", plan.ffn))
+            if part == "Attention" or plan.experts is None
+        ),
+        *(
+            [("Feed-forward", f"mixture of experts: {experts.top_k} of {experts.sub_dims} a token, {experts.shared} shared")]
+            if (experts := plan.experts) is not None
+            else []
         ),
         ("Parameters", f"{counts.parameters:,}; a token activates {counts.activated:,} of those of the layers' projections"),
         ("Vocabulary, context", f"{plan.vocab_size:,} pieces, {plan.max_seq_len:,} tokens"),
@@ -252,6 +258,8 @@ def card(
     table = "\n".join(f"| {key} | {value} |" for key, value in facts)
     trust = "" if llama else ", trust_remote_code=True"
     kind = "LLaMA" if llama or not plan.components else "MoHD (Mixture of Hidden Dimensions)"
+    if plan.experts is not None:
+        kind = "mixture-of-experts LLaMA" if not plan.components else f"{kind} with a mixture of experts"
     return f"""---
 library_name: transformers
 pipeline_tag: text-generation

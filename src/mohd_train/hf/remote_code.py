@@ -24,8 +24,8 @@ AUTO_MAP = {
 FILES = {
     CONFIGURATION: ("config/plan.py", "hf/configuration.py"),
     MODELING: (
-        "kernels/reference.py", "hf/remote_ops.py", "model/random_routing.py", "model/mohd.py", "model/init.py",
-        "model/llama.py", "hf/modeling.py",
+        "kernels/reference.py", "hf/remote_ops.py", "model/random_routing.py", "model/mohd.py", "model/moe.py",
+        "model/init.py", "model/llama.py", "hf/modeling.py",
     ),
 }  # fmt: skip
 LEFT_OUT = {"make_plan", "_PLAN_FIELDS"}  # they read configs of this package's own kind

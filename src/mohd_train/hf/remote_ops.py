@@ -88,6 +88,21 @@ class ops:  # in place of a module
         return ops.down_projection(F.silu(gate_TF) * up_TF, w_down_DF, selection, weights_TK, backend=backend)
 
     @staticmethod
+    def expert_ffn(
+        x_TD: Tensor,
+        w_gate_FD: Tensor,
+        w_up_FD: Tensor,
+        w_down_DF: Tensor,
+        selection: ops.Selection,
+        weights_TK: Tensor,
+        *,
+        backend: str,
+    ) -> Tensor:
+        """The weighted sum of a token's experts."""
+        sizes = (selection.indices_TK, selection.sub_dims, weights_TK)
+        return reference.expert_ffn(x_TD, w_gate_FD, w_up_FD, w_down_DF, *sizes)
+
+    @staticmethod
     def fuse_residual(
         z_TKC: Tensor, mixing_CNN: Tensor | None, selection: ops.Selection, residual_TD: Tensor, *, backend: str
     ) -> Tensor:

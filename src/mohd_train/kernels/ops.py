@@ -167,6 +167,34 @@ def swiglu_ffn(
     return _scale_slots(products.ffn(x_TKC, w_gate_FD, w_up_FD, w_down_DF, selection, norm_inputs), weights_TK)
 
 
+def expert_ffn(
+    x_TD: Tensor,
+    w_gate_FD: Tensor,
+    w_up_FD: Tensor,
+    w_down_DF: Tensor,
+    selection: Selection,
+    weights_TK: Tensor,
+    *,
+    backend: str,
+) -> Tensor:
+    """The weighted sum of a token's experts, ``sum_k w_k W_down[:, k] (silu(W_gate[k] x) * W_up[k] x)``: [T, D].
+
+    MoHD's two products with their sides exchanged: the selection is of N equal slices of F. What `down_projection` reads out of
+    the slices of ``W h`` are the active experts' hidden values, and `up_projection` sums over them.
+    """
+    if backend == "reference":
+        sizes = (selection.indices_TK, selection.sub_dims, weights_TK)
+        return reference.expert_ffn(x_TD, w_gate_FD, w_up_FD, w_down_DF, *sizes)
+    if backend == "triton":
+        from mohd_train.kernels.triton import projections
+
+        ones_TK = torch.ones_like(weights_TK)
+        gate, up = (projections.down(x_TD, weight, selection, ones_TK) for weight in (w_gate_FD, w_up_FD))
+        return projections.up(_scale_slots(F.silu(gate) * up, weights_TK), (w_down_DF,), selection)[0]
+    gate, up = (products.down(x_TD, weight, selection) for weight in (w_gate_FD, w_up_FD))
+    return products.up(_scale_slots(F.silu(gate) * up, weights_TK), (w_down_DF,), selection)[0]
+
+
 def fuse_residual(
     z_TKC: Tensor, mixing_CNN: Tensor | None, selection: Selection, residual_TD: Tensor, *, backend: str
 ) -> Tensor:

@@ -57,6 +57,22 @@ def down_projection(h_TF: Tensor, weight_DF: Tensor, indices_TK: Tensor, sub_dim
     return (y_TKC * weights_TK.unsqueeze(-1)).to(y_TKC.dtype).flatten(1)
 
 
+def expert_ffn(
+    x_TD: Tensor,
+    w_gate_FD: Tensor,
+    w_up_FD: Tensor,
+    w_down_DF: Tensor,
+    indices_TK: Tensor,
+    experts: int,
+    weights_TK: Tensor,
+) -> Tensor:
+    """The weighted sum of a token's experts, equal slices of F: ``W_down (w * silu(W_gate x) * W_up x)`` [T, D]; w is 0 for those
+    that are not active."""
+    h_TNE = (F.silu(F.linear(x_TD, w_gate_FD)) * F.linear(x_TD, w_up_FD)).unflatten(1, (experts, -1))
+    gates_TN = weights_TK.new_zeros(x_TD.shape[0], experts).scatter(1, indices_TK, weights_TK)
+    return F.linear((h_TNE * gates_TN.unsqueeze(-1)).to(h_TNE.dtype).flatten(1), w_down_DF)
+
+
 def fuse_residual(
     z_TKC: Tensor, mixing_CNN: Tensor | None, indices_TK: Tensor, sub_dims: int, residual_TD: Tensor
 ) -> Tensor:

@@ -57,9 +57,9 @@ def count(plan: ModelPlan, seq_len: int | None = None) -> Counts:
     """
     d, layers, seq_len = plan.hidden_size, plan.num_hidden_layers, seq_len or plan.max_seq_len
     attention = layers * d * (2 * plan.query_width + 2 * plan.key_value_width)
-    ffn = layers * 3 * d * plan.intermediate_size
+    ffn = layers * 3 * d * plan.ffn_width
     embedding = head = plan.vocab_size * d
-    activated = _active(attention, plan.attention) + _active(ffn, plan.ffn)
+    activated = _active(attention, plan.attention) + _active(ffn, plan.ffn or plan.experts)
     fusion = fusion_active = 0
     for part in plan.components:
         if plan.fusion in ("grouped", "monarch"):
@@ -69,6 +69,8 @@ def count(plan: ModelPlan, seq_len: int | None = None) -> Counts:
             fusion += layers * d * part.width
             fusion_active += layers * part.top_k * part.width * part.width
     router = sum(layers * d * part.sub_dims for part in plan.components)
+    if plan.experts is not None:  # shared experts have no score
+        router += layers * d * (plan.experts.sub_dims - plan.experts.shared)
     scores = layers * plan.query_width * (seq_len + 1)  # q.k and p.v, each A multiply-adds for (seq_len + 1) / 2 keys
     return Counts(
         activated=activated,

@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from mohd_train.config.plan import ModelPlan
 from mohd_train.kernels.loss import linear_cross_entropy
 from mohd_train.model.init import initialize
+from mohd_train.model.moe import Experts
 from mohd_train.model.mohd import ForwardContext, Normed, Router, Routing, SubDimensions, is_plain, swiglu
 from mohd_train.model.random_routing import token_keys
 
@@ -166,15 +167,19 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """SwiGLU: ``x' = h + ffn(norm(h))`` without the norm, as :class:`Attention`. All F intermediate dims stay dense."""
+    """SwiGLU: ``x' = h + ffn(norm(h))`` without the norm, as :class:`Attention`.
+
+    All F intermediate dims stay dense in a MoHD layer; in a mixture of experts all hidden dims do.
+    """
 
     def __init__(self, plan: ModelPlan, layer: int, kernels: str = "auto") -> None:
         super().__init__()
-        d, f = plan.hidden_size, plan.intermediate_size
+        d, f = plan.hidden_size, plan.ffn_width
         self.gate_proj = nn.Linear(d, f, bias=False)
         self.up_proj = nn.Linear(d, f, bias=False)
         self.down_proj = nn.Linear(f, d, bias=False)
         self.sub_dimensions = SubDimensions(plan.ffn, plan, kernels, 2 * layer + 1) if plan.ffn else None
+        self.experts = Experts(plan.experts, plan, kernels, 2 * layer + 1) if plan.experts else None
 
     @property
     def up_projections(self) -> tuple[nn.Linear, ...]:
@@ -185,9 +190,10 @@ class FeedForward(nn.Module):
         self, x_BTD: Tensor, residual_BTD: Tensor, context: ForwardContext, normed: Normed | None = None
     ) -> tuple[Tensor, Routing | None]:
         """The new residual stream [B, T, D], and the routing (None for a dense layer)."""
-        if self.sub_dimensions is None:
+        routed = self.experts if self.sub_dimensions is None else self.sub_dimensions
+        if routed is None:
             return residual_BTD + self.down_proj(swiglu(self.gate_proj(x_BTD), self.up_proj(x_BTD))), None
-        stream_TD, routing = self.sub_dimensions(
+        stream_TD, routing = routed(
             x_BTD.flatten(0, 1),
             residual_BTD.flatten(0, 1),
             self.up_projections,

@@ -275,7 +275,7 @@ def draw_load(found: SweepResults, output: Path) -> list[Path]:
     """The load of each sub-dimension over time: a map for each layer and component, for the first seed of each routed setting."""
     paths = []
     for run in _one_a_setting(found):
-        if not any(part.has_choice for part in run.plan.components):
+        if not any(part.has_choice for part in run.plan.routed.values()):
             continue
         load = _load(run)
         if load:

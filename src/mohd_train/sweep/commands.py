@@ -130,7 +130,7 @@ def list_sweeps(request: Request) -> None:
         table.add_column(head)
     for run in runs:
         counts, plan = count(run.plan), run.plan
-        shape = (str(plan.hidden_size), _part(plan.attention), _part(plan.ffn))
+        shape = (str(plan.hidden_size), _part(plan.attention), _part(plan.ffn or plan.experts))
         sizes = (_millions(counts.activated), _millions(counts.total))
         table.add_row(run.name, run.label, *shape, *sizes, str(total_batches(run.config) or "–"))
     _console().print(table)

@@ -273,12 +273,13 @@ class _Reader:
 
 
 def read_sweep(path: str | Path) -> SweepFile:
-    """Reads and checks a sweep file.
+    """Reads and checks a sweep file; ``study`` is ``configs/sweep/study.yaml``.
 
     Raises:
         UserError: no such file, broken YAML, an unknown key or name (with the nearest known one), a wrong type.
     """
-    path = resources.find(path)
+    named = CONFIGS / "sweep" / f"{path}.yaml"
+    path = named if named.parent == CONFIGS / "sweep" and named.is_file() else resources.find(path)
     reader = _Reader(path)
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))

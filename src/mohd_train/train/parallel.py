@@ -165,7 +165,7 @@ def resolve_kernels(config: Config, plan: ModelPlan, device: str) -> str:
     """
     where = torch.device("cuda" if device == "gpu" else "cpu")
     dtype = COMPUTE_DTYPES[config.precision]
-    chosen = {ops.resolve_backend(config.kernels, where, dtype, width=part.width) for part in plan.components}
+    chosen = {ops.resolve_backend(config.kernels, where, dtype, width=part.width) for part in plan.routed.values()}
     return ", ".join(sorted(chosen)) or "dense"
 
 

@@ -24,8 +24,10 @@ def summary(run: Run, data: TrainData) -> str:
     batch, tokens = config.global_train_batch_size, data.steps * config.global_train_batch_size * config.max_seq_len
     parts = {
         name: f"N {part.sub_dims}, K {part.top_k}, S {part.shared}" if part else "dense"
-        for name, part in (("attention", plan.attention), ("ffn", plan.ffn))
+        for name, part in (("attention", plan.attention), ("ffn", plan.ffn or plan.experts))
     }
+    if plan.experts is not None:
+        parts["ffn"] += " (experts)"
     extras = [f"{name} {short(size)}" for name, size in (("router", counts.router), ("fusion", counts.fusion)) if size]
     lines = {
         "run": f"{config.run_name} · seed {config.seed} · {parallel.world_size()} × {run.device} · {config.precision}",
@@ -34,7 +36,7 @@ def summary(run: Run, data: TrainData) -> str:
         + f" · hidden {plan.hidden_size} · layers {plan.num_hidden_layers}",
         "": f"attention {parts['attention']} · ffn {parts['ffn']}"
         + f" · kernels {parallel.resolve_kernels(config, plan, run.device)} (kernels: {config.kernels})"
-        if plan.components
+        if plan.routed
         else "dense (LLaMA)",
         "length": f"{data.steps} batches × {batch} samples × {config.max_seq_len} tokens = {short(tokens)} tokens · "
         f"microbatch {parallel.microbatch_size(config, run.device)}",

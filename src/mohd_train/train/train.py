@@ -335,7 +335,7 @@ def build_callbacks(run: Run, data: TrainData, notice: Notices, saver: Checkpoin
     total = ValidationTotal()
     callbacks: list[Callback] = [total, DomainMix(list(data.mix.domains))]
     callbacks.append(LossGuard(config.nonfinite_loss, config.loss_spike_factor, notice, lambda: saver.newest))
-    if run.plan.components:
+    if run.plan.routed:
         statistics = RoutingStatistics(run.plan, int(Time.from_timestring(config.routing_log_interval).value))
         callbacks.append(statistics)
         if config.router_collapse != "ignore":

@@ -47,7 +47,7 @@ class RoutingStatistics(Callback):
     """
 
     def __init__(self, plan: ModelPlan, interval: int) -> None:
-        self.parts = {"attention": plan.attention, "ffn": plan.ffn}
+        self.parts = plan.routed
         self.interval = interval
         self._sums: dict[str, _Sum] = {}
         self._shares: tuple[int, dict[str, float]] = (-1, {})  # batch, and shares of specialized sub-dimensions
@@ -71,8 +71,7 @@ class RoutingStatistics(Callback):
         outputs: Any = state.outputs
         for number, layer in enumerate(outputs.routing):
             for name, plan in self.parts.items():
-                if plan is not None:
-                    self._add(f"routing/layer{number}/{name}", plan, getattr(layer, name))
+                self._add(f"routing/layer{number}/{name}", plan, getattr(layer, name))
 
     def _add(self, key: str, plan: SubDimPlan, routing: Routing) -> None:
         active = torch.bincount(routing.indices.flatten(), minlength=plan.sub_dims)
