@@ -101,7 +101,9 @@ def test_a_number_that_was_typed_is_refused_under_its_name(value: str, files: li
         word = {list: f"{key}=[{value}, 0.5]", dict: f"{key}={{cc: {value}}}"}.get(kind, f"{key}={value}")
         moe = [str(ROOT / "configs/moe/moe-x2.yaml")] if key.startswith("mohd.experts.") else []
         with pytest.raises(UserError, match=re.escape(key)) as caught:
-            load_model_plan([*files[1:], *moe], [word]) if key.startswith(("model.", "mohd.")) else load_config(files, [word])
+            load_model_plan([*files[1:], *moe], [word]) if key.startswith(("model.", "mohd.")) else load_config(
+                files, [word]
+            )
         assert "\n" not in str(caught.value)
 
 
