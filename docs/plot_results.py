@@ -16,7 +16,7 @@ from mohd_train.errors import UserError, run_cli
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("path", help="the folder of a launched sweep, or results of eval/run_eval.py")
+    parser.add_argument("path", help="the folder of a launched sweep, or results of mohd eval")
     parser.add_argument("--task", help="default: all that have the metric, averaged")
     parser.add_argument("--metric", default="acc", help="default: %(default)s")
     parser.add_argument("--output", type=Path, default=Path("results.png"), help="default: %(default)s")

@@ -91,7 +91,8 @@ def test_equals_lm_eval_by_hand(
     for name in names:
         ours = json.loads((tmp_path / path.name / f"{name}.json").read_text(encoding="utf-8"))
         for task, metrics in ours["results"].items():
-            assert metrics == by_hand["results"][task], task
+            # Scores to the digit; a perplexity's last digits depend on where the weights lie in memory
+            assert metrics == pytest.approx(by_hand["results"][task], rel=1e-6, abs=0), task
             assert ours["n-samples"].get(task) == by_hand["n-samples"].get(task)
         assert ours["n-shot"].items() <= by_hand["n-shot"].items()
         assert ours["groups" if name == "mmlu" else "results"]

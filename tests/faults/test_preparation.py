@@ -289,11 +289,11 @@ def test_names_stay_in_their_folder(kind: str, name: str, own: Path, tmp_path: P
     (own / "manifest.json").write_text(json.dumps(obj))
     (tmp_path / "escaped").write_text("remote")
     before = tree(tmp_path)
-    with pytest.raises(UserError, match="is not a plain name"):
+    with pytest.raises(UserError, match="must be a plain name"):
         check(config_of(tmp_path / "deep" / "cache", remote=str(own)))
     after = tree(tmp_path)
     assert {key: after[key] for key in after if not key.startswith("deep/cache")} == before
-    with pytest.raises(UserError, match="is not a plain name"):
+    with pytest.raises(UserError, match="must be a plain name"):
         load_manifest(own)
     fault_table.record(lost=None)
 

@@ -24,8 +24,6 @@ from mohd_train.config.plan import SubDimPlan
 from mohd_train.model.llama import Transformer
 from mohd_train.model.mohd import Routing, SubDimensions, select
 
-KINDS = INTERVENTIONS
-
 
 def applies(kind: str, plan: SubDimPlan, index: int) -> bool:
     """Whether an intervention is meaningful for sub-dimension ``index``."""
@@ -44,10 +42,10 @@ def intervene(sub: SubDimensions, kind: str, index: int) -> Iterator[None]:
     """Within it, the component runs with the intervention.
 
     Args:
-        kind: one of :data:`KINDS` for which :func:`applies` is true.
+        kind: one of :data:`INTERVENTIONS` for which :func:`applies` is true.
         index: the sub-dimension.
     """
-    assert kind in KINDS, kind
+    assert kind in INTERVENTIONS, kind
     assert applies(kind, sub.plan, index), f"{kind} means nothing for sub-dimension {index} of {sub.plan}"
     if kind == "removed":
         with _removed(sub, index):

@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mohd_train.analysis.corpus import Corpus
-from mohd_train.analysis.interventions import KINDS, applies, intervene, sub_dimensions
-from mohd_train.analysis.options import KnockoutOptions
+from mohd_train.analysis.interventions import applies, intervene, sub_dimensions
+from mohd_train.analysis.options import INTERVENTIONS, KnockoutOptions
 from mohd_train.analysis.routing import RoutingTally, component_plan, mohd_transformer, routed
 from mohd_train.analysis.study import Advance
 from mohd_train.analysis.subject import Subject
@@ -111,8 +111,8 @@ def _planned(transformer: Transformer, options: KnockoutOptions) -> Iterator[_Ef
         if layer not in layers:
             raise UserError(f"--knockout-layers {layer}: the model has layers 0 .. {layers[-1]}")
     for kind in options.kinds:
-        if kind not in KINDS:
-            raise UserError(f"--interventions {kind}: give some of {', '.join(KINDS)}")
+        if kind not in INTERVENTIONS:
+            raise UserError(f"--interventions {kind}: give some of {', '.join(INTERVENTIONS)}")
     for layer in options.layers or layers:
         for component in routed(transformer.plan):
             plan = component_plan(transformer.plan, component)

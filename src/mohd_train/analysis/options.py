@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import argparse
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from mohd_train.resources import find
-from mohd_train.utils.arguments import Parser
+from mohd_train.utils.arguments import LoadOptions, Parser, add_load_options, load_options
 
 INTERVENTIONS = ("removed", "banned", "forced")  # defined in mohd_train.analysis.interventions
 MAGNITUDES = ("square", "absolute")  # the paper's (eq. 1), and |x|
-DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True)
@@ -43,29 +41,25 @@ class KnockoutOptions:
     kinds: tuple[str, ...] = INTERVENTIONS
 
 
-@dataclass(frozen=True)
-class ObserveOptions:
+@dataclass
+class ObserveOptions(LoadOptions):
     """One run of `mohd observe`."""
 
     model: str
     data: Path
     output: Path | None  # default: runs/observe/NAME
     seq_len: int | None
-    tokenizer: Path | None
-    device: str
-    dtype: str
     study: StudyOptions
     knockout: KnockoutOptions | None
     tasks: tuple[str, ...]
     task_data: Path | None
     limit: int | None
     overwrite: bool
-    trust_remote_code: bool = False
 
 
 def parse(description: str | None, arguments: Sequence[str] | None = None, prog: str | None = None) -> ObserveOptions:
     """Parses the command line. A usage error exits through argparse, with 2."""
-    parser = Parser(prog=prog, description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(prog=prog, description=description)
     add = parser.add_argument
     study, knockout = StudyOptions(), KnockoutOptions()
     add("--model", required=True, help="checkpoint (.pt), Hugging Face folder, or a name on the hub")
@@ -105,10 +99,7 @@ def parse(description: str | None, arguments: Sequence[str] | None = None, prog:
     add(
         "--overwrite", action="store_true", help="replace a stored observation of another model, or with other settings"
     )
-    add("--trust-remote-code", action="store_true", help="run the Python code that a Hugging Face folder may hold")
-    add("--tokenizer", type=Path, help="folder; default: the model's own")
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:N; default: %(default)s")
-    add("--dtype", default="auto", choices=DTYPES, help="auto: as stored")
+    add_load_options(parser)
     add("--knockout", action="store_true", help="intervene on every sub-dimension of a MoHD checkpoint")
     add("--interventions", type=_split, default=knockout.kinds, help=f"some of {','.join(INTERVENTIONS)}; default: all")
     add(
@@ -132,9 +123,6 @@ def parse(description: str | None, arguments: Sequence[str] | None = None, prog:
         data=found.data,
         output=found.output,
         seq_len=found.seq_len,
-        tokenizer=found.tokenizer,
-        device=found.device,
-        dtype=found.dtype,
         study=StudyOptions(
             found.tokens,
             found.batch_size,
@@ -157,7 +145,7 @@ def parse(description: str | None, arguments: Sequence[str] | None = None, prog:
         task_data=found.task_data,
         limit=found.limit,
         overwrite=found.overwrite,
-        trust_remote_code=found.trust_remote_code,
+        **load_options(found).loading(),
     )
 
 

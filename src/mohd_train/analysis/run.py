@@ -48,13 +48,7 @@ def run_observation(
         UserError: bad input, found before anything is computed if possible.
     """
     console = console or Console()
-    subject = load_subject(
-        options.model,
-        tokenizer=options.tokenizer,
-        device=device,
-        dtype=options.dtype,
-        trust_remote_code=options.trust_remote_code,
-    )
+    subject = load_subject(options.model, **{**options.loading(), "device": device})
     transformer = subject.transformer
     mohd = transformer is not None and bool(transformer.plan.components)
     if options.knockout is not None and not mohd:

@@ -21,7 +21,6 @@ from mohd_train.model.llama import Transformer
 from mohd_train.utils.encoding import custom_code_refused, open_tokenizer
 from mohd_train.utils.text import first_line, plain_name
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
 _PROBED = 256  # numbers of each parameter that the fingerprint reads
 
@@ -92,7 +91,7 @@ def load_subject(
     Args:
         source: a checkpoint of any kind, local or on object storage, or a name on the hub.
         tokenizer: a folder; default: the run's for a checkpoint, else the model's own.
-        dtype: of the weights: ``auto`` (as stored), or one of :data:`DTYPES`. Statistics are in float32 or wider anyway.
+        dtype: of the weights: ``auto`` (as stored), float32, bfloat16 or float16. Statistics are in float32 or wider anyway.
         trust_remote_code: run the Python code that a Hugging Face folder may hold.
     Raises:
         UserError: the model, or the tokenizer that was asked for, can't be loaded.
@@ -104,7 +103,7 @@ def load_subject(
         else _from_hub(source, trust_remote_code)
     )
     if dtype != "auto":
-        model = model.to(DTYPES[dtype])  # type: ignore[arg-type]
+        model = model.to(getattr(torch, dtype))
     model = model.to(device or torch.device("cpu")).eval()  # type: ignore[arg-type]
     plan = model.config.to_plan() if isinstance(model, MoHDForCausalLM) else None
     info: dict[str, Any] = {

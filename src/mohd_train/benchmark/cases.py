@@ -48,14 +48,15 @@ class Workload:
 
 
 def read_plan(name: str, workload: Workload, overrides: list[str] | None = None) -> ModelPlan:
-    """The plan of `355m:x2`: configs/model/355m.yaml with configs/mohd/x2.yaml.
+    """The plan of `355m:x2`: configs/model/355m.yaml with configs/mohd/x2.yaml; `355m:moe-x2` is of configs/moe.
 
     Raises:
         UserError: the name has another form, or a file is missing.
     """
     configs = resources.path("configs")
     model, _, mohd = name.partition(":")
-    files = [configs / "model" / f"{model}.yaml", configs / "mohd" / f"{mohd}.yaml"]
+    kind = "moe" if mohd.startswith("moe-") else "mohd"
+    files = [configs / "model" / f"{model}.yaml", configs / kind / f"{mohd}.yaml"]
     for file in files:
         if not file.is_file():
             known = ", ".join(sorted(path.stem for path in file.parent.glob("*.yaml")))
@@ -99,29 +100,32 @@ def build(plan: ModelPlan, workload: Workload) -> tuple[Step, nn.Module, Callabl
     return step_of(module, workload.compile and workload.mode not in ("decode", "projections")), module, step_of
 
 
-def _autocast(workload: Workload) -> torch.autocast:
+def autocast(workload: Workload) -> torch.autocast:
+    """The workload's reduced precision, if it has one."""
     return torch.autocast(workload.device.type, workload.dtype, enabled=workload.dtype != torch.float32)
 
 
-def _random(shape: tuple[int, ...], workload: Workload) -> Tensor:
+def random_values(shape: tuple[int, ...], workload: Workload) -> Tensor:
+    """Standard normal, the same at every call."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(workload.device)
 
 
-def _ids(shape: tuple[int, int], plan: ModelPlan, workload: Workload) -> Tensor:
+def random_ids(shape: tuple[int, int], plan: ModelPlan, workload: Workload) -> Tensor:
+    """Tokens, the same at every call."""
     generator = torch.Generator().manual_seed(1)
     return torch.randint(0, plan.vocab_size, shape, generator=generator).to(workload.device)
 
 
 def _layer(block: nn.Module, plan: ModelPlan, workload: Workload, compiled: bool) -> Step:
     shape = (workload.tokens // workload.seq_len, workload.seq_len, plan.hidden_size)
-    x, slope = _random(shape, workload).requires_grad_(), _random(shape, workload)
+    x, slope = random_values(shape, workload).requires_grad_(), random_values(shape, workload)
     positions = torch.arange(workload.seq_len, device=workload.device)[None]
     context = ForwardContext(rotary_table(positions, plan.head_dim, plan.rope_theta, x.dtype))
     run = torch.compile(block, fullgraph=True, dynamic=False) if compiled else block
     wanted = [x, *block.parameters()]
 
     def step() -> list[Tensor]:
-        with _autocast(workload):
+        with autocast(workload):
             out, routing = run(x, context)
         balance = [part.balance_loss for part in (routing.attention, routing.ffn) if part is not None]
         ends, slopes = [out, *balance], [slope, *map(torch.ones_like, balance)]
@@ -131,19 +135,19 @@ def _layer(block: nn.Module, plan: ModelPlan, workload: Workload, compiled: bool
 
 
 def _whole(model: nn.Module, plan: ModelPlan, workload: Workload, compiled: bool) -> Step:
-    ids = _ids((workload.tokens // workload.seq_len, workload.seq_len), plan, workload)
+    ids = random_ids((workload.tokens // workload.seq_len, workload.seq_len), plan, workload)
     run = torch.compile(model, dynamic=False) if compiled else model
     wanted = list(model.parameters())
 
     def train() -> list[Tensor]:
-        with _autocast(workload):
+        with autocast(workload):
             out = run(ids, labels_BT=ids, logits=False)
         loss = out.cross_entropy + out.balance_loss
         return [loss.detach(), *torch.autograd.grad(loss, wanted, allow_unused=True, materialize_grads=True)]
 
     @torch.no_grad()
     def forward() -> list[Tensor]:
-        with _autocast(workload):
+        with autocast(workload):
             return [run(ids, labels_BT=ids, logits=False).cross_entropy]
 
     return train if workload.mode == "train" else forward
@@ -151,7 +155,7 @@ def _whole(model: nn.Module, plan: ModelPlan, workload: Workload, compiled: bool
 
 def _decode(model: nn.Module, plan: ModelPlan, workload: Workload, compiled: bool) -> Step:
     """One new token for each sequence. The cache is cut back to `tokens` positions after the step."""
-    ids = _ids((workload.batch, workload.tokens + 1), plan, workload)
+    ids = random_ids((workload.batch, workload.tokens + 1), plan, workload)
     cache = DynamicCache()
     with torch.no_grad():
         model(ids[:, :-1], cache=cache, logits=False)
@@ -167,8 +171,8 @@ def _decode(model: nn.Module, plan: ModelPlan, workload: Workload, compiled: boo
 
 def _projections(model: nn.Module, plan: ModelPlan, workload: Workload, compiled: bool) -> Step:
     """The products of decode's blocks and nothing else: q, k, v, o, gate, up and down for one token a sequence."""
-    x_TD = _random((workload.batch, plan.hidden_size), workload).to(workload.dtype)
-    h_TA = _random((workload.batch, plan.query_width), workload).to(workload.dtype)
+    x_TD = random_values((workload.batch, plan.hidden_size), workload).to(workload.dtype)
+    h_TA = random_values((workload.batch, plan.query_width), workload).to(workload.dtype)
     parts = [part for block in model.blocks for part in (block.attention, block.ffn)]  # type: ignore[union-attr]
     with torch.no_grad():
         routed = [part.sub_dimensions and part.sub_dimensions.route(x_TD) for part in parts]

@@ -8,13 +8,14 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from mohd_train.benchmark.cases import Step, Workload
+from mohd_train.benchmark.cases import Step, Workload, build
+from mohd_train.config.plan import ModelPlan
 from mohd_train.errors import UserError
 
 # The relative error, in norm, that a tensor of a step may have against the same step on the reference backend. float32: sums
@@ -95,6 +96,20 @@ def check_against_reference(
     if not worst <= limit:
         raise UserError(f"{name}: backend differs from the reference by {worst:.1e} (limit {limit:.0e}); not timed")
     return worst
+
+
+def check_peer(name: str, step: Step, plan: ModelPlan, workload: Workload) -> float:
+    """The relative error of a peer's output (its loss, its logits) against our dense model's, which has the same weights.
+
+    Raises:
+        UserError: it computes something else, so that its time would say nothing.
+    """
+    ours, _, _ = build(plan, replace(workload, compile=False))
+    got, want = step()[0].float(), ours()[0].float()
+    error = ((got - want).norm() / want.norm()).item()
+    if not error <= TOLERANCE[workload.dtype]:
+        raise UserError(f"{name}: its output differs from our dense model's by {error:.1e}; not timed")
+    return error
 
 
 def activation_bytes(step: Step, module: nn.Module) -> int:

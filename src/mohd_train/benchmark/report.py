@@ -30,7 +30,7 @@ class Measured:
     activation_bytes: int | None
     peak_memory: int | None
     backend: str
-    error: float
+    error: float | None  # None for a peer with weights of its own
 
 
 def row(name: str, baseline: str, models: dict[str, Measured], workload: Workload, peak: float) -> dict[str, Any]:

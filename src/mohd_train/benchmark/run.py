@@ -11,11 +11,13 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from mohd_train.benchmark import peers
 from mohd_train.benchmark.cases import Workload, build, flops, read_plan
 from mohd_train.benchmark.measure import (
     Peak,
     activation_bytes,
     check_against_reference,
+    check_peer,
     keep_pages,
     peak_flops,
     peak_memory,
@@ -70,7 +72,12 @@ def compare(
     for base in dict.fromkeys(name.partition(":")[0] for name in names):
         baseline = f"{base}:dense"
         members = [baseline, *(name for name in names if name.partition(":")[0] == base and name != baseline)]
-        plans = {name: read_plan(name, workload, [] if name == baseline else overrides) for name in members}
+        plans = {
+            name: peers.plan_of(name, workload)
+            if peers.is_peer(name)
+            else read_plan(name, workload, [] if name == baseline else overrides)
+            for name in members
+        }
         steps, found = {}, {}
         for name, plan in plans.items():
             console.print(f"{name}: building, checking against the reference, warming up", highlight=False)
@@ -94,6 +101,13 @@ def compare(
 
 def _prepare(name: str, plan: ModelPlan, workload: Workload) -> tuple[Any, Measured]:
     """Builds a model's step, checks it against the reference, and measures everything but time."""
+    trains = workload.mode in ("train", "layer")
+    if peers.is_peer(name):
+        step, module = peers.build(plan, workload)
+        error = check_peer(name, step, plan, workload) if plan.experts is None else None
+        kept = activation_bytes(step, module) if trains else None
+        backend = "eager" if plan.experts is not None or not workload.compile else "compiled"
+        return step, Measured([], flops(plan, workload), kept, peak_memory(step, workload), backend, error)
     backend = "dense"
     for part in plan.routed.values():
         backend = resolve_backend(workload.kernels, workload.device, workload.dtype, width=part.width)
@@ -105,7 +119,6 @@ def _prepare(name: str, plan: ModelPlan, workload: Workload) -> tuple[Any, Measu
             one = dataclasses.replace(workload, mode="layer", layers=1)
             block = dataclasses.replace(plan, num_hidden_layers=1)
             error = max(error, check_against_reference(name, *build(block, one), one))
-    trains = workload.mode in ("train", "layer")
     kept = activation_bytes(step, module) if trains else None
     return step, Measured([], flops(plan, workload), kept, peak_memory(step, workload), backend, error)
 

@@ -79,7 +79,7 @@ def call(verb: str, argv: Sequence[str], prog: str) -> int | None:
 
 def make_parser(function: Callable[..., object], prog: str) -> argparse.ArgumentParser:
     """A parser whose help is ``function``'s docstring (see :func:`describe`)."""
-    return Parser(prog=prog, description=describe(function, prog), formatter_class=argparse.RawDescriptionHelpFormatter)
+    return Parser(prog=prog, description=describe(function, prog))
 
 
 def describe(function: Callable[..., object], prog: str) -> str:

@@ -11,6 +11,7 @@ from pathlib import Path
 from mohd_train.cli import describe, make_parser, positive, share
 from mohd_train.evaluate.options import EvalOptions, SweepEvalOptions, parse
 from mohd_train.storage import path_or_uri
+from mohd_train.utils.arguments import add_load_options, load_options
 
 
 def evaluate(argv: Sequence[str], prog: str) -> int:
@@ -56,12 +57,7 @@ def generate(argv: Sequence[str], prog: str) -> None:
     )
     parser.add_argument("--top-p", type=share, default=1.0, help="sample from the likeliest tokens of this mass")
     parser.add_argument("--seed", type=int, default=0, help="of the sampling")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
-    parser.add_argument("--tokenizer", type=Path, help="default: the checkpoint's own")
-    parser.add_argument(
-        "--trust-remote-code", action="store_true", help="run the code that a Hugging Face folder holds"
-    )
+    add_load_options(parser)
     arguments = parser.parse_args(argv)
 
     from mohd_train.evaluate.generate import generate as run
@@ -73,10 +69,7 @@ def generate(argv: Sequence[str], prog: str) -> None:
         temperature=arguments.temperature,
         top_p=arguments.top_p,
         seed=arguments.seed,
-        device=arguments.device,
-        dtype=arguments.dtype,
-        tokenizer=arguments.tokenizer,
-        trust_remote_code=arguments.trust_remote_code,
+        **load_options(arguments).loading(),
     )
 
 

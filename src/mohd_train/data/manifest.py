@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from mohd_train.errors import UserError
-from mohd_train.utils.files import check_plain_name, write_atomic
+from mohd_train.utils.files import write_atomic
+from mohd_train.utils.text import plain_name
 
 VERSION = 1
 MANIFEST = "manifest.json"
@@ -185,14 +186,14 @@ def _from_dict(obj: Mapping[str, Any]) -> Manifest:
 def _check_names(manifest: Manifest, path: Path) -> None:
     """Raises UserError for a name that leads out of its folder; a manifest may come from anywhere."""
     for name in manifest.tokenizer.files:
-        check_plain_name(name, f"{path}: a file of the tokenizer")
+        plain_name(name, f"{path}: a file of the tokenizer")
     for domain, splits in manifest.domains.items():
-        check_plain_name(domain, f"{path}: a domain")
+        plain_name(domain, f"{path}: a domain")
         for split, content in splits.items():
-            check_plain_name(split, f"{path}: a split of {domain}")
+            plain_name(split, f"{path}: a split of {domain}")
             for shard in content.shards:
                 for name in (shard.file, shard.raw_file):
-                    check_plain_name(name, f"{path}: a shard of {domain}/{split}")
+                    plain_name(name, f"{path}: a shard of {domain}/{split}")
 
 
 def split_from_dict(obj: Mapping[str, Any]) -> Split:

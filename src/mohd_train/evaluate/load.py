@@ -19,8 +19,6 @@ from mohd_train.model.count import count
 from mohd_train.run_folder.paths import LATEST, RECORD
 from mohd_train.utils.text import plain_name
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
 
 @dataclass
 class LoadedModel:
@@ -80,7 +78,7 @@ def load(
     plan = model.config.to_plan() if hasattr(model.config, "to_plan") else None  # a MoHDConfig carries its plan
     name = name or (_plan_name(found, plan) if plan is not None else found.path.name)
     if dtype != "auto":
-        model = model.to(_DTYPES[dtype])  # type: ignore[arg-type]
+        model = model.to(getattr(torch, dtype))
     model = model.to(where).eval()  # type: ignore[arg-type]
     vocabulary = int(model.get_input_embeddings().weight.shape[0])
     if found.plan is None:

@@ -10,11 +10,11 @@ from pathlib import Path
 
 from mohd_train.resources import find
 from mohd_train.storage import path_or_uri
-from mohd_train.utils.arguments import Parser
+from mohd_train.utils.arguments import LoadOptions, Parser, add_load_options
 
 
 @dataclass
-class EvalOptions:
+class EvalOptions(LoadOptions):
     """Options of `mohd eval` for the tasks."""
 
     checkpoint: Path | str
@@ -23,18 +23,14 @@ class EvalOptions:
     data_dir: Path | None = None  # None: the hub
     limit: int | None = None  # questions a task (a subject); None: all
     batch_size: int | str = 8
-    device: str = "auto"
-    dtype: str = "auto"
     bos: str = "auto"  # auto | yes | no
     seed: int | None = None  # of the shots; default: the suite's
     name: str | None = None  # default: the model plan's
-    tokenizer: Path | None = None
     overwrite: bool = False
-    trust_remote_code: bool = False  # of a Hugging Face folder
 
 
 @dataclass
-class PerplexityOptions:
+class PerplexityOptions(LoadOptions):
     """Options of `mohd eval --perplexity`."""
 
     checkpoint: Path | str
@@ -43,12 +39,8 @@ class PerplexityOptions:
     domains: list[str] = field(default_factory=list)  # empty: all
     limit: int | None = None  # batches a domain; None: all
     batch_size: int = 8
-    device: str = "auto"
-    dtype: str = "auto"
     name: str | None = None
-    tokenizer: Path | None = None
     overwrite: bool = False
-    trust_remote_code: bool = False  # of a Hugging Face folder
 
 
 @dataclass
@@ -83,12 +75,7 @@ def parse(
 
 
 def _parse_one(description: str | None, arguments: Sequence[str], prog: str | None) -> EvalOptions | PerplexityOptions:
-    parser = Parser(
-        prog=prog,
-        description=description,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = Parser(prog=prog, description=description, allow_abbrev=False)
     parser.add_argument(
         "--checkpoint",
         type=path_or_uri,
@@ -110,19 +97,12 @@ def _parse_one(description: str | None, arguments: Sequence[str], prog: str | No
         "--output", type=path_or_uri, default=Path("eval/results"), help="s3://... too; default: %(default)s"
     )
     parser.add_argument("--batch-size", default="8", help="requests a forward pass, or auto; default: %(default)s")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N; default: %(default)s")
-    parser.add_argument(
-        "--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"], help="auto: as stored"
-    )
     parser.add_argument("--bos", default="auto", choices=["auto", "yes", "no"], help="begin each request with BOS")
     parser.add_argument("--seed", type=int, help="draws the shots; default: lm-eval's own")
     parser.add_argument("--name", help="of the model in tables; default: its plan's (355m-x2)")
-    parser.add_argument("--tokenizer", type=Path, help="default: beside the checkpoint")
+    add_load_options(parser)
     parser.add_argument(
         "--overwrite", action="store_true", help="replace stored results of another checkpoint or setting"
-    )
-    parser.add_argument(
-        "--trust-remote-code", action="store_true", help="run the Python code that a Hugging Face folder may hold"
     )
     parser.add_argument("--perplexity", action="store_true", help="validation perplexity per domain, on --data")
     parser.add_argument("--data", type=Path, help="a folder that mohd prepare made, for --perplexity")

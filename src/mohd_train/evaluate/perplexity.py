@@ -120,14 +120,7 @@ def run_perplexity(options: PerplexityOptions, console: Console | None = None) -
         raise UserError(f"--limit is {options.limit}; it must be 1 batch or more")
     found = checkpoint.open(options.checkpoint)
     manifest = load_manifest(options.data)
-    loaded = load(
-        found,
-        tokenizer=options.tokenizer,
-        name=options.name,
-        device=options.device,
-        dtype=options.dtype,
-        trust_remote_code=options.trust_remote_code,
-    )
+    loaded = load(found, name=options.name, **options.loading())
     data = _data_config(options, manifest, loaded)
     output = Output(options.output)
     path = output.folder / str(loaded.info["name"]) / PERPLEXITY

@@ -45,14 +45,7 @@ def run_eval(options: EvalOptions, suite: Suite | None = None, console: Console 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # a line for each truncated request; they are counted instead
     with tempfile.TemporaryDirectory(prefix="mohd_eval_") as cache:
         built, failed = _build(specs, options, Path(cache), console)
-        loaded = load(
-            found,
-            tokenizer=options.tokenizer,
-            name=options.name,
-            device=options.device,
-            dtype=options.dtype,
-            trust_remote_code=options.trust_remote_code,
-        )
+        loaded = load(found, name=options.name, **options.loading())
         lm = HarnessLM(loaded, options.batch_size, {"auto": None, "yes": True, "no": False}[options.bos])
         info = {**loaded.info, "max_length": lm.max_length, "bos": lm.bos, "dropped": lm.dropped}
         folder = output.folder / str(info["name"])

@@ -30,7 +30,6 @@ from mohd_train.run_folder.paths import METRICS, checkpoint_batch
 from mohd_train.run_folder.record import RunRecord, read_record
 from mohd_train.utils.encoding import append_nothing
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 LOSS = "metrics/eval/LanguageCrossEntropy"
 CARD, TRAINING_CONFIG = "README.md", "training_config.yaml"
 # The largest relative difference in norm of the logits between the two codes: sums in another order, in the weights' dtype
@@ -63,7 +62,7 @@ def export(
             from ``tokenizer/`` beside the folder the checkpoint lies in.
         folder: where to write; it must not exist, or be empty. It appears whole or not at all.
         llama: as ``LlamaForCausalLM`` (a dense model only), which needs no code of this project's.
-        dtype: of the weights: a key of :data:`DTYPES`.
+        dtype: of the weights: float32, bfloat16 or float16.
         check: load the folder in a process without this package, and compare its logits and choices.
         scores: for the model card, as shown: ``{"piqa, acc": "63.20%"}``.
 
@@ -76,7 +75,7 @@ def export(
         raise UserError(f"{folder} exists and is not empty; choose another folder")
     found = checkpoint.open_native(path)
     native = load_native(found)
-    nn.Module.to(native, DTYPES[dtype])
+    nn.Module.to(native, getattr(torch, dtype))
     tokenizer = read_tokenizer(found.tokenizer_folder, "keep a checkpoint in its run folder, which holds it")
     check_tokenizer(
         found.tokenizer_sha256,

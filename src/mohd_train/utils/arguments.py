@@ -1,15 +1,49 @@
-"""Command lines: what every parser of this package has in common."""
+"""Command lines: what the parsers of this package have in common. Imports nothing heavy, so that ``--help`` answers at once."""
 
 from __future__ import annotations
 
 import argparse
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
 
 class Parser(argparse.ArgumentParser):
-    """argparse's, with paths as a shell would give them: it expands ``--out ~/x``, but not ``--out=~/x``."""
+    """argparse's, with help laid out as its text is, and paths as a shell would give them: it expands ``--out ~/x``, but not
+    ``--out=~/x``."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+        super().__init__(*args, **{"formatter_class": argparse.RawDescriptionHelpFormatter, **kwargs})
         self.register("type", Path, lambda text: Path(text).expanduser())
+
+
+@dataclass(kw_only=True)
+class LoadOptions:
+    """How a command loads the checkpoint that it is given."""
+
+    tokenizer: Path | None = None  # a folder; default: the checkpoint's own
+    device: str = "auto"  # auto | cpu | cuda | cuda:N
+    dtype: str = "auto"  # one of DTYPES; auto: as stored
+    trust_remote_code: bool = False  # of a Hugging Face folder
+
+    def loading(self) -> dict[str, Any]:
+        """These four alone, as keyword arguments."""
+        return {field.name: getattr(self, field.name) for field in fields(LoadOptions)}
+
+
+def add_load_options(parser: argparse.ArgumentParser) -> None:
+    """The options of :class:`LoadOptions`."""
+    default = LoadOptions()
+    parser.add_argument("--tokenizer", type=Path, help="folder; default: the checkpoint's own")
+    parser.add_argument("--device", default=default.device, help="auto, cpu, cuda, cuda:N; default: %(default)s")
+    parser.add_argument("--dtype", default=default.dtype, choices=DTYPES, help="of the weights; auto: as stored")
+    parser.add_argument(
+        "--trust-remote-code", action="store_true", help="run the Python code that a Hugging Face folder may hold"
+    )
+
+
+def load_options(arguments: argparse.Namespace) -> LoadOptions:
+    """What was given for them."""
+    return LoadOptions(**{field.name: getattr(arguments, field.name) for field in fields(LoadOptions)})

@@ -58,24 +58,6 @@ def write_json(path: str | Path, value: Any, *, default: Callable[[Any], Any] = 
     write_atomic(path, json.dumps(value, indent=1, ensure_ascii=False, default=default) + "\n")
 
 
-def check_plain_name(name: object, what: str) -> str:
-    """``name``, if it names something directly in a folder: with ``..`` or a slash, it could lead anywhere.
-
-    Args:
-        what: what it names and where it is written, for the error message.
-
-    Raises:
-        UserError: it isn't a plain name.
-    """
-    plain = isinstance(name, str) and name not in ("", ".", "..") and not any(mark in name for mark in "/\\\0")
-    if not plain:
-        raise UserError(
-            f"{what} is {name!r}, which is not a plain name; a name can't be empty or lead to another folder"
-        )
-    assert isinstance(name, str)
-    return name
-
-
 def write_output(path: str | Path, content: bytes | str) -> None:
     """:func:`write_atomic` for a place that a command line named with ``--output``. Raises UserError if it can't be
     written to."""

@@ -50,7 +50,7 @@ def printable(text: str, what: str) -> str:
     return text
 
 
-def plain_name(name: str, what: str) -> str:
+def plain_name(name: object, what: str) -> str:
     """``name`` as it is, if it can be one folder or file: nothing in it leads elsewhere, on any file system.
 
     To be called wherever a name comes from outside: a command line, a config, a checkpoint, a manifest.
@@ -59,8 +59,11 @@ def plain_name(name: str, what: str) -> str:
         what: says in the error where the name stands, such as ``--name``.
 
     Raises:
-        UserError: it is empty, ``.`` or ``..``, has a separator, a control character or a space at an end, or is too long.
+        UserError: it is no text, is empty, ``.`` or ``..``, has a separator, a control character or a space at an end, or is too
+            long.
     """
+    if not isinstance(name, str):
+        raise UserError(f"{what} is {name!r}; it must be a plain name")
     printable(name, what)
     if name in ("", ".", "..") or "/" in name or "\\" in name or name != name.strip():
         raise UserError(f"{what} is {name!r}; it must be a plain name: no '/', '\\' or '..', no space at its ends")
