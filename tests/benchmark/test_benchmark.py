@@ -5,10 +5,12 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from mohd_train.benchmark import peers
 from mohd_train.benchmark.run import main
 from mohd_train.cli.benchmark import add_arguments
 from mohd_train.errors import UserError
@@ -35,6 +37,32 @@ def test_rows_of_every_mode(mode: str, root: Path, tmp_path: Path) -> None:
     assert x2["arithmetic_ratio"] > 1
     assert x2["error_against_reference"] < 1e-4
     assert (x2["activation_bytes"] is not None) == (mode in ("layer", "train"))
+
+
+@pytest.mark.parametrize("mode", ["layer", "train", "decode"])
+def test_transformers_models_beside_ours(mode: str, root: Path, tmp_path: Path) -> None:
+    file = tmp_path / "out.json"
+    names = ["tiny:hf-llama", "tiny:moe-x2", "tiny:hf-mixtral-x2"]
+    assert run(root, "--models", ",".join(names), "--mode", mode, "--json", str(file)) == 0
+    dense, llama, ours, mixtral = json.loads(file.read_text(encoding="utf-8"))["rows"]
+    assert [row["model"] for row in (dense, llama, ours, mixtral)] == ["tiny:dense", *names]
+    assert llama["error_against_reference"] < 1e-4  # it has our dense model's weights
+    assert llama["arithmetic_ratio"] == 1
+    assert mixtral["arithmetic_ratio"] == ours["arithmetic_ratio"] > 1
+    assert (llama["backend"], ours["backend"], mixtral["backend"]) == ("eager", "grouped", "eager")
+
+
+def test_a_llama_that_computes_something_else_is_not_timed(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    as_ours = peers._as_ours
+
+    def other(module: torch.nn.Module, *rest: Any) -> None:
+        as_ours(module, *rest)
+        with torch.no_grad():
+            next(module.parameters()).mul_(1.1)
+
+    monkeypatch.setattr(peers, "_as_ours", other)
+    with pytest.raises(UserError, match="tiny:hf-llama: its output differs from our dense model's"):
+        run(root, "--models", "tiny:hf-llama", "--mode", "layer")
 
 
 def test_a_measured_peak_is_measured_again_after_the_rounds(

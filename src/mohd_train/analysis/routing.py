@@ -5,6 +5,7 @@ Shapes: T tokens, N sub-dimensions, K active, S shared.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -120,13 +121,16 @@ def mohd_transformer(subject: Subject) -> Transformer:
 
 
 @torch.inference_mode()
-def tally_routing(subject: Subject, corpus: Corpus, tokens: int, batch_size: int = 4) -> RoutingTally:
-    """Routes about ``tokens`` tokens, an equal part from every domain."""
+def tally_routing(
+    subject: Subject, corpus: Corpus, tokens: int, batch_size: int = 4, advance: Callable[[], None] = lambda: None
+) -> RoutingTally:
+    """Routes about ``tokens`` tokens, an equal part from every domain; ``advance`` is called after each batch."""
     transformer = mohd_transformer(subject)
     tally = RoutingTally(transformer.plan)
     for batch in corpus.batches(tokens, batch_size):
         out = transformer(batch.ids_BT.to(subject.device), logits=False)
         tally.add(batch.domain, out.routing, batch.ids_BT.numel())
+        advance()
     return tally
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,7 +12,6 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from mohd_train.analysis.corpus import Corpus, open_corpus
 from mohd_train.analysis.figures import draw_observation
@@ -20,12 +20,13 @@ from mohd_train.analysis.options import KnockoutOptions, ObserveOptions
 from mohd_train.analysis.report import show_knockout, show_observation
 from mohd_train.analysis.routing import routed, tally_routing
 from mohd_train.analysis.routing_figures import draw_knockout, draw_router_selection
-from mohd_train.analysis.study import observe
+from mohd_train.analysis.study import Advance, observe
 from mohd_train.analysis.subject import Subject, fingerprint, load_subject
 from mohd_train.checkpoint.identity import is_sampled
 from mohd_train.errors import UserError
 from mohd_train.utils.environment import hardware, now, versions
 from mohd_train.utils.files import write_atomic
+from mohd_train.utils.progress import progress
 
 FORMAT = "mohd_train.observation/2"  # 1: magnitudes were |x|
 PACKAGES = ("torch", "transformers", "tokenizers", "numpy")  # that compute the numbers
@@ -69,7 +70,8 @@ def run_observation(
     files = [_write(folder / RECORD, subject, corpus, {"options": asdict(options.study), **record})]
     files += draw_observation(record, subject.name, folder)
     if mohd:
-        files += _router_view(subject, corpus, options, record["layer"], folder)
+        with _bar(console, "routing", corpus.count_batches(options.study.tokens, options.study.batch_size)) as advance:
+            files += _router_view(subject, corpus, options, record["layer"], folder, advance)
     show_observation(console, record, subject.name)
     if options.knockout is not None:
         effects = _knockout(subject, corpus, options.knockout, score, console)
@@ -81,10 +83,12 @@ def run_observation(
     return folder
 
 
-def _router_view(subject: Subject, corpus: Corpus, options: ObserveOptions, layer: int, folder: Path) -> list[Path]:
+def _router_view(
+    subject: Subject, corpus: Corpus, options: ObserveOptions, layer: int, folder: Path, advance: Advance
+) -> list[Path]:
     assert subject.transformer is not None
     plan = subject.transformer.plan
-    tally = tally_routing(subject, corpus, options.study.tokens, options.study.batch_size)
+    tally = tally_routing(subject, corpus, options.study.tokens, options.study.batch_size, advance)
     components = routed(plan)
     every = [tally.selection(each, kind) for each in range(plan.num_hidden_layers) for kind in components]
     path = _write(folder / ROUTER, subject, corpus, {"selections": [selection.to_dict() for selection in every]})
@@ -164,14 +168,7 @@ def _write(path: Path, subject: Subject, corpus: Corpus, record: dict[str, Any])
 
 @contextmanager
 def _bar(console: Console, name: str, total: int) -> Iterator[Callable[[], None]]:
-    """A progress bar; yields the function that advances it by one."""
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task(name, total=total)
-        yield lambda: progress.advance(task)
+    """Shows progress; yields the function that advances it by one."""
+    done = itertools.count(1)
+    with progress(console, name, total) as report:
+        yield lambda: report(next(done), total)

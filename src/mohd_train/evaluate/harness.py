@@ -10,7 +10,7 @@ import math
 import random
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,12 +26,11 @@ from mohd_train.errors import UserError
 from mohd_train.evaluate.load import LoadedModel
 from mohd_train.evaluate.tasks import BuiltTask
 from mohd_train.utils.encoding import added_ids, encode_text
+from mohd_train.utils.progress import Report
 
 BOOTSTRAP_ITERS = (
     100_000  # lm-eval's default; for the standard error of LAMBADA's perplexity (the others have a closed form)
 )
-
-Progress = Callable[[int, int], None]  # (requests answered, requests in all)
 
 
 @dataclass
@@ -88,7 +87,7 @@ class HarnessLM(HFLM):
         )
         self.task = ""
         self.truncation, self.joined = Truncation(), Joined()
-        self.progress: Progress | None = None
+        self.progress: Report | None = None
 
     def tok_encode(
         self,
@@ -126,7 +125,8 @@ class HarnessLM(HFLM):
     ) -> list[tuple[float, bool]]:
         for (_, text), context, continuation in requests:
             self._measure(text, len(context), len(continuation))
-        self.set_cache_hook(_ProgressHook(self.progress, len(requests)))
+        longest = max((len(context) + len(continuation) for _, context, continuation in requests), default=0)
+        self.set_cache_hook(_ProgressHook(self.progress, len(requests), longest))
         answers = super()._loglikelihood_tokens(requests, disable_tqdm=True, **kwargs)
         undefined = sum(math.isnan(logprob) for logprob, _ in answers)
         if undefined:
@@ -152,11 +152,14 @@ class HarnessLM(HFLM):
 
 
 class _ProgressHook(CacheHook):
-    """lm-eval reports each answer to its cache; here that moves the progress bar."""
+    """lm-eval reports each answer to its cache; here that is progress. It begins with the longest requests, so the first ones say
+    little about the rest."""
 
-    def __init__(self, progress: Progress | None, total: int) -> None:
+    def __init__(self, progress: Report | None, total: int, longest: int) -> None:
         super().__init__(None)
         self.progress, self.total, self.done = progress, total, 0
+        if progress is not None:
+            progress(0, total, f"the longest first, of {longest:,} tokens")
 
     def add_partial(self, attr: str, req: Any, res: Any) -> None:
         self.done += 1
@@ -191,7 +194,7 @@ def workers_end_at_once() -> Iterator[None]:
 
 
 def score(
-    lm: HarnessLM, built: BuiltTask, *, limit: int | None, seed: int, progress: Progress | None = None
+    lm: HarnessLM, built: BuiltTask, *, limit: int | None, seed: int, progress: Report | None = None
 ) -> dict[str, Any]:
     """lm-eval's own results (`results`, `groups`, `configs`, `versions`, `n-shot`, `n-samples`, ...) of one task.
 

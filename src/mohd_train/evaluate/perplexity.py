@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,6 @@ from typing import Any
 import torch
 from rich import box
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 from torch import nn
 from torch.utils.data import DataLoader
@@ -40,6 +40,7 @@ from mohd_train.results.store import (
     write,
 )
 from mohd_train.utils.environment import hardware, now, versions
+from mohd_train.utils.progress import Report, progress
 
 
 @dataclass(frozen=True)
@@ -178,14 +179,20 @@ def _measure(
 ) -> Likelihood:
     batches = len(loader) if limit is None else min(limit, len(loader))
     counted = (batch for _, batch in zip(range(batches), loader, strict=False))
-    shown = track(counted, name, total=batches, console=console, transient=True, disable=not console.is_terminal)
-    found = likelihood(model, shown if console.is_terminal else counted, eos_id)
+    with progress(console, name, batches) as report:
+        found = likelihood(model, _reported(counted, batches, report), eos_id)
     if math.isnan(found.nll):
         raise UserError(
             f"{name}: the model's log-likelihood is not a number (NaN); its training diverged, or --dtype can't hold its "
             "activations (try --dtype float32)"
         )
     return found
+
+
+def _reported(batches: Iterable[Any], total: int, report: Report) -> Iterator[Any]:
+    for done, batch in enumerate(batches):
+        report(done, total)
+        yield batch
 
 
 def _stored(path: Path, settings: dict[str, Any], fingerprint: str, console: Console) -> dict[str, Likelihood] | None:

@@ -26,6 +26,7 @@ from mohd_train.results import store
 from mohd_train.results.output import Output
 from mohd_train.results.suite import Suite, TaskSpec, load_suite
 from mohd_train.utils.environment import hardware
+from mohd_train.utils.progress import progress
 
 DEMO_MARK = "DEMO"  # a file of this name in a folder of rows says that they are not the tasks' own
 
@@ -153,8 +154,8 @@ def _run(
             console.print(place, terminal.one_line(stored, None), markup=False, highlight=False, soft_wrap=True)
             continue
         start = time.monotonic()
-        with terminal.task_bar(console, task.spec, place.replace("[", r"\[")) as progress:
-            raw = score(lm, task, limit=settings.limit, seed=settings.seed, progress=progress)
+        with progress(console, f"{place} {name} ({task.spec.shots}-shot)") as report:
+            raw = score(lm, task, limit=settings.limit, seed=settings.seed, progress=report)
         seconds = time.monotonic() - start
         data = store.record(
             task.spec,

@@ -1,46 +1,15 @@
-"""What an evaluation shows in the terminal: a progress bar for each task, and a table at the end."""
+"""What an evaluation shows in the terminal: a line for each task, and a table at the end."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 
 from rich import box
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TaskProgressColumn,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 from rich.table import Table as RichTable
 
-from mohd_train.evaluate.harness import Progress as Report
 from mohd_train.results.store import Result
-from mohd_train.results.suite import Suite, TaskSpec
+from mohd_train.results.suite import Suite
 from mohd_train.results.table import MISSING, Number
-
-
-@contextmanager
-def task_bar(console: Console, spec: TaskSpec, place: str) -> Iterator[Report]:
-    """A progress bar over the requests of one task; yields the function that moves it. Nothing if the output isn't a terminal."""
-    if not console.is_terminal:
-        yield lambda done, total: None
-        return
-    columns = (
-        TextColumn(f"{place} {spec.name} ({spec.shots}-shot)"),
-        BarColumn(),
-        TaskProgressColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console, transient=True) as progress:
-        bar = progress.add_task(spec.name, total=None)
-        yield lambda done, total: progress.update(bar, completed=done, total=total)
 
 
 def percent(value: float | None, stderr: float | None = None) -> str:
