@@ -8,12 +8,12 @@ export PYTHONNOUSERSITE := 1
 export PATH := $(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-gpu test-ecosystem test-faults test-soak check format data train eval tables benchmark study study-status study-stop clean
+.PHONY: help setup demo test test-gpu test-ecosystem test-faults test-soak check format data train eval tables benchmark benchmark-peers study study-status study-stop clean
 
 help:  ## this list
 	@echo "mohd_train: pretraining MoHD (Mixture of Hidden Dimensions) transformers on MosaicML Composer"
 	@echo
-	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1~\2/p' Makefile | awk -F'~' '{printf "%-14s %s\n", $$1, $$2}'
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1~\2/p' Makefile | awk -F'~' '{printf "%-16s %s\n", $$1, $$2}'
 	@echo
 	@echo "  VENV=$(VENV) names the environment; every target but help and clean sets it up first."
 
@@ -70,6 +70,9 @@ tables: setup  ## Table 2 from results beside the paper's: [RESULTS="folder ..."
 
 benchmark: setup  ## time MoHD against LLaMA on this machine's GPU, or CPU (6 minutes), into benchmarks/ [OUT= ARGS=]
 	$(PY) scripts/benchmark.py --record "$(or $(OUT),benchmarks)" $(ARGS)
+
+benchmark-peers: setup  ## the same beside transformers' Llama and Mixtral of equal sizes (about ten minutes on one core) [OUT=benchmarks ARGS=]
+	$(PY) scripts/benchmark.py --record "$(or $(OUT),benchmarks)" --peers $(ARGS)
 
 # One launcher at a time holds the lock; what it starts survives the terminal, at low priority. A second `make study` after it
 # ended, was stopped or was killed goes on with what is not finished.

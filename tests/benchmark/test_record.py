@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from mohd_train.benchmark import peers
 from mohd_train.benchmark import record as recording
 from mohd_train.benchmark.cases import read_plan
 from mohd_train.benchmark.run import _workload
@@ -20,11 +21,12 @@ FIXED = ("--rounds", "2", "--no-compile", "--tokens", "32", "--threads", "1")
 def test_every_part_is_a_command_that_can_be_read(root: Path) -> None:
     parser = argparse.ArgumentParser()
     add_arguments(parser)
-    for parts in recording.PARTS.values():
+    for parts in (*recording.PARTS.values(), *recording.PEERS.values()):
         for words in parts.values():
             arguments = parser.parse_args(["--device", "cpu", *words])
             for name in arguments.models.split(","):
-                read_plan(name, _workload(arguments))
+                read = peers.plan_of if peers.is_peer(name) else read_plan
+                assert read(name, _workload(arguments))
     wanted = {f"355m:{kind}" for kind in ("50", "75", "x2", "x3", "x4")} | {
         f"1.13b:{kind}" for kind in ("50", "x2", "x4")
     }

@@ -27,6 +27,19 @@ def test_a_component_reads_the_ends_once(n: int, k: int, s: int) -> None:
     assert seen.foreign == 0
 
 
+def test_many_narrow_sub_dimensions_take_a_few_large_products_and_no_read() -> None:
+    """Fig. 12b goes to N = 256, where a product for each sub-dimension would be thousands of launches a layer."""
+    calls = {}
+    for n in (16, 64, 256):
+        indices = choose(40, n, n // 2, 3 * n // 8)
+        with host_syncs() as seen:
+            component("grouped", indices, n, 3 * n // 8, operands(indices, n, 2)).sum().backward()
+        assert seen.waits == {}
+        assert seen.counts["ends_to_host"] == (n == 16)
+        calls[n] = sum(seen.counts.values())
+    assert calls[256] == calls[64] < calls[16]
+
+
 @pytest.mark.parametrize(("n", "k", "s"), [*SIZES, (32, 16, 0)])
 def test_a_selection_for_triton_reads_nothing(n: int, k: int, s: int) -> None:
     with host_syncs() as seen:

@@ -45,8 +45,29 @@ PARTS: dict[str, dict[str, tuple[str, ...]]] = {  # by device, then by name of t
 }
 
 
-def record(folder: Path, device: str | None) -> int:
+_PEERS = "355m:hf-llama,355m:x2,355m:x3,355m:x4," + ",".join(
+    f"355m:{kind}-x{size}" for size in (2, 3, 4) for kind in ("moe", "hf-mixtral")
+)
+PEERS: dict[str, dict[str, tuple[str, ...]]] = {  # the same beside transformers' models
+    "cuda": {
+        "peers-layer": ("--models", _PEERS, "--mode", "layer", "--tokens", "16384", "--rounds", "10"),
+        "peers-decode": ("--models", _PEERS, "--mode", "decode", "--tokens", "1024", "--rounds", "30"),
+    },
+    "cpu": {
+        "1-thread-peers-layer": ("--models", _PEERS, *LAYER),
+        "1-thread-peers-decode": (
+            *("--models", _PEERS, "--mode", "decode", "--layers", "4", "--threads", "1", "--tokens", "256"),
+            *("--rounds", "20"),
+        ),
+    },
+}
+
+
+def record(folder: Path, device: str | None, *, peers: bool = False) -> int:
     """Measures every part of `device` (None: the GPU if there is one). Results and plots go to `folder` and overwrite nothing.
+
+    Args:
+        peers: ours beside transformers' models (:data:`PEERS`) in place of :data:`PARTS`.
 
     Returns:
         0, or 1 if a part failed; it doesn't stop the others.
@@ -59,12 +80,12 @@ def record(folder: Path, device: str | None) -> int:
     except OSError as error:
         raise UserError(f"--record {folder}: {error.strerror}") from error
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    console, failed = Console(stderr=True), []
+    console, failed, parts = Console(stderr=True), [], (PEERS if peers else PARTS)[device]
     name = hardware(device)["device"].lower()
     machine = re.sub(r"[^a-z0-9]+", "-", re.sub(r"\((r|tm)\)", "", name)).strip("-")
-    for number, (name, args) in enumerate(PARTS[device].items(), 1):
+    for number, (name, args) in enumerate(parts.items(), 1):
         file = _unused(folder, f"{now()[:10]}-{machine}-{name}")
-        console.print(f"part {number} of {len(PARTS[device])}, {name}: {file}", highlight=False)
+        console.print(f"part {number} of {len(parts)}, {name}: {file}", highlight=False)
         plot = ("--plot", str(file.with_suffix(".png")))
         command = verb_command("benchmark", "--device", device, *args, "--json", file, *plot)
         if (code := subprocess.run(command).returncode) != 0:

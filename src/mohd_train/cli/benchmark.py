@@ -17,6 +17,7 @@ def benchmark(argv: Sequence[str], prog: str) -> int:
     %(prog)s --models 355m:x4 --mode decode --batch 1 --tokens 256 --json benchmarks/decode.json
     %(prog)s --models 355m:x4 --mode projections --layers 4
     %(prog)s --models 355m:x4 --sweep tokens=512,1024,2048 --profile
+    %(prog)s --models 355m:hf-llama,355m:x2,355m:moe-x2,355m:hf-mixtral-x2   # beside transformers' models
     %(prog)s --record benchmarks   # everything that benchmarks/ holds, measured on this machine
     """
     parser = make_parser(benchmark, prog)
@@ -25,7 +26,11 @@ def benchmark(argv: Sequence[str], prog: str) -> int:
 
     from mohd_train.benchmark import record, run  # after parsing: importing torch takes seconds
 
-    return record.record(arguments.record, arguments.device) if arguments.record else run.main(arguments)
+    return (
+        record.record(arguments.record, arguments.device, peers=arguments.peers)
+        if arguments.record
+        else run.main(arguments)
+    )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,7 +38,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--models",
         default="355m:dense,355m:x2",
-        help="model:setting,... by the files of configs/model and configs/mohd",
+        help="model:setting,... by the files of configs/model and configs/mohd or configs/moe; model:hf-llama and "
+        "model:hf-mixtral-x2 are transformers' of the same sizes",
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if there is a GPU")
     parser.add_argument("--mode", choices=MODES, default="layer")
@@ -54,6 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         help="measure everything that benchmarks/ holds of a machine, part by part, into this folder",
     )
+    parser.add_argument("--peers", action="store_true", help="with --record: beside transformers' Llama and Mixtral")
     parser.add_argument("--load", type=Path, help="measure nothing; show (and plot) the results in this file")
     parser.add_argument("--plot", type=Path, help="draw the ratios to this file (.svg or .png)")
     parser.add_argument("--profile", action="store_true", help="also profile a step of each model")

@@ -17,6 +17,9 @@ from mohd_train.kernels.slots import slots_of
 
 # Pairs in a tile. All pairs of a tile belong to one run, so that a reduction over a run needs no data-dependent shape.
 TILE = 8
+# Above so many runs, if a token uses a share of the sub-dimensions that is not too small, products over the full width are faster
+MOST_RUNS = 32
+LEAST_SHARE = 1 / 4
 
 
 class Selection(NamedTuple):
@@ -45,20 +48,25 @@ def is_eager_inference() -> bool:
 def choose_path(backend: str, tokens: int, sub_dims: int, active: int, shared: int) -> str:
     """The path that a selection's products take; nothing else decides it.
 
-    ``reference`` and ``triton`` have one path each. ``grouped`` has three: ``few_tokens`` for a few tokens without gradients
-    (decoding), ``sorted_spans`` where there are few possible choices to sort tokens by, ``gathered_runs`` otherwise.
+    ``reference`` and ``triton`` have one path each. ``grouped`` has four: ``few_tokens`` for a few tokens without gradients
+    (decoding), ``sorted_spans`` where there are few possible choices to sort tokens by, ``masked`` for many narrow sub-dimensions
+    (Fig. 12b), ``gathered_runs`` otherwise.
     """
     if backend != "grouped":
         return backend
     if is_eager_inference() and tokens <= few_tokens.MOST_TOKENS:
         return "few_tokens"
-    return "sorted_spans" if token_order.supports(sub_dims, active, shared) else "gathered_runs"
+    if token_order.supports(sub_dims, active, shared):
+        return "sorted_spans"
+    is_masked = sub_dims - shared > MOST_RUNS and active >= LEAST_SHARE * sub_dims
+    return "masked" if is_masked else "gathered_runs"
 
 
 def select(indices_TK: Tensor, sub_dims: int, shared: int, path: str, tile: int | None = None) -> Selection:
     """The selection with what `path` needs. `tile`: tokens in a tile, for triton.
 
-    On CUDA every path of ``grouped`` waits for the device once (for the ends, or the choices of a few tokens), ``triton`` never.
+    On CUDA the paths of ``grouped`` wait for the device once (for the ends, or the choices of a few tokens), ``masked`` and
+    ``triton`` never.
     """
     (tokens, active), device = indices_TK.shape, indices_TK.device
     chosen = active - shared
@@ -67,7 +75,7 @@ def select(indices_TK: Tensor, sub_dims: int, shared: int, path: str, tile: int 
     specialized = slots_of(indices_TK[:, shared:] - shared, sub_dims - shared)
     slots_TN = torch.cat([always, torch.where(specialized >= 0, specialized + shared, -1)], 1)
     ids = torch.arange(shared, sub_dims, device=device)
-    if chosen == 0 or path == "few_tokens":
+    if chosen == 0 or path in ("few_tokens", "masked"):
         pairs, ends = indices_TK.new_zeros(0), torch.zeros_like(ids)
     else:
         keys, by_id = torch.sort(indices_TK[:, shared:].reshape(-1), stable=True)

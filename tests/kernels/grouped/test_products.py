@@ -21,6 +21,7 @@ SHAPES = [  # tokens, N, K, S, C
     pytest.param(9, 4, 4, 4, 2, id="shared-only"),
     pytest.param(9, 4, 4, 3, 2, id="all-active"),
     pytest.param(21, 13, 6, 1, 2, id="too-many-choices-to-sort-by"),
+    pytest.param(19, 48, 24, 12, 2, id="many-narrow"),
 ]
 
 
@@ -53,7 +54,7 @@ def test_equals_the_reference(tokens: int, n: int, k: int, s: int, c: int, gate:
     compare(component, indices, n, s, operands(indices, n, c), gate)
 
 
-@pytest.mark.parametrize(("tokens", "n", "k", "s", "c"), [SHAPES[1], SHAPES[2], SHAPES[5]])
+@pytest.mark.parametrize(("tokens", "n", "k", "s", "c"), [SHAPES[1], SHAPES[2], SHAPES[5], SHAPES[8]])
 def test_traced_without_a_graph_break(tokens: int, n: int, k: int, s: int, c: int) -> None:
     torch._dynamo.reset()
     indices = choose(tokens, n, k, s)
