@@ -22,7 +22,7 @@ from transformers.models.mixtral.modeling_mixtral import MixtralDecoderLayer
 from mohd_train.benchmark.cases import Step, Workload, autocast, random_ids, random_values, read_plan
 from mohd_train.config.plan import ModelPlan
 from mohd_train.errors import UserError
-from mohd_train.hf.convert import LLAMA_NAMES
+from mohd_train.hf.convert import LLAMA_NAMES, llama_sizes
 from mohd_train.model.llama import Transformer
 
 LLAMA, MIXTRAL = "hf-llama", "hf-mixtral-"
@@ -52,27 +52,14 @@ def plan_of(name: str, workload: Workload) -> ModelPlan:
 
 def build(plan: ModelPlan, workload: Workload) -> tuple[Step, nn.Module]:
     """The step to time, and the module that it runs."""
-    sizes: dict[str, Any] = {
-        "vocab_size": plan.vocab_size,
-        "hidden_size": plan.hidden_size,
-        "num_hidden_layers": plan.num_hidden_layers,
-        "num_attention_heads": plan.num_attention_heads,
-        "num_key_value_heads": plan.num_key_value_heads,
-        "head_dim": plan.head_dim,
-        "max_position_embeddings": plan.max_seq_len,
-        "rope_theta": plan.rope_theta,
-        "rms_norm_eps": plan.rms_norm_eps,
-        "tie_word_embeddings": False,
-        "attn_implementation": "sdpa",
-        "use_cache": False,
-    }
+    sizes = {**llama_sizes(plan), "attn_implementation": "sdpa", "use_cache": False}
     torch.manual_seed(0)
     config: Any
     if plan.experts is None:
-        config = LlamaConfig(intermediate_size=plan.intermediate_size, **sizes)
+        config = LlamaConfig(**sizes)
     else:
         numbers = {"num_local_experts": plan.experts.sub_dims, "num_experts_per_tok": plan.experts.top_k}
-        config = MixtralConfig(intermediate_size=plan.experts.width, sliding_window=None, **numbers, **sizes)
+        config = MixtralConfig(**sizes | numbers | {"intermediate_size": plan.experts.width, "sliding_window": None})
     make: Callable[..., Step] = {"layer": _layer, "train": _train, "decode": _decode}[workload.mode]
     with torch.device(workload.device):
         module: Any

@@ -31,6 +31,11 @@ LLAMA_NAMES = {
     **{f"blocks.{{}}.attention.{x}_proj.weight": f"model.layers.{{}}.self_attn.{x}_proj.weight" for x in "qkvo"},
     **{f"blocks.{{}}.ffn.{x}_proj.weight": f"model.layers.{{}}.mlp.{x}_proj.weight" for x in ("gate", "up", "down")},
 }
+# What a plan and a LlamaConfig call by the same name
+LLAMA_SIZES = (
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
+    "rope_theta", "rms_norm_eps", "initializer_range",
+)  # fmt: skip
 _FROM_LLAMA = {theirs: ours for ours, theirs in LLAMA_NAMES.items()}
 
 
@@ -64,20 +69,10 @@ def from_hf_llama(hf_model: LlamaForCausalLM, kernels: str = "auto") -> Transfor
         raise UserError(
             f"this LLaMA has {', '.join(f'{k}={v}' for k, v in unlike.items() if v)}, which the MoHD base model lacks"
         )
+    sizes: dict[str, Any] = {name: getattr(config, name, None) for name in LLAMA_SIZES}
+    sizes["head_dim"] = sizes["head_dim"] or config.hidden_size // config.num_attention_heads
     plan = ModelPlan(
-        name="llama-dense",
-        base_hidden_size=config.hidden_size,
-        hidden_size=config.hidden_size,
-        intermediate_size=config.intermediate_size,
-        num_hidden_layers=config.num_hidden_layers,
-        num_attention_heads=config.num_attention_heads,
-        num_key_value_heads=config.num_key_value_heads,
-        head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
-        vocab_size=config.vocab_size,
-        max_seq_len=config.max_position_embeddings,
-        rope_theta=config.rope_theta,
-        rms_norm_eps=config.rms_norm_eps,
-        initializer_range=config.initializer_range,
+        name="llama-dense", base_hidden_size=config.hidden_size, max_seq_len=config.max_position_embeddings, **sizes
     )
     state = {k: v for k, v in hf_model.state_dict().items() if not k.endswith("rotary_emb.inv_freq")}
     state.setdefault("lm_head.weight", state["model.embed_tokens.weight"])  # tied ones share it
@@ -85,6 +80,14 @@ def from_hf_llama(hf_model: LlamaForCausalLM, kernels: str = "auto") -> Transfor
         model = Transformer(plan, kernels)
     model.load_state_dict({k: v.detach().clone() for k, v in _rename(state, _FROM_LLAMA).items()}, assign=True)
     return model
+
+
+def llama_sizes(plan: ModelPlan) -> dict[str, Any]:
+    """The arguments of a ``LlamaConfig``, or of one like it, of a plan's sizes; embedding and head are two matrices."""
+    return {name: getattr(plan, name) for name in LLAMA_SIZES} | {
+        "max_position_embeddings": plan.max_seq_len,
+        "tie_word_embeddings": False,
+    }
 
 
 def to_hf_llama(model: Transformer | MoHDForCausalLM, **config: object) -> LlamaForCausalLM:
@@ -98,21 +101,7 @@ def to_hf_llama(model: Transformer | MoHDForCausalLM, **config: object) -> Llama
     if plan.routed:
         parts = "MoHD components" if plan.components else "a mixture of experts"
         raise UserError(f"{plan.name} has {parts}, which LlamaForCausalLM lacks; export it as MoHDForCausalLM instead")
-    hf_config = LlamaConfig(
-        vocab_size=plan.vocab_size,
-        hidden_size=plan.hidden_size,
-        intermediate_size=plan.intermediate_size,
-        num_hidden_layers=plan.num_hidden_layers,
-        num_attention_heads=plan.num_attention_heads,
-        num_key_value_heads=plan.num_key_value_heads,
-        head_dim=plan.head_dim,
-        max_position_embeddings=plan.max_seq_len,
-        rope_theta=plan.rope_theta,
-        rms_norm_eps=plan.rms_norm_eps,
-        initializer_range=plan.initializer_range,
-        tie_word_embeddings=False,
-        **config,
-    )
+    hf_config = LlamaConfig(**llama_sizes(plan), **config)
     hf_model: Any = LlamaForCausalLM(hf_config)
     hf_model = hf_model.to(next(model.parameters()).dtype)
     hf_model.load_state_dict({k: v.detach().clone() for k, v in _rename(model.state_dict(), LLAMA_NAMES).items()})

@@ -30,7 +30,6 @@ TOKENIZER, CHECKPOINTS, LOGS = "tokenizer", "checkpoints", "logs"
 LATEST = "latest-rank0.pt"
 LATEST_LINK = f"{LATEST}.symlink"  # on object storage
 CHECKPOINT_FILE = "ep{epoch}-ba{batch}-rank{rank}.pt"  # Composer fills these in
-CHECKPOINT_FOLDER = "ep{epoch}-ba{batch}"  # Composer's name of a sharded checkpoint
 _CHECKPOINT = re.compile(r"ep\d+-ba(\d+)(-rank0\.pt)?")
 
 
