@@ -82,3 +82,16 @@ def test_a_whole_step_reads_the_ends_once_a_selection(setting: str) -> None:
     assert seen.uploads == 0
     assert seen.counts["ends_to_host"] == 2 * len(model.blocks)
     assert seen.foreign == 0
+
+
+def test_over_the_full_width_a_step_waits_for_nothing_and_takes_far_fewer_operations(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The path of a GPU for 50%, 75% and x2, which small products and the waits for their sizes would slow down."""
+    model = Transformer(small_plan("75"), kernels="grouped", seed=0)
+    by_runs = sum(step(model).counts.values())
+    monkeypatch.setattr("mohd_train.kernels.ops.choose_path", lambda *_: "masked")
+    seen = step(model)
+    assert seen.waits == {}
+    assert seen.uploads == seen.counts["ends_to_host"] == seen.lists == 0
+    assert sum(seen.counts.values()) < by_runs / 5

@@ -81,6 +81,11 @@ def test_equals_its_experts_called_one_by_one_with_gradients(shape, kernels) -> 
         torch.testing.assert_close(run(x[:3])[0], expected_y[:3])
 
 
+def test_over_the_full_width_it_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mohd_train.kernels.ops.choose_path", lambda *_: "masked")
+    test_equals_its_experts_called_one_by_one_with_gradients((12, 4, 1), "grouped")
+
+
 def test_projections_that_are_called_as_modules_give_the_same() -> None:
     plan = moe_plan()
     model = Transformer(plan, seed=3)

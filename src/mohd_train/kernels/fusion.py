@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mohd_train.kernels.grouped import masked
 from mohd_train.kernels.grouped.gathered_runs import runs
 from mohd_train.kernels.reference import cast
 from mohd_train.kernels.selection import TILE, Selection, tiles
@@ -28,8 +27,6 @@ SUMMED = 16
 def fuse_residual(z_TKC: Tensor, mixing_NNC: Tensor, selection: Selection, residual: Tensor) -> Tensor:
     """``residual + y'``, y'_{i,j} = sum_k mixing[idx_k, i, j] z_{k,j}. Returns [T, D] in the residual's dtype."""
     s = selection
-    if s.path == "masked":
-        return masked.fuse_residual(z_TKC, mixing_NNC, s.rows, s.slots_TN, residual)
     if not torch.is_grad_enabled():  # saves decoding the cost of autograd's bookkeeping
         return _forward(z_TKC, mixing_NNC, s.indices_TK, s.shared, residual)
     # Traced code sums in tiles, with the ends on the device; blocks need them on the host

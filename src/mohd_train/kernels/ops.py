@@ -22,7 +22,7 @@ from torch import Tensor
 from mohd_train.errors import UserError
 from mohd_train.kernels import fusion, reference
 from mohd_train.kernels import norm_router as norm
-from mohd_train.kernels.grouped import products
+from mohd_train.kernels.grouped import masked, products
 from mohd_train.kernels.norm_router import NormInputs
 from mohd_train.kernels.selection import Selection, choose_path, select
 from mohd_train.kernels.slots import count_selected as count_selected
@@ -63,7 +63,7 @@ def make_selection(indices_TK: Tensor, *, sub_dims: int, shared: int, backend: s
     Rows of `indices_TK` ascend; the first S columns are the shared sub-dimensions 0 .. S-1.
     """
     tokens, active = indices_TK.shape
-    path = choose_path(backend, tokens, sub_dims, active, shared)
+    path = choose_path(backend, indices_TK.device.type, tokens, sub_dims, active, shared)
     return select(indices_TK, sub_dims, shared, path, triton_tile(tokens, active, sub_dims, shared))
 
 
@@ -116,6 +116,8 @@ def up_projection(
     """
     if backend == "reference":
         return reference.up_projection(x_TD, weights, selection.indices_TK, selection.sub_dims, input_weights_TK)
+    if selection.path == "masked":
+        return masked.up(x_TD, weights, selection, input_weights_TK)
     x_TKC = _active_inputs(x_TD, selection, input_weights_TK)
     if backend == "triton":
         from mohd_train.kernels.triton import projections
@@ -134,7 +136,8 @@ def down_projection(
         from mohd_train.kernels.triton import projections
 
         return projections.down(h_TF, weight_DF, selection, weights_TK)
-    return _scale_slots(products.down(h_TF, weight_DF, selection), weights_TK)
+    run = masked.down if selection.path == "masked" else products.down
+    return _scale_slots(run(h_TF, weight_DF, selection), weights_TK)
 
 
 def swiglu_ffn(
@@ -158,6 +161,9 @@ def swiglu_ffn(
             x_TD, (w_gate_FD, w_up_FD), selection, input_weights_TK=input_weights_TK, backend=backend
         )
         return down_projection(F.silu(gate_TF) * up_TF, w_down_DF, selection, weights_TK, backend=backend)
+    if selection.path == "masked":
+        gate_TF, up_TF = masked.up(x_TD, (w_gate_FD, w_up_FD), selection, input_weights_TK)
+        return _scale_slots(masked.down(F.silu(gate_TF) * up_TF, w_down_DF, selection), weights_TK)
     x_TKC = _active_inputs(x_TD, selection, input_weights_TK)
     if backend == "triton":
         from mohd_train.kernels.triton import ffn
@@ -191,6 +197,8 @@ def expert_ffn(
         ones_TK = torch.ones_like(weights_TK)
         gate, up = (projections.down(x_TD, weight, selection, ones_TK) for weight in (w_gate_FD, w_up_FD))
         return projections.up(_scale_slots(F.silu(gate) * up, weights_TK), (w_down_DF,), selection)[0]
+    if selection.path == "masked":
+        return masked.expert_ffn(x_TD, w_gate_FD, w_up_FD, w_down_DF, selection, weights_TK)
     gate, up = (products.down(x_TD, weight, selection) for weight in (w_gate_FD, w_up_FD))
     return products.up(_scale_slots(F.silu(gate) * up, weights_TK), (w_down_DF,), selection)[0]
 
@@ -216,7 +224,8 @@ def fuse_residual(
         from mohd_train.kernels.triton import fusion as triton_fusion
 
         return triton_fusion.fuse_residual(z_TKC, mixing_CNN.permute(2, 1, 0), selection, residual_TD)
-    return fusion.fuse_residual(z_TKC, mixing_CNN.permute(2, 1, 0), selection, residual_TD)
+    run = masked.fuse_residual if selection.path == "masked" else fusion.fuse_residual
+    return run(z_TKC, mixing_CNN.permute(2, 1, 0), selection, residual_TD)
 
 
 def _active_inputs(x_TD: Tensor, selection: Selection, input_weights_TK: Tensor | None) -> Tensor:

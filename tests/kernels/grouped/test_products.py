@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from mohd_train.kernels import ops
+from mohd_train.kernels.selection import choose_path
 
 SHAPES = [  # tokens, N, K, S, C
     pytest.param(37, 8, 4, 3, 4, id="x2"),
@@ -52,6 +53,29 @@ def compare(
 def test_equals_the_reference(tokens: int, n: int, k: int, s: int, c: int, gate: bool) -> None:
     indices = choose(tokens, n, k, s)
     compare(component, indices, n, s, operands(indices, n, c), gate)
+
+
+@pytest.mark.parametrize(("tokens", "n", "k", "s", "c"), SHAPES)
+@pytest.mark.parametrize("gate", [False, True])
+def test_over_the_full_width(
+    tokens: int, n: int, k: int, s: int, c: int, gate: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The path of a GPU where a token uses half of the sub-dimensions or more; it is right for any."""
+    monkeypatch.setattr("mohd_train.kernels.ops.choose_path", lambda *_: "masked")
+    indices = choose(tokens, n, k, s)
+    compare(component, indices, n, s, operands(indices, n, c), gate)
+
+
+def test_the_path_follows_from_device_and_sizes_alone() -> None:
+    def path(device: str, n: int, k: int, s: int, backend: str = "grouped") -> str:
+        return choose_path(backend, device, 1000, n, k, s)
+
+    assert [path("cpu", *sizes) for sizes in ((8, 4, 3), (16, 12, 9), (16, 4, 3))] == ["sorted_spans"] * 3
+    assert [path("cuda", *sizes) for sizes in ((8, 4, 3), (16, 12, 9), (16, 4, 3))] == ["masked"] * 2 + ["sorted_spans"]
+    assert path("cpu", 32, 16, 12) == "gathered_runs"
+    assert [path(device, 256, 128, 96) for device in ("cpu", "cuda")] == ["masked"] * 2
+    assert path("cuda", 256, 4, 1) == "gathered_runs"  # a mixture of many experts: 64 times the arithmetic
+    assert path("cuda", 8, 4, 3, "triton") == "triton"
 
 
 @pytest.mark.parametrize(("tokens", "n", "k", "s", "c"), [SHAPES[1], SHAPES[2], SHAPES[5], SHAPES[8]])

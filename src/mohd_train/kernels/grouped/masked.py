@@ -1,36 +1,62 @@
 """The products of the `masked` path: over the full width, with zeros at what is not active.
 
-For many narrow sub-dimensions, where a GEMM for each of them would be thousands of small ones: N / K times the arithmetic in a few
-large ones, and nothing is sorted or read back by the host.
+Where products of the active slices alone would be many small ones: N / K times the arithmetic in as many products as a dense layer
+has, and nothing is sorted or read back by the host.
 
 Shapes: T tokens, D hidden, N sub-dimensions, K active, C = D / N, O and F widths. Compact tensors are [T, K*C].
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mohd_train.kernels.grouped.products import cast_for_autocast
 from mohd_train.kernels.reference import cast
+from mohd_train.kernels.selection import Selection
 from mohd_train.kernels.slots import gather_active, scatter_active
 
 
-def up(x_TKC: Tensor, weight_OD: Tensor, rows: Tensor, slots_TN: Tensor) -> Tensor:
-    """``W x~`` [T, O] from the compact active inputs."""
-    return F.linear(scatter_active(x_TKC, rows, slots_TN), weight_OD)
+def up(
+    x_TD: Tensor, weights_OD: Sequence[Tensor], s: Selection, input_weights_TK: Tensor | None = None
+) -> tuple[Tensor, ...]:
+    """``W x~``: [T, O_i] each."""
+    active_TD = _times(x_TD, s, input_weights_TK)
+    active_TD = cast_for_autocast(active_TD, weights_OD[0])[0]  # once, not for each weight
+    return tuple(F.linear(active_TD, weight) for weight in weights_OD)
 
 
-def down(h_TF: Tensor, weight_DF: Tensor, rows: Tensor, slots_TN: Tensor) -> Tensor:
+def down(h_TF: Tensor, weight_DF: Tensor, s: Selection) -> Tensor:
     """The active slices of ``W h``, compact."""
-    return gather_active(F.linear(h_TF, weight_DF), rows, slots_TN)
+    return gather_active(F.linear(h_TF, weight_DF), s.rows, s.slots_TN)
 
 
-def fuse_residual(z_TKC: Tensor, mixing_NNC: Tensor, rows: Tensor, slots_TN: Tensor, residual_TD: Tensor) -> Tensor:
+def expert_ffn(
+    x_TD: Tensor, w_gate_FD: Tensor, w_up_FD: Tensor, w_down_DF: Tensor, s: Selection, weights_TK: Tensor
+) -> Tensor:
+    """The weighted sum of a token's experts [T, D], computed of all of them."""
+    x_TD = cast_for_autocast(x_TD, w_gate_FD)[0]
+    hidden_TF = F.silu(F.linear(x_TD, w_gate_FD)) * F.linear(x_TD, w_up_FD)
+    return F.linear(_times(hidden_TF, s, weights_TK), w_down_DF)
+
+
+def fuse_residual(z_TKC: Tensor, mixing_NNC: Tensor, s: Selection, residual_TD: Tensor) -> Tensor:
     """``residual + y'``, y'_{i,j} = sum_k mixing[idx_k, i, j] z_{k,j}: one product of [T, N] and [N, N] for each of the C places.
     [T, D] in the residual's dtype."""
     with torch.autocast(z_TKC.device.type, enabled=False):
         z = z_TKC.to(torch.promote_types(z_TKC.dtype, mixing_NNC.dtype))
-        z_CTN = scatter_active(z, rows, slots_TN).unflatten(1, (slots_TN.shape[1], -1)).permute(2, 0, 1)
+        z_CTN = scatter_active(z, s.rows, s.slots_TN).unflatten(1, (s.sub_dims, -1)).permute(2, 0, 1)
         y_TNC = torch.bmm(z_CTN, mixing_NNC.to(z.dtype).permute(2, 0, 1)).permute(1, 2, 0)
         return cast(residual_TD + y_TNC.flatten(1), residual_TD.dtype)
+
+
+def _times(full: Tensor, s: Selection, weights_TK: Tensor | None) -> Tensor:
+    """Each of the N slices of `full` times its weight, multiplied in the wider dtype; 0 where it is not active."""
+    slices = full.unflatten(1, (s.sub_dims, -1))
+    if weights_TK is None:
+        return torch.where((s.slots_TN >= 0).unsqueeze(-1), slices, 0).flatten(1)
+    weights_TN = scatter_active(weights_TK, s.rows, s.slots_TN)
+    return (slices * weights_TN.unsqueeze(-1)).to(full.dtype).flatten(1)

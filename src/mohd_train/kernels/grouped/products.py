@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mohd_train.kernels.grouped import few_tokens, gathered_runs, masked, sorted_spans, token_order
+from mohd_train.kernels.grouped import few_tokens, gathered_runs, sorted_spans, token_order
 from mohd_train.kernels.norm_router import NormInputs, recompute_active, recompute_active_traced
 from mohd_train.kernels.selection import Selection, is_eager_inference
 
@@ -203,8 +203,6 @@ def _sort_inputs(x_TKC: Tensor, s: Selection) -> Tensor:
 
 def _up_all(x_TKC: Tensor, weights_OD: Sequence[Tensor], s: Selection, norm_inputs: NormInputs | None) -> list[Tensor]:
     """Rows as in `x_TKC`, which is sorted and [T, K, C] where the selection has an order."""
-    if s.path == "masked":
-        return [masked.up(x_TKC, weight, s.rows, s.slots_TN) for weight in weights_OD]
     weights = [cast_for_autocast(x_TKC, weight)[1] for weight in weights_OD]
     x_TKC, sizes = cast_for_autocast(x_TKC, weights_OD[0])[0], (s.sub_dims, s.shared)
     if s.choices is not None:
@@ -222,8 +220,6 @@ def _up_all(x_TKC: Tensor, weights_OD: Sequence[Tensor], s: Selection, norm_inpu
 
 def _down_one(h_TF: Tensor, weight_DF: Tensor, s: Selection, orders: Sequence[Tensor] = ()) -> Tensor:
     """Compact, or sorted [T, K, C] where the selection has an order. `orders`: as for `mohd::down_sorted`."""
-    if s.path == "masked":
-        return masked.down(h_TF, weight_DF, s.rows, s.slots_TN)
     h_TF, weight_DF = cast_for_autocast(h_TF, weight_DF)
     sizes = (s.sub_dims, s.shared, s.indices_TK.shape[1])
     if s.choices is not None:
