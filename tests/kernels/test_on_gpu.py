@@ -110,6 +110,12 @@ def test_equals_the_reference(case: str, backend: str, dtype: torch.dtype, monke
     check(case, backend, dtype)
 
 
+@pytest.mark.parametrize("case", ["x2", "75%, three of seven chosen"])
+def test_runs_equal_the_reference_where_the_full_width_is_taken(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mohd_train.kernels.selection.CUDA_SHARE", 2.0)
+    check(case, "grouped", torch.bfloat16)
+
+
 @pytest.mark.parametrize("backend", ["grouped", "triton"])
 def test_compiled_equals_the_reference(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     pick_block_size(monkeypatch, 0)
@@ -142,8 +148,9 @@ def test_norm_and_router_equal_the_reference(backend: str, dtype: torch.dtype, m
         assert error < TOLERANCE[dtype], f"{name} differs by {error:.1e}"
 
 
-def test_triton_never_waits_for_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Forward and backward, once the kernels are compiled."""
+@pytest.mark.parametrize("backend", ["grouped", "triton"])
+def test_the_host_never_waits_for_the_device(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forward and backward, once the kernels are compiled; `grouped` where it runs over the full width."""
     pick_block_size(monkeypatch, 0)
     tokens, n, k, shared, width, inner = CASES["x2"]
     indices = choose(tokens, n, k, shared).cuda()
@@ -152,7 +159,7 @@ def test_triton_never_waits_for_the_device(monkeypatch: pytest.MonkeyPatch) -> N
     for strict in (False, True):
         torch.cuda.set_sync_debug_mode("error" if strict else "default")
         try:
-            outs = component("triton", indices, n, shared, inputs)
+            outs = component(backend, indices, n, shared, inputs)
             gradients(outs, inputs, [torch.ones_like(out) for out in outs])
         finally:
             torch.cuda.set_sync_debug_mode("default")
