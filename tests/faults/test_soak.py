@@ -43,7 +43,8 @@ ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": 
 
 
 def start(config: Path, name: str, *, largest_file: int | None = None) -> subprocess.Popen[bytes]:
-    def limit() -> None:
+    def prepare() -> None:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup it is ignored, and a run leaves it so
         if largest_file is not None:  # a checkpoint can't be written whole: what a full disk does to a save
             signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
             resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
@@ -51,7 +52,7 @@ def start(config: Path, name: str, *, largest_file: int | None = None) -> subpro
     words = [*COMMAND, str(config), str(ROOT / "configs" / "mohd" / "x2.yaml"), f"run_name={name}", *OPTIONS]
     with (config.parent / f"{name}.log").open("ab") as log:
         return subprocess.Popen(
-            words, env=ENVIRONMENT, stdout=log, stderr=log, start_new_session=True, preexec_fn=limit
+            words, env=ENVIRONMENT, stdout=log, stderr=log, start_new_session=True, preexec_fn=prepare
         )
 
 
