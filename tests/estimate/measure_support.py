@@ -97,7 +97,7 @@ def memory_of(plan: ModelPlan, samples: int, precision: str, *, checkpointing: b
     return MemoryModel(
         plan=plan,
         counts=count(plan),
-        saved=trace(plan, precision),
+        saved=trace(plan, precision, gpu=False),
         sharding=Sharding(1, None, False, checkpointing),
         precision=precision,
         optimizer="decoupled_adamw",

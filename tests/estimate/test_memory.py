@@ -11,13 +11,18 @@ from estimate.measure_support import SETTINGS, measure_step, memory_of, saved_by
 from mohd_train.estimate.activations import trace
 from mohd_train.estimate.hardware import GIB
 from mohd_train.estimate.memory import MemoryModel, Sharding, sharding
+from mohd_train.kernels.selection import paths_as_on
 
 
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
 @pytest.mark.parametrize("precision", ["fp32", "amp_bf16"])
 @pytest.mark.parametrize("setting", list(SETTINGS))
-def test_saved_bytes_are_exact(setting: str, precision: str) -> None:
+def test_saved_bytes_are_exact(setting: str, precision: str, device: str) -> None:
+    """By the path that the products take on either device."""
     plan = small_plan(setting, layers=3, seq=32)
-    assert trace(plan, precision).total(layers=3, samples=3) == saved_bytes(plan, 3, precision)
+    with paths_as_on(device):
+        measured = saved_bytes(plan, 3, precision)
+    assert trace(plan, precision, gpu=device == "cuda").total(layers=3, samples=3) == measured
 
 
 def test_saved_bytes_are_exact_with_grouped_query_attention() -> None:

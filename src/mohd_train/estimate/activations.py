@@ -20,6 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 
 from mohd_train.config.plan import ModelPlan
+from mohd_train.kernels.selection import paths_as_on
 from mohd_train.model.llama import Transformer
 
 COMPUTE_BYTES = {"amp_bf16": 2, "amp_fp16": 2, "fp32": 4}
@@ -111,7 +112,9 @@ class _GroupedQueriesAsOnGPU(TorchFunctionMode):
 
 def _trace(plan: ModelPlan, layers: int, samples: int, precision: str, kernels: str, gpu: bool) -> int:
     flash = gpu and COMPUTE_BYTES[precision] == 2  # in float32 a GPU has no flash attention either
-    with FakeTensorMode(), _GroupedQueriesAsOnGPU() if flash else contextlib.nullcontext():
+    as_there = paths_as_on("cuda") if gpu and kernels != "triton" else contextlib.nullcontext()
+    kernels = "grouped" if kernels == "triton" else kernels
+    with FakeTensorMode(), as_there, _GroupedQueriesAsOnGPU() if flash else contextlib.nullcontext():
         model = Transformer(dataclasses.replace(plan, num_hidden_layers=layers), kernels, seed=0)
         tokens = torch.zeros(samples, plan.max_seq_len, dtype=torch.int64)
         with counting_saved(model) as saved, autocast(precision):
@@ -126,10 +129,10 @@ def trace(plan: ModelPlan, precision: str, kernels: str = "auto", *, gpu: bool =
     Args:
         plan: the model.
         precision: ``amp_bf16``, ``amp_fp16`` or ``fp32``.
-        kernels: as in the config; ``triton`` is traced as ``grouped``, which saves the same tensors and runs on a CPU.
-        gpu: whether attention runs as on a GPU; a CPU's differs where query heads share keys.
+        kernels: as in the config; ``triton`` is traced as ``grouped`` on a CPU, which saves the same tensors.
+        gpu: whether attention and the sparse products run as on a GPU; a CPU's differ where query heads share keys, and in the
+            path of the products.
     """
-    kernels = "grouped" if kernels == "triton" else kernels
     points = {(n, b): _trace(plan, n, b, precision, kernels, gpu) for n in (1, 2) for b in (1, 2)}
     block = {b: points[2, b] - points[1, b] for b in (1, 2)}
     ends = {b: points[1, b] - block[b] for b in (1, 2)}

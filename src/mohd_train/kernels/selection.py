@@ -7,6 +7,8 @@ A (token, slot) pair is the row ``token * K + slot`` of a compact tensor [T*K, C
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -47,6 +49,19 @@ def is_eager_inference() -> bool:
     return not (torch.compiler.is_compiling() or torch.is_grad_enabled())
 
 
+_pretended: list[str] = []
+
+
+@contextmanager
+def paths_as_on(device: str) -> Iterator[None]:
+    """Within it paths are chosen as on `device` (`cuda`), wherever the tensors are: for an estimate of what runs there."""
+    _pretended.append(device)
+    try:
+        yield
+    finally:
+        _pretended.pop()
+
+
 def choose_path(backend: str, device: str, tokens: int, sub_dims: int, active: int, shared: int) -> str:
     """The path that a selection's products take; nothing else decides it.
 
@@ -56,6 +71,7 @@ def choose_path(backend: str, device: str, tokens: int, sub_dims: int, active: i
     """
     if backend != "grouped":
         return backend
+    device = _pretended[-1] if _pretended else device
     if is_eager_inference() and tokens <= few_tokens.MOST_TOKENS:
         return "few_tokens"
     if device == "cuda" and active >= CUDA_SHARE * sub_dims:

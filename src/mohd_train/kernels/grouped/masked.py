@@ -9,6 +9,7 @@ Shapes: T tokens, D hidden, N sub-dimensions, K active, C = D / N, O and F width
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -46,11 +47,40 @@ def expert_ffn(
 def fuse_residual(z_TKC: Tensor, mixing_NNC: Tensor, s: Selection, residual_TD: Tensor) -> Tensor:
     """``residual + y'``, y'_{i,j} = sum_k mixing[idx_k, i, j] z_{k,j}: one product of [T, N] and [N, N] for each of the C places.
     [T, D] in the residual's dtype."""
-    with torch.autocast(z_TKC.device.type, enabled=False):
-        z = z_TKC.to(torch.promote_types(z_TKC.dtype, mixing_NNC.dtype))
-        z_CTN = scatter_active(z, s.rows, s.slots_TN).unflatten(1, (s.sub_dims, -1)).permute(2, 0, 1)
-        y_TNC = torch.bmm(z_CTN, mixing_NNC.to(z.dtype).permute(2, 0, 1)).permute(1, 2, 0)
-        return cast(residual_TD + y_TNC.flatten(1), residual_TD.dtype)
+    out: Tensor = _Fuse.apply(z_TKC, mixing_NNC, residual_TD, s.rows, s.slots_TN)
+    return out
+
+
+class _Fuse(torch.autograd.Function):
+    """Keeps the compact z for the backward pass, not the full width of it."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, z_TKC: Tensor, mixing_NNC: Tensor, residual_TD: Tensor, rows: Tensor, slots_TN: Tensor
+    ) -> Tensor:
+        ctx.save_for_backward(z_TKC, mixing_NNC, rows, slots_TN)
+        with torch.autocast(z_TKC.device.type, enabled=False):
+            z_CTN, mixing = _by_place(z_TKC, mixing_NNC, rows, slots_TN)
+            y_TNC = torch.bmm(z_CTN, mixing.permute(2, 0, 1)).permute(1, 2, 0)
+            return cast(residual_TD + y_TNC.flatten(1), residual_TD.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor | None, ...]:
+        z_TKC, mixing_NNC, rows, slots_TN = ctx.saved_tensors
+        with torch.autocast(grad_TD.device.type, enabled=False):
+            z_CTN, mixing = _by_place(z_TKC, mixing_NNC, rows, slots_TN)
+            grad_CTN = grad_TD.to(z_CTN.dtype).unflatten(1, (slots_TN.shape[1], -1)).permute(2, 0, 1)
+            grad_z_TNC = torch.bmm(grad_CTN, mixing.permute(2, 1, 0)).permute(1, 2, 0)
+            grad_mixing_CNN = torch.bmm(z_CTN.transpose(1, 2), grad_CTN)
+        grad_z = gather_active(grad_z_TNC.flatten(1), rows, slots_TN).to(z_TKC.dtype)
+        return grad_z, grad_mixing_CNN.permute(1, 2, 0).to(mixing_NNC.dtype), grad_TD, None, None
+
+
+def _by_place(z_TKC: Tensor, mixing_NNC: Tensor, rows: Tensor, slots_TN: Tensor) -> tuple[Tensor, Tensor]:
+    """z over the full width, [C, T, N], and the mixing, in the wider dtype of both."""
+    dtype = torch.promote_types(z_TKC.dtype, mixing_NNC.dtype)
+    z_TNC = scatter_active(z_TKC.to(dtype), rows, slots_TN).unflatten(1, (slots_TN.shape[1], -1))
+    return z_TNC.permute(2, 0, 1), mixing_NNC.to(dtype)
 
 
 def _times(full: Tensor, s: Selection, weights_TK: Tensor | None) -> Tensor:
