@@ -43,7 +43,8 @@ def _draw(
             shown.append(curve)
     for i, one in enumerate(some, start=1):
         assert one.curve is not None
-        _band(right, one.curve, i, f"{one.setting} ({len(one.seeds) + len(one.under_way)} seeds)")
+        seeds = len(one.seeds) + len(one.under_way)
+        _band(right, one.curve, i, f"{one.setting} ({seeds} seed{'s' * (seeds != 1)})")
     right.axhline(0, color="#000000", linewidth=0.8)
     finish(left, where, "tokens (millions)", "validation loss (nats a token)")
     finish(right, f"Difference to {comparison.baseline}, paired by seed", "tokens (millions)", "nats a token")
