@@ -12,7 +12,7 @@ from transformers import LlamaForCausalLM
 
 from mohd_train import checkpoint
 from mohd_train.config.load import load_config, load_model_plan, load_mohd
-from mohd_train.config.schema import Config, MoHDSettings, SubDimensionConfig
+from mohd_train.config.schema import Config, ExpertsConfig, MoHDSettings, SubDimensionConfig
 from mohd_train.errors import UserError
 from mohd_train.hf.convert import from_hf_llama, load_native
 from mohd_train.hf.import_llama import as_mohd, import_llama, importance
@@ -36,6 +36,11 @@ def test_another_order_of_the_dims_changes_nothing_with_all_of_them_active() -> 
     small = as_mohd(dense, settings(4, 4, 3), order)
     off = (small(ids_of()).logits - dense(ids_of()).logits).norm() / dense(ids_of()).logits.norm()
     assert off < 0.05
+
+
+def test_a_mixture_of_experts_does_not_start_from_a_dense_model() -> None:
+    with pytest.raises(UserError, match=r"mohd\.experts: .* import into the settings of configs/mohd"):
+        as_mohd(from_hf_llama(llama()), MoHDSettings(name="moe", experts=ExpertsConfig(6, 2, 1)))
 
 
 def test_the_dims_that_matter_go_first() -> None:

@@ -97,8 +97,14 @@ def as_mohd(dense: Transformer, settings: MoHDSettings, order_D: Tensor | None =
     """A MoHD with a dense model's weights, its hidden dims in this order: the first go into the shared sub-dimensions.
 
     Raises:
-        UserError: sub-dimensions that don't divide the hidden size, or an expansion that can't hold the dense model's function.
+        UserError: sub-dimensions that don't divide the hidden size, an expansion that can't hold the dense model's function, or a
+            mixture of experts.
     """
+    if settings.experts is not None:
+        raise UserError(
+            "mohd.experts: a mixture of experts has more intermediate dims than the dense model has weights for; import into the "
+            "settings of configs/mohd, or train it from the start"
+        )
     base = dense.plan
     sizes = {
         field.name: getattr(base, field.name) for field in dataclasses.fields(ModelConfig) if hasattr(base, field.name)
