@@ -22,7 +22,7 @@ from transformers.models.mixtral.modeling_mixtral import MixtralDecoderLayer
 from mohd_train.benchmark.cases import Step, Workload, autocast, random_ids, random_values, read_plan
 from mohd_train.config.plan import ModelPlan
 from mohd_train.errors import UserError
-from mohd_train.hf.convert import LLAMA_NAMES, llama_sizes
+from mohd_train.hf.convert import LLAMA_NAMES, llama_sizes, renamed_weights
 from mohd_train.model.llama import Transformer
 
 LLAMA, MIXTRAL = "hf-llama", "hf-mixtral-"
@@ -77,12 +77,7 @@ def build(plan: ModelPlan, workload: Workload) -> tuple[Step, nn.Module]:
 
 def _as_ours(module: nn.Module, plan: ModelPlan, workload: Workload) -> None:
     """Gives a Llama, or its one layer, the weights of our dense model."""
-    ours = Transformer(plan, seed=0).to(workload.device).state_dict()
-    named = {}
-    for name, value in ours.items():
-        layer, _, rest = name.removeprefix("blocks.").partition(".") if name.startswith("blocks.") else ("", "", "")
-        theirs = LLAMA_NAMES[f"blocks.{{}}.{rest}" if layer else name].format(layer)
-        named[theirs] = value
+    named = renamed_weights(Transformer(plan, seed=0).to(workload.device).state_dict(), LLAMA_NAMES)
     if workload.mode == "layer":
         prefix = "model.layers.0."
         named = {name.removeprefix(prefix): value for name, value in named.items() if name.startswith(prefix)}

@@ -88,7 +88,7 @@ def report(argv: Sequence[str], prog: str) -> None:
 
         %(prog)s SWEEP_DIR [--output FILE]                 # default: SWEEP_DIR/report.html
 
-    Figures are written beside it; Fig. 11 is in the page if `mohd figures --router` has drawn it.
+    Figures are written beside it. The page includes Fig. 11 once `mohd figures --router` has drawn it.
     """
     parser = make_parser(report, prog)
     parser.add_argument("sweep", type=Path, metavar="SWEEP_DIR")

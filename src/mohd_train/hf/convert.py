@@ -39,7 +39,8 @@ LLAMA_SIZES = (
 _FROM_LLAMA = {theirs: ours for ours, theirs in LLAMA_NAMES.items()}
 
 
-def _rename(state: Mapping[str, Tensor], names: Mapping[str, str]) -> dict[str, Tensor]:
+def renamed_weights(state: Mapping[str, Tensor], names: Mapping[str, str]) -> dict[str, Tensor]:
+    """``state`` under other names, such as :data:`LLAMA_NAMES` gives. Raises UserError for a weight without one."""
     renamed = {}
     for key, value in state.items():
         layer = re.search(r"\.(\d+)\.", key)
@@ -78,7 +79,7 @@ def from_hf_llama(hf_model: LlamaForCausalLM, kernels: str = "auto") -> Transfor
     state.setdefault("lm_head.weight", state["model.embed_tokens.weight"])  # tied ones share it
     with torch.device("meta"):
         model = Transformer(plan, kernels)
-    model.load_state_dict({k: v.detach().clone() for k, v in _rename(state, _FROM_LLAMA).items()}, assign=True)
+    model.load_state_dict({k: v.detach().clone() for k, v in renamed_weights(state, _FROM_LLAMA).items()}, assign=True)
     return model
 
 
@@ -104,7 +105,9 @@ def to_hf_llama(model: Transformer | MoHDForCausalLM, **config: object) -> Llama
     hf_config = LlamaConfig(**llama_sizes(plan), **config)
     hf_model: Any = LlamaForCausalLM(hf_config)
     hf_model = hf_model.to(next(model.parameters()).dtype)
-    hf_model.load_state_dict({k: v.detach().clone() for k, v in _rename(model.state_dict(), LLAMA_NAMES).items()})
+    hf_model.load_state_dict(
+        {k: v.detach().clone() for k, v in renamed_weights(model.state_dict(), LLAMA_NAMES).items()}
+    )
     return hf_model.train(model.training)
 
 
