@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mohd_train.resources import find
-from mohd_train.utils.arguments import LoadOptions, Parser, add_load_options, load_options
+from mohd_train.utils.arguments import LoadOptions, Parser, add_load_options, given_load_options
 
 INTERVENTIONS = ("removed", "banned", "forced")  # defined in mohd_train.analysis.interventions
 MAGNITUDES = ("square", "absolute")  # the paper's (eq. 1), and |x|
@@ -145,7 +145,7 @@ def parse(description: str | None, arguments: Sequence[str] | None = None, prog:
         task_data=found.task_data,
         limit=found.limit,
         overwrite=found.overwrite,
-        **load_options(found).loading(),
+        **given_load_options(found),
     )
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from mohd_train.cli import describe, make_parser, positive, share
 from mohd_train.evaluate.options import EvalOptions, SweepEvalOptions, parse
 from mohd_train.storage import path_or_uri
-from mohd_train.utils.arguments import add_load_options, load_options
+from mohd_train.utils.arguments import add_load_options, given_load_options
 
 
 def evaluate(argv: Sequence[str], prog: str) -> int:
@@ -69,7 +69,7 @@ def generate(argv: Sequence[str], prog: str) -> None:
         temperature=arguments.temperature,
         top_p=arguments.top_p,
         seed=arguments.seed,
-        **load_options(arguments).loading(),
+        **given_load_options(arguments),
     )
 
 

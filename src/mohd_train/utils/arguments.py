@@ -44,6 +44,6 @@ def add_load_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def load_options(arguments: argparse.Namespace) -> LoadOptions:
-    """What was given for them."""
-    return LoadOptions(**{field.name: getattr(arguments, field.name) for field in fields(LoadOptions)})
+def given_load_options(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What was given for them, as keyword arguments."""
+    return {field.name: getattr(arguments, field.name) for field in fields(LoadOptions)}
