@@ -24,6 +24,7 @@ from mohd_train.kernels import fusion, reference
 from mohd_train.kernels import norm_router as norm
 from mohd_train.kernels.grouped import masked, products
 from mohd_train.kernels.norm_router import NormInputs
+from mohd_train.kernels.reference import product_dtype
 from mohd_train.kernels.selection import Selection, choose_path, select
 from mohd_train.kernels.slots import count_selected as count_selected
 from mohd_train.kernels.slots import gather_active, scatter_active
@@ -83,8 +84,9 @@ def norm_router(
     """RMSNorm and the router's logits in one pass over x (eqs. 6-7). The backward pass keeps x and ``1 / rms(x)`` alone.
 
     Returns:
-        ``n = x / rms(x) * norm_weight`` [T, D] in x's dtype; ``E n`` [T, N] in float32 or wider, autocast or not, from n before
-        it is rounded; ``1 / rms(x)`` [T], without a gradient, for `NormInputs`.
+        ``n = x / rms(x) * norm_weight`` [T, D] in the dtype of the products that read it (`product_dtype`), so that it is cast once
+        and not for each weight; ``E n`` [T, N] in float32 or wider, autocast or not, from n before it is rounded; ``1 / rms(x)``
+        [T], without a gradient, for `NormInputs`.
     """
     if backend == "reference":
         return reference.norm_router(x_TD, norm_weight_D, centroids_ND, eps)
@@ -191,6 +193,7 @@ def expert_ffn(
     if backend == "reference":
         sizes = (selection.indices_TK, selection.sub_dims, weights_TK)
         return reference.expert_ffn(x_TD, w_gate_FD, w_up_FD, w_down_DF, *sizes)
+    x_TD = x_TD.to(product_dtype(x_TD))  # once, not for each weight
     if backend == "triton":
         from mohd_train.kernels.triton import projections
 

@@ -23,18 +23,24 @@ def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x if x.dtype == dtype else x.to(dtype)
 
 
+def product_dtype(x: Tensor) -> torch.dtype:
+    """What products of x are computed in: autocast's dtype where that is on, else x's."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
 def norm_router(x_TD: Tensor, norm_weight_D: Tensor, centroids_ND: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """RMSNorm and the router's logits (eqs. 6-7).
 
-    ``n = x / rms(x) * norm_weight`` [T, D] in x's dtype; ``E n`` [T, N] in float32 or wider, from n before it is rounded;
-    and ``1 / rms(x)`` [T] without a gradient.
+    ``n = x / rms(x) * norm_weight`` [T, D] in the dtype of the products that read it; ``E n`` [T, N] in float32 or wider, from n
+    before it is rounded; and ``1 / rms(x)`` [T] without a gradient.
     """
-    dtype = torch.promote_types(x_TD.dtype, torch.float32)
+    dtype, out_dtype = torch.promote_types(x_TD.dtype, torch.float32), product_dtype(x_TD)
     with torch.autocast(x_TD.device.type, enabled=False):
         x = x_TD.to(dtype)
         rstd = (x.square().mean(-1, keepdim=True) + eps).rsqrt()
         normed = x * rstd * norm_weight_D.to(dtype)
-        return cast(normed, x_TD.dtype), normed @ centroids_ND.to(dtype).t(), rstd.detach().squeeze(-1)
+        return cast(normed, out_dtype), normed @ centroids_ND.to(dtype).t(), rstd.detach().squeeze(-1)
 
 
 def up_projection(

@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from mohd_train.config.plan import ModelPlan
 from mohd_train.kernels.loss import linear_cross_entropy
+from mohd_train.kernels.reference import product_dtype
 from mohd_train.model.init import initialize
 from mohd_train.model.moe import Experts
 from mohd_train.model.mohd import ForwardContext, Normed, Router, Routing, SubDimensions, is_plain, swiglu
@@ -137,6 +138,7 @@ class Attention(nn.Module):
             return self._attend(q, k, v, context)
 
         if self.sub_dimensions is None:
+            x_BTD = x_BTD.to(product_dtype(x_BTD))  # once, not for each weight
             return residual_BTD + self.o_proj(attend(*(linear(x_BTD) for linear in self.up_projections))), None
         stream_TD, routing = self.sub_dimensions(
             x_BTD.flatten(0, 1),
@@ -192,6 +194,7 @@ class FeedForward(nn.Module):
         """The new residual stream [B, T, D], and the routing (None for a dense layer)."""
         routed = self.experts if self.sub_dimensions is None else self.sub_dimensions
         if routed is None:
+            x_BTD = x_BTD.to(product_dtype(x_BTD))
             return residual_BTD + self.down_proj(swiglu(self.gate_proj(x_BTD), self.up_proj(x_BTD))), None
         stream_TD, routing = routed(
             x_BTD.flatten(0, 1),

@@ -15,8 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mohd_train.kernels.grouped.products import cast_for_autocast
-from mohd_train.kernels.reference import cast
+from mohd_train.kernels.reference import cast, product_dtype
 from mohd_train.kernels.selection import Selection
 from mohd_train.kernels.slots import gather_active, scatter_active
 
@@ -26,7 +25,7 @@ def up(
 ) -> tuple[Tensor, ...]:
     """``W x~``: [T, O_i] each."""
     active_TD = _times(x_TD, s, input_weights_TK)
-    active_TD = cast_for_autocast(active_TD, weights_OD[0])[0]  # once, not for each weight
+    active_TD = active_TD.to(product_dtype(active_TD))  # once, not for each weight
     return tuple(F.linear(active_TD, weight) for weight in weights_OD)
 
 
@@ -39,7 +38,6 @@ def expert_ffn(
     x_TD: Tensor, w_gate_FD: Tensor, w_up_FD: Tensor, w_down_DF: Tensor, s: Selection, weights_TK: Tensor
 ) -> Tensor:
     """The weighted sum of a token's experts [T, D], computed of all of them."""
-    x_TD = cast_for_autocast(x_TD, w_gate_FD)[0]
     hidden_TF = F.silu(F.linear(x_TD, w_gate_FD)) * F.linear(x_TD, w_up_FD)
     return F.linear(_times(hidden_TF, s, weights_TK), w_down_DF)
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from mohd_train.kernels.grouped import few_tokens, gathered_runs, sorted_spans, token_order
 from mohd_train.kernels.norm_router import NormInputs, recompute_active, recompute_active_traced
+from mohd_train.kernels.reference import product_dtype
 from mohd_train.kernels.selection import Selection, is_eager_inference
 
 # Gathered runs
@@ -159,13 +160,9 @@ _down_sorted.register_autograd(_down_sorted_gradient, setup_context=_save_down_s
 # What the backend offers
 
 
-def cast_for_autocast(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Both in autocast's dtype, as `F.linear` does it."""
-    kind = x.device.type
-    if torch.is_autocast_enabled(kind):
-        dtype = torch.get_autocast_dtype(kind)
-        return x.to(dtype), weight.to(dtype)
-    return x, weight
+def cast_for_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """All in autocast's dtype, as `F.linear` does it."""
+    return tuple(tensor.to(product_dtype(tensor)) for tensor in tensors)
 
 
 def up(
@@ -203,8 +200,7 @@ def _sort_inputs(x_TKC: Tensor, s: Selection) -> Tensor:
 
 def _up_all(x_TKC: Tensor, weights_OD: Sequence[Tensor], s: Selection, norm_inputs: NormInputs | None) -> list[Tensor]:
     """Rows as in `x_TKC`, which is sorted and [T, K, C] where the selection has an order."""
-    weights = [cast_for_autocast(x_TKC, weight)[1] for weight in weights_OD]
-    x_TKC, sizes = cast_for_autocast(x_TKC, weights_OD[0])[0], (s.sub_dims, s.shared)
+    (x_TKC, *weights), sizes = cast_for_autocast(x_TKC, *weights_OD), (s.sub_dims, s.shared)
     if s.choices is not None:
         return [few_tokens.up(x_TKC, weight, s.choices, *sizes) for weight in weights]
     if s.order is not None and is_eager_inference():

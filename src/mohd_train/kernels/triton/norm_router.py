@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mohd_train.kernels.reference import product_dtype
 from mohd_train.kernels.triton.launch import INTERPRETED, Size, like, tuned
 
 NORM_SIZES = (Size({"BT": 16, "BD": 64}, 4, 2), Size({"BT": 16, "BD": 128}, 4, 2), Size({"BT": 32, "BD": 128}, 8, 2))
@@ -116,10 +117,12 @@ def norm_router_grad_weights_kernel(
 
 
 @torch.library.custom_op("mohd::triton_norm_router", mutates_args=())
-def _norm_router(x: Tensor, norm_weight: Tensor, centroids: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+def _norm_router(
+    x: Tensor, norm_weight: Tensor, centroids: Tensor, eps: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
     x, norm_weight, centroids = x.contiguous(), norm_weight.contiguous(), centroids.contiguous()
     (tokens, hidden), sub_dims = x.shape, centroids.shape[0]
-    normed, rstd = torch.empty_like(x), x.new_empty(tokens, dtype=torch.float32)
+    normed, rstd = torch.empty_like(x, dtype=dtype), x.new_empty(tokens, dtype=torch.float32)
     logits = x.new_empty(tokens, sub_dims, dtype=torch.float32)
     norm_router_kernel.launch(
         lambda meta: (triton.cdiv(tokens, meta["BT"]),),
@@ -155,9 +158,11 @@ def _padded(sub_dims: int) -> int:
 
 
 @_norm_router.register_fake
-def _norm_router_shapes(x: Tensor, norm_weight: Tensor, centroids: Tensor, eps: float) -> tuple[Tensor, ...]:
+def _norm_router_shapes(
+    x: Tensor, norm_weight: Tensor, centroids: Tensor, eps: float, dtype: torch.dtype
+) -> tuple[Tensor, ...]:
     logits = x.new_empty(x.shape[0], centroids.shape[0], dtype=torch.float32)
-    return like(x)[0], logits, x.new_empty(x.shape[0], dtype=torch.float32)
+    return x.new_empty(x.shape, dtype=dtype), logits, x.new_empty(x.shape[0], dtype=torch.float32)
 
 
 _norm_router_backward.register_fake(lambda grad_normed, grad_logits, *rest: like(*rest[:3]))
@@ -168,13 +173,13 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 
 
 def _gradient(ctx: Any, grad_normed: Tensor, grad_logits: Tensor, unused: Any) -> tuple[Tensor | None, ...]:
-    return *_norm_router_backward(grad_normed, grad_logits, *ctx.saved_tensors), None
+    return *_norm_router_backward(grad_normed, grad_logits, *ctx.saved_tensors), None, None
 
 
 _norm_router.register_autograd(_gradient, setup_context=_save)
 
 
 def norm_router(x_TD: Tensor, norm_weight_D: Tensor, centroids_ND: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """(normalized x [T, D], the router's logits [T, N] in float32, 1 / rms(x) [T] in float32 without a gradient)."""
-    normed, logits, rstd = _norm_router(x_TD, norm_weight_D, centroids_ND, eps)
+    """As `reference.norm_router`."""
+    normed, logits, rstd = _norm_router(x_TD, norm_weight_D, centroids_ND, eps, product_dtype(x_TD))
     return normed, logits, rstd.detach()
