@@ -19,7 +19,7 @@ import pytest
 import setuptools
 
 from mohd_train import resources
-from mohd_train.cli import VERBS
+from mohd_train.cli import VERBS, main
 from mohd_train.config.load import load_config, to_yaml
 from mohd_train.errors import UserError
 
@@ -133,6 +133,16 @@ def test_usage_errors_of_mohd() -> None:
         assert done.returncode == 2
         assert done.stderr.splitlines()[-1] == f"error: {message}"
         assert time.monotonic() - began < 5  # 0.1 s on an idle machine
+
+
+@pytest.mark.parametrize(("verb", "option"), [("estimate", "--json"), ("train", "--print-config")])
+def test_overrides_may_stand_behind_options(verb: str, option: str, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["configs/recipe/paper_50b.yaml", "configs/model/355m.yaml", "configs/mohd/dense.yaml"]
+    prints = []
+    for line in ([*words, "run_name=a", option], [*words, option, "run_name=a"]):
+        assert not main([verb, *line])
+        prints.append(capsys.readouterr().out)
+    assert prints[0] == prints[1] != ""
 
 
 class Wheel:

@@ -64,21 +64,28 @@ def row(name: str, baseline: str, models: dict[str, Measured], workload: Workloa
 
 
 def environment(workload: Workload, peak: Peak) -> dict[str, Any]:
-    """What the figures depend on."""
+    """What the figures of models depend on."""
+    return {
+        **machine(workload.device.type),
+        "dtype": str(workload.dtype).removeprefix("torch."),
+        "compile": workload.compile,
+        "clock": clock_of(workload)[0],
+        "peak_tflops": peak.flops / 1e12,
+        "peak_source": peak.source,
+    }
+
+
+def machine(device: str) -> dict[str, Any]:
+    """What any figure depends on, and how it was taken."""
     return {
         "command": _command(),
         "date": now(),
         "commit": code_version()["commit"],
         "torch": torch.__version__,
         "python": platform.python_version(),
-        "device": hardware(workload.device.type)["device"],
+        "device": hardware(device)["device"],
         "threads": torch.get_num_threads(),
         "load_average": os.getloadavg()[0],
-        "dtype": str(workload.dtype).removeprefix("torch."),
-        "compile": workload.compile,
-        "clock": clock_of(workload)[0],
-        "peak_tflops": peak.flops / 1e12,
-        "peak_source": peak.source,
     }
 
 

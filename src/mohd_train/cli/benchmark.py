@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from mohd_train.benchmark import MODES
+from mohd_train.benchmark import MODES, PIPELINE
 from mohd_train.cli import make_parser
 
 
@@ -18,12 +18,19 @@ def benchmark(argv: Sequence[str], prog: str) -> int:
     %(prog)s --models 355m:x4 --mode projections --layers 4
     %(prog)s --models 355m:x4 --sweep tokens=512,1024,2048 --profile
     %(prog)s --models 355m:hf-llama,355m:x2,355m:moe-x2,355m:hf-mixtral-x2   # beside transformers' models
+    %(prog)s --mode loop --data DIR                            # a run beside a bare PyTorch loop
+    %(prog)s --mode prepare --raw DIR --tokenizer MODEL        # mohd prepare beside datasets.map and datatrove
+    %(prog)s --mode start --data DIR                           # from the command to the first batch
     %(prog)s --record benchmarks   # everything that benchmarks/ holds, measured on this machine
     """
     parser = make_parser(benchmark, prog)
     add_arguments(parser)
     arguments = parser.parse_args(argv)
 
+    if arguments.mode in PIPELINE:
+        from mohd_train.benchmark import pipeline
+
+        return pipeline.main(arguments)
     from mohd_train.benchmark import record, run  # after parsing: importing torch takes seconds
 
     return (
@@ -42,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "model:hf-mixtral-x2 are transformers' of the same sizes",
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if there is a GPU")
-    parser.add_argument("--mode", choices=MODES, default="layer")
+    parser.add_argument("--mode", choices=(*MODES, *PIPELINE), default="layer")
     parser.add_argument("--tokens", type=int, default=2048, help="tokens in a step (decode: in the cache)")
     parser.add_argument("--seq-len", type=int, help="tokens in a sequence; default: min(tokens, 4096)")
     parser.add_argument("--batch", type=int, default=1, help="sequences decoded at once")
@@ -60,6 +67,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         help="measure everything that benchmarks/ holds of a machine, part by part, into this folder",
     )
+    parser.add_argument("--data", type=Path, help="--mode loop, start: prepared data")
+    parser.add_argument("--raw", type=Path, help="--mode prepare: a folder of .jsonl rows")
+    parser.add_argument("--tokenizer", type=Path, help="--mode prepare: as mohd prepare takes it")
+    parser.add_argument("--workers", type=int, default=1, help="--mode prepare: processes; default: %(default)s")
     parser.add_argument("--peers", action="store_true", help="with --record: beside transformers' Llama and Mixtral")
     parser.add_argument("--load", type=Path, help="measure nothing; show (and plot) the results in this file")
     parser.add_argument("--plot", type=Path, help="draw the ratios to this file (.svg or .png)")

@@ -53,7 +53,7 @@ def parse(argv: Sequence[str], prog: str) -> tuple[str, Request]:
     parser.add_argument("--namespace", default="default", help="k8s; default: %(default)s")
     parser.add_argument("--claim", metavar="PVC:PATH", help="k8s: volume with checkout, data and runs, and where it is")
     parser.add_argument("--once", action="store_true", help="status: print the table once")
-    options = vars(parser.parse_intermixed_args(argv))
+    options = vars(parser.parse_args(argv))
     refuse_remote(options["out"], "--out", "then copy it (aws s3 sync OUT s3://...)")
     overrides = list(options["overrides"])
     for name in ("only", "seeds"):  # they take every word that follows, key=value too

@@ -18,6 +18,12 @@ class Parser(argparse.ArgumentParser):
         super().__init__(*args, **{"formatter_class": argparse.RawDescriptionHelpFormatter, **kwargs})
         self.register("type", Path, lambda text: Path(text).expanduser())
 
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Options and other words in any order: ``FILE --gpus 8 key=value``, too."""
+        if self._subparsers is not None:  # whose words argparse takes in order
+            return super().parse_args(args, namespace)
+        return self.parse_intermixed_args(args, namespace)
+
 
 @dataclass(kw_only=True)
 class LoadOptions:
