@@ -135,11 +135,11 @@ def test_usage_errors_of_mohd() -> None:
         assert time.monotonic() - began < 5  # 0.1 s on an idle machine
 
 
-@pytest.mark.parametrize(("verb", "option"), [("estimate", "--json"), ("train", "--print-config")])
+@pytest.mark.parametrize(("verb", "option"), [("count", "--json"), ("train", "--print-config")])
 def test_overrides_may_stand_behind_options(verb: str, option: str, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["configs/recipe/paper_50b.yaml", "configs/model/355m.yaml", "configs/mohd/dense.yaml"]
     prints = []
-    for line in ([*words, "run_name=a", option], [*words, option, "run_name=a"]):
+    for line in ([*words, "model.name=a", option], [*words, option, "model.name=a"]):
         assert not main([verb, *line])
         prints.append(capsys.readouterr().out)
     assert prints[0] == prints[1] != ""
