@@ -11,12 +11,13 @@ import pytest
 import yaml
 from sweep.sweep_support import request
 
+from mohd_train.cli.sweep import parse
 from mohd_train.errors import UserError
 from mohd_train.sweep.commands import Request, launch, resume
 from mohd_train.sweep.folder import SweepFolder
-from mohd_train.sweep.launch.jobs import fill, shell_word
 from mohd_train.sweep.launch.kubernetes import job_name
 from mohd_train.sweep.status import job_states, run_status
+from mohd_train.utils.jobs import fill, shell_word
 
 DENSE, X2, BARE = (f"tiny-355m-{setting}-s1" for setting in ("dense", "x2", "x2-no-fusion"))
 
@@ -93,6 +94,12 @@ def test_an_array_task_trains_the_run_of_its_index(sweep_file: Path, data: Path,
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout == f"{X2} is already finished\n"
+
+
+@pytest.mark.parametrize("words", ["--partition=gpu", "--partition=gpu --time=1:00:00"])
+def test_words_for_sbatch_may_begin_with_dashes(words: str) -> None:
+    for line in (["--submit-args", words], [f"--submit-args={words}"]):
+        assert parse(["launch", "table4", *line, "optimizer.lr=1e-3"], "mohd sweep")[1].submit_args == words
 
 
 def test_slurm_refusals(sweep_file: Path, data: Path, programs: Path, monkeypatch: pytest.MonkeyPatch) -> None:

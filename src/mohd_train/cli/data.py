@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 from collections.abc import Sequence
 
-from mohd_train.cli import make_parser
+from mohd_train.cli import make_parser, positive
+from mohd_train.utils.arguments import add_cluster_options
 
 
 def prepare(argv: Sequence[str], prog: str) -> None:
@@ -15,8 +17,9 @@ def prepare(argv: Sequence[str], prog: str) -> None:
         %(prog)s --raw DIR --out DIR --tokenizer PATH_OR_NAME [--domains cc wiki ...] [--seq-len 4096]
             [--val-tokens N] [--workers N] [--max-bad-rows SHARE_OR_COUNT]
 
-    It resumes if you run it again after a kill. Many machines on one file system share the work by --shard I/N, I from 0; the same
-    command without --shard then finishes. docs/data.md describes the input layouts and the output.
+        %(prog)s ... --launcher slurm --tasks 64 [--submit-args "--partition=cpu"]    # the machines of a cluster share the work
+
+    It resumes if you run it again after a kill. docs/data.md describes the input layouts and the output.
     """
     parser = make_parser(prepare, prog)
     raw = os.environ.get("RED_PAJAMA_DATA_DIR")
@@ -41,13 +44,38 @@ def prepare(argv: Sequence[str], prog: str) -> None:
     parser.add_argument(
         "--shard", type=_shard, metavar="I/N", help="tokenize one of N parts of the raw files, and no more"
     )
+    parser.add_argument(
+        "--finish-after", type=positive, metavar="N", help="wait until N parts are tokenized, then finish"
+    )
+    parser.add_argument(
+        "--launcher", choices=("slurm", "k8s"), help="have a cluster's machines do it, on the file system they share"
+    )
+    parser.add_argument(
+        "--tasks", type=positive, metavar="N", help="with --launcher: parts, at most as many as raw files"
+    )
+    add_cluster_options(parser)
     args = parser.parse_args(argv)
+    if bool(args.launcher) != bool(args.tasks):
+        parser.error("--launcher and --tasks go together")
+    if sum(map(bool, (args.launcher, args.shard, args.finish_after))) > 1:
+        parser.error("--launcher, --shard and --finish-after exclude each other")
 
+    from mohd_train.data import launch
     from mohd_train.data import prepare as preparing
     from mohd_train.data.manifest import describe
+    from mohd_train.utils.jobs import ClusterOptions
 
     options = vars(args) | {"domains": tuple(args.domains) if args.domains else None}
-    shard = options.pop("shard")
+    shard, finish_after, launcher, tasks = (options.pop(key) for key in ("shard", "finish_after", "launcher", "tasks"))
+    cluster = ClusterOptions(
+        arguments=tuple(shlex.split(options.pop("submit_args"))),
+        **{key: options.pop(key) for key in ("template", "image", "namespace", "claim")},
+    )
+    if launcher:
+        print(launch.launch(preparing.Request(**options), launcher, tasks, cluster))
+        return
+    if finish_after:
+        preparing.wait_for_shards(preparing.Request(**options), finish_after)
     if shard is not None:
         files, size = preparing.prepare_shard(preparing.Request(**options), *shard)
         print(f"shard {shard[0]} of {shard[1]} is tokenized: {files} files, {size / 1e9:.2f} GB")

@@ -10,6 +10,7 @@ from mohd_train.cli import make_parser, positive
 from mohd_train.storage import path_or_uri, refuse_remote
 from mohd_train.sweep.commands import COMMANDS, LAUNCHERS, Request
 from mohd_train.sweep.scale import PURPOSES, SCALES
+from mohd_train.utils.arguments import add_cluster_options
 
 
 def sweep(argv: Sequence[str], prog: str) -> int | None:
@@ -47,11 +48,7 @@ def parse(argv: Sequence[str], prog: str) -> tuple[str, Request]:
     parser.add_argument(
         "--processes", type=positive, help="GPUs (or CPU processes) a run; default: 8, 1 below the paper's scale"
     )
-    parser.add_argument("--submit-args", default="", help="more words for sbatch or kubectl apply, in quotes")
-    parser.add_argument("--template", type=Path, help="of the jobs; default: in scripts/launch")
-    parser.add_argument("--image", help="k8s: container image")
-    parser.add_argument("--namespace", default="default", help="k8s; default: %(default)s")
-    parser.add_argument("--claim", metavar="PVC:PATH", help="k8s: volume with checkout, data and runs, and where it is")
+    add_cluster_options(parser)
     parser.add_argument("--once", action="store_true", help="status: print the table once")
     options = vars(parser.parse_args(argv))
     refuse_remote(options["out"], "--out", "then copy it (aws s3 sync OUT s3://...)")

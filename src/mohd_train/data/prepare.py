@@ -15,6 +15,7 @@ import hashlib
 import json
 import os
 import shutil
+import time
 from collections.abc import Collection, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -49,6 +50,7 @@ from mohd_train.utils.text import first_line
 
 WORK = ".work"
 PLAN = "plan.json"  # in WORK: the settings of the preparation
+TOKENIZED = "tokenized"  # in WORK: a file for each shard that is
 SHARDS = "shards"  # in WORK: the locks of the machines that tokenize
 LOCK = ".lock"  # not in WORK, which goes before the lock is given back
 LOCK_WAIT, SHARD_WAIT = 15.0, 300.0  # seconds
@@ -137,7 +139,8 @@ def prepare_shard(request: Request, number: int, count: int) -> tuple[int, int]:
             if preparation.finished() is not None:
                 return found
             preparation.open_work()
-            (preparation.work / SHARDS).mkdir(exist_ok=True)
+            for name in (SHARDS, TOKENIZED):
+                (preparation.work / name).mkdir(exist_ok=True)
             busy = f"shard {number} of {count} is at work in {preparation.out} already ({{holder}})"
             lock = Lock(preparation.work / SHARDS / f"{number}-of-{count}", busy)
         finally:
@@ -152,9 +155,23 @@ def prepare_shard(request: Request, number: int, count: int) -> tuple[int, int]:
                 f"shard {number} of {count} stopped at {rows.bad:,} bad rows among {rows.bad + rows.documents:,}; the same command "
                 "without --shard names them, or raise --max-bad-rows"
             )
+        if preparation.work.is_dir():  # not so once the finishing has made the rest
+            (preparation.work / TOKENIZED / f"{number}-of-{count}").touch()
     except OSError as error:
         raise _full(error, preparation.out) from error
     return found
+
+
+def wait_for_shards(request: Request, count: int, every: float = 5.0) -> None:
+    """Returns when each of ``count`` parts is tokenized, or the folder is finished. Says how many are, when that changes."""
+    out, said = Path(request.out), -1
+    while not (out / MANIFEST).exists() and said < count:
+        done = sum((out / WORK / TOKENIZED / f"{number}-of-{count}").exists() for number in range(count))
+        if done != said:
+            print(f"{done} of {count} shards are tokenized", flush=True)
+            said = done
+        if done < count:
+            time.sleep(every)
 
 
 def _full(error: OSError, out: Path) -> Exception:

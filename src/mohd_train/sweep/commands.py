@@ -259,13 +259,13 @@ def _submit(request: Request, folder: SweepFolder, names: list[str], processes: 
         print(f"{folder.path}: nothing to start", flush=True)
         return 0
     options = ClusterOptions(
-        processes,
-        request.parallel,
-        request.template,
-        tuple(shlex.split(request.submit_args)),
-        request.image,
-        request.namespace,
-        request.claim,
+        processes=processes,
+        parallel=request.parallel,
+        template=request.template,
+        arguments=tuple(shlex.split(request.submit_args)),
+        image=request.image,
+        namespace=request.namespace,
+        claim=request.claim,
     )
     launcher = {"slurm": slurm, "k8s": kubernetes}[request.launcher]
     record = launcher.submit(folder, names, options)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+SUBMIT_ARGS = "--submit-args"
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -20,9 +22,21 @@ class Parser(argparse.ArgumentParser):
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Options and other words in any order: ``FILE --gpus 8 key=value``, too."""
+        args = _joined(list(sys.argv[1:] if args is None else args))
         if self._subparsers is not None:  # whose words argparse takes in order
             return super().parse_args(args, namespace)
         return self.parse_intermixed_args(args, namespace)
+
+
+def _joined(words: list[str]) -> list[str]:
+    """``--submit-args --partition=cpu`` with an equals sign between: argparse would take the second word for an option."""
+    joined: list[str] = []
+    for word in words:
+        if joined[-1:] == [SUBMIT_ARGS]:
+            joined[-1] += f"={word}"
+        else:
+            joined.append(word)
+    return joined
 
 
 @dataclass(kw_only=True)
@@ -37,6 +51,15 @@ class LoadOptions:
     def loading(self) -> dict[str, Any]:
         """These four alone, as keyword arguments."""
         return {field.name: getattr(self, field.name) for field in fields(LoadOptions)}
+
+
+def add_cluster_options(parser: argparse.ArgumentParser) -> None:
+    """How jobs are submitted to a scheduler: what :class:`mohd_train.utils.jobs.ClusterOptions` is made from."""
+    parser.add_argument(SUBMIT_ARGS, default="", help="more words for sbatch or kubectl apply, in quotes")
+    parser.add_argument("--template", type=Path, help="of the jobs; default: in scripts/launch")
+    parser.add_argument("--image", help="k8s: container image")
+    parser.add_argument("--namespace", default="default", help="k8s; default: %(default)s")
+    parser.add_argument("--claim", metavar="PVC:PATH", help="k8s: volume with checkout, data and runs, and where it is")
 
 
 def add_load_options(parser: argparse.ArgumentParser) -> None:

@@ -8,16 +8,8 @@ from typing import Any
 
 from mohd_train.errors import UserError
 from mohd_train.sweep.folder import SweepFolder
-from mohd_train.sweep.launch.jobs import (
-    TEMPLATES,
-    ClusterOptions,
-    call,
-    common_values,
-    fill,
-    run_command,
-    yaml_list,
-    yaml_text,
-)
+from mohd_train.sweep.launch.jobs import ClusterOptions, common_values, run_command
+from mohd_train.utils.jobs import TEMPLATES, call, claim_of, fill, yaml_list, yaml_text
 
 TEMPLATE = TEMPLATES / "sweep-job.yaml"
 ONE_RUN_TEMPLATE = TEMPLATES / "run-job.yaml"
@@ -34,16 +26,9 @@ def submit(folder: SweepFolder, names: list[str], options: ClusterOptions) -> di
         raise UserError(
             "--parallel does not go with --launcher k8s: the cluster starts jobs as they fit; choose runs with --only"
         )
-    if not options.image or not options.claim or ":" not in options.claim:
-        raise UserError(
-            "--launcher k8s needs --image IMAGE and --claim PVC:MOUNT_PATH (the file system with checkout, data and runs)"
-        )
-    number = len(folder.record["launches"]) + 1
-    claim, _, mount = options.claim.partition(":")
-    common = common_values(folder, options) | {
-        "sweep": re.sub(r"[^a-z0-9-]+", "-", folder.record["name"].lower()),
-        "image": options.image, "namespace": options.namespace, "claim": claim, "mount": mount,
-    }  # fmt: skip
+    cluster, number = claim_of(options), len(folder.record["launches"]) + 1
+    sweep = re.sub(r"[^a-z0-9-]+", "-", folder.record["name"].lower())
+    common = common_values(folder, options) | cluster | {"sweep": sweep}
     jobs = {name: job_name(name, number) for name in names}
     if len(set(jobs.values())) < len(jobs):
         raise UserError("two runs get the same Kubernetes name; give their settings shorter names")
