@@ -8,7 +8,7 @@ export PYTHONNOUSERSITE := 1
 export PATH := $(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-gpu test-ecosystem test-faults test-soak check format data train eval tables benchmark benchmark-peers study study-status study-stop clean
+.PHONY: help setup demo test test-gpu test-ecosystem test-faults test-soak check format data train eval tables benchmark benchmark-peers benchmark-first-gpu study study-status study-stop clean
 
 help:  ## this list
 	@echo "mohd_train: pretraining MoHD (Mixture of Hidden Dimensions) transformers on MosaicML Composer"
@@ -73,6 +73,9 @@ benchmark: setup  ## time MoHD against LLaMA on this machine's GPU, or CPU (6 mi
 
 benchmark-peers: setup  ## the same beside transformers' Llama and Mixtral of equal sizes (about ten minutes on one core) [OUT=benchmarks ARGS=]
 	$(PY) scripts/benchmark.py --record "$(or $(OUT),benchmarks)" --peers $(ARGS)
+
+benchmark-first-gpu: setup  ## on a GPU for the first time: all that is worth measuring, in order of worth [MINUTES=25 DATA= OUT=benchmarks ARGS=]
+	$(PY) scripts/benchmark.py --first-gpu "$(or $(OUT),benchmarks)" --minutes $(or $(MINUTES),25) $(if $(DATA),--data "$(DATA)") $(ARGS)
 
 # One launcher at a time holds the lock; what it starts survives the terminal, at low priority. A second `make study` after it
 # ended, was stopped or was killed goes on with what is not finished.

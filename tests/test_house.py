@@ -31,7 +31,7 @@ MAY_IMPORT = {
     "results": {"config", "model", "checkpoint", "run_folder", "sweep", "analysis"},
     "analysis": {"config", "model", "checkpoint", "hf", "data", "run_folder", "sweep"},
     "sweep": {"config", "data", "model", "run_folder"},
-    "benchmark": {"config", "kernels", "model", "hf", "data", "train", "sweep"},
+    "benchmark": {"config", "kernels", "model", "hf", "data", "train", "sweep", "run_folder", "estimate"},
     "estimate": {"config", "kernels", "model", "data", "train"},
     "demo": {"data", "run_folder"},
     "study": {"config", "data", "run_folder", "analysis", "sweep", "results"},

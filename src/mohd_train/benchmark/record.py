@@ -81,8 +81,7 @@ def record(folder: Path, device: str | None, *, peers: bool = False) -> int:
         raise UserError(f"--record {folder}: {error.strerror}") from error
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     console, failed, parts = Console(stderr=True), [], (PEERS if peers else PARTS)[device]
-    name = hardware(device)["device"].lower()
-    machine = re.sub(r"[^a-z0-9]+", "-", re.sub(r"\((r|tm)\)", "", name)).strip("-")
+    machine = machine_name(device)
     for number, (name, args) in enumerate(parts.items(), 1):
         file = _unused(folder, f"{now()[:10]}-{machine}-{name}")
         console.print(f"part {number} of {len(parts)}, {name}: {file}", highlight=False)
@@ -93,6 +92,12 @@ def record(folder: Path, device: str | None, *, peers: bool = False) -> int:
     if failed:
         console.print(f"failed: {', '.join(failed)}; see the messages above. The other parts are in {folder}")
     return 1 if failed else 0
+
+
+def machine_name(device: str) -> str:
+    """The device's own name, as part of a file's."""
+    name = hardware(device)["device"].lower()
+    return re.sub(r"[^a-z0-9]+", "-", re.sub(r"\((r|tm)\)", "", name)).strip("-")
 
 
 def _unused(folder: Path, stem: str) -> Path:

@@ -21,12 +21,17 @@ def benchmark(argv: Sequence[str], prog: str) -> int:
     %(prog)s --mode loop --data DIR                            # a run beside a bare PyTorch loop
     %(prog)s --mode prepare --raw DIR --tokenizer MODEL        # mohd prepare beside datasets.map and datatrove
     %(prog)s --mode start --data DIR                           # from the command to the first batch
+    %(prog)s --first-gpu benchmarks --minutes 25 [--data DIR]  # all that is worth doing first on a GPU, in that time
     %(prog)s --record benchmarks   # everything that benchmarks/ holds, measured on this machine
     """
     parser = make_parser(benchmark, prog)
     add_arguments(parser)
     arguments = parser.parse_args(argv)
 
+    if arguments.first_gpu:
+        from mohd_train.benchmark import first_gpu
+
+        return first_gpu.run(arguments.first_gpu, arguments.minutes, arguments.device, arguments.data)
     if arguments.mode in PIPELINE:
         from mohd_train.benchmark import pipeline
 
@@ -67,7 +72,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         help="measure everything that benchmarks/ holds of a machine, part by part, into this folder",
     )
-    parser.add_argument("--data", type=Path, help="--mode loop, start: prepared data")
+    parser.add_argument(
+        "--first-gpu",
+        type=Path,
+        metavar="DIR",
+        help="kernels against the reference, layers, steps, a small run of each recipe, the study, decoding, in order of worth",
+    )
+    parser.add_argument("--minutes", type=float, default=25, help="--first-gpu: time for all; default: %(default)s")
+    parser.add_argument(
+        "--data", type=Path, help="prepared data, of --mode loop and start, and for the study of --first-gpu"
+    )
     parser.add_argument("--raw", type=Path, help="--mode prepare: a folder of .jsonl rows")
     parser.add_argument("--tokenizer", type=Path, help="--mode prepare: as mohd prepare takes it")
     parser.add_argument("--workers", type=int, default=1, help="--mode prepare: processes; default: %(default)s")
