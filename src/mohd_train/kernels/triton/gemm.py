@@ -54,21 +54,30 @@ def tile_and_block():
 
 @triton.jit
 def contract_tile(
-    x, w, tokens, first, cols, indices, OUT, w_stride_d, w_stride_o,
+    x, w, second, tokens, first, cols, indices, OUT, w_stride_d, w_stride_o, PAIR: tl.constexpr,
     K: tl.constexpr, C: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """[BM, BN] float32: sum over slots k and places c of x[t, k, c] w[idx[first, k], c, o] for a tile's tokens."""
-    acc = tl.zeros((BM, BN), dtype=tl.float32)
-    for k in range(K):
-        sub = tl.load(indices + first * K + k)
-        for c0 in range(0, C, BK):
-            c = c0 + tl.arange(0, BK)
-            a_at = x + tokens[:, None] * (K * C) + (k * C + c)[None, :]
-            a = tl.load(a_at, mask=(tokens >= 0)[:, None] & (c < C)[None, :], other=0.0)
-            b_at = w + (sub * C + c)[:, None] * w_stride_d + cols[None, :].to(tl.int64) * w_stride_o
-            b = tl.load(b_at, mask=(c < C)[:, None] & (cols < OUT)[None, :], other=0.0)
-            acc = tl.dot(a, b, acc, input_precision=PRECISION)
-    return acc
+    """[BM, BN] float32 twice: sum over slots k and places c of x[t, k, c] w[idx[first, k], c, o] for a tile's tokens; and with
+    PAIR the same for the weight `second`, from the same rows of x.
+
+    One loop for all slots: the compiler's pipeline of asynchronous copies is filled once a tile. The sub-dimension of a trip is
+    read in the trip before it, so that it is no load that the copies wait for.
+    """
+    TRIPS: tl.constexpr = (C + BK - 1) // BK  # through one slice
+    acc, acc2 = tl.zeros((BM, BN), dtype=tl.float32), tl.zeros((BM, BN), dtype=tl.float32)
+    subs = indices + first * K
+    sub = tl.load(subs)
+    for trip in range(K * TRIPS):
+        c = trip % TRIPS * BK + tl.arange(0, BK)
+        a_at = x + tokens[:, None] * (K * C) + (trip // TRIPS * C + c)[None, :]
+        a = tl.load(a_at, mask=(tokens >= 0)[:, None] & (c < C)[None, :], other=0.0)
+        b_at = (sub * C + c)[:, None] * w_stride_d + cols[None, :].to(tl.int64) * w_stride_o
+        b_mask = (c < C)[:, None] & (cols < OUT)[None, :]
+        sub = tl.load(subs + tl.minimum((trip + 1) // TRIPS, K - 1))
+        acc = tl.dot(a, tl.load(w + b_at, mask=b_mask, other=0.0), acc, input_precision=PRECISION)
+        if PAIR:
+            acc2 = tl.dot(a, tl.load(second + b_at, mask=b_mask, other=0.0), acc2, input_precision=PRECISION)
+    return acc, acc2
 
 
 @tuned(TILE_SIZES)
@@ -92,8 +101,8 @@ def contract_kernel(
             w, out, OUT, place = w2, out2, OUT2, block - before2
         tokens = tl.load(tile_tokens + tile * BM + tl.arange(0, BM))
         cols = place * BN + tl.arange(0, BN)
-        acc = contract_tile(
-            x, w, tokens, first, cols, indices, OUT, w_stride_d, w_stride_o, K, C, BM, BN, BK, PRECISION
+        acc, _ = contract_tile(
+            x, w, w, tokens, first, cols, indices, OUT, w_stride_d, w_stride_o, False, K, C, BM, BN, BK, PRECISION
         )
         out_at = out + tokens[:, None] * OUT + cols[None, :]
         tl.store(out_at, acc.to(out0.dtype.element_ty), mask=(tokens >= 0)[:, None] & (cols < OUT)[None, :])
