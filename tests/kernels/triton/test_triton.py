@@ -13,6 +13,8 @@ import pytest
 import torch
 from support.routing import choose
 
+from mohd_train.config.plan import SubDimPlan
+from mohd_train.errors import UserError
 from mohd_train.kernels import ops
 from mohd_train.kernels.selection import same_choice
 
@@ -98,8 +100,8 @@ def test_compiles_for(module: str, name: str, capability: int) -> None:
 def test_every_block_size_has_one_loop_with_its_copies_ahead_and_spills_no_registers(
     module: str, name: str, tile: int, capability: int, tmp_path: Path
 ) -> None:
-    """All that may be chosen, at width 256. A tile goes through all its slices, and all weights, in one loop: in it a copy to shared
-    memory for each operand, and `stages - 1` more of each before it. Spills by the assembler's own account."""
+    """All that may be chosen, at width 256. A tile goes through all its slices, and all weights, in one loop: in it a copy to
+    shared memory for each operand, and `stages - 1` more of each before it. Spills by the assembler's own account."""
     import triton
 
     kernel = kernel_of(module, name)
@@ -167,7 +169,7 @@ def test_weight_gradients_are_split_where_few_programs_would_run_long(
 def test_refused_where_it_cannot_run() -> None:
     from mohd_train.kernels.triton.launch import refusal
 
-    assert "CUDA" in (refusal(torch.device("cpu"), torch.float32, 64) or "")
+    assert "CUDA" in (refusal(torch.device("cpu"), torch.float32, 64, 13) or "")
 
 
 def test_a_width_that_no_kernel_supports_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -176,42 +178,33 @@ def test_a_width_that_no_kernel_supports_is_refused(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     cuda = torch.device("cuda")
     for width in (64, 96, 192, 512):
-        assert refusal(cuda, torch.bfloat16, width) is None
+        assert refusal(cuda, torch.bfloat16, width, 13) is None
     for width in (32, 80, 544):
-        assert "64 to 512 in steps of 32" in (refusal(cuda, torch.bfloat16, width) or "")
+        assert "64 to 512 in steps of 32" in (refusal(cuda, torch.bfloat16, width, 13) or "")
+
+
+@pytest.mark.parametrize(("n", "k", "s"), [(16, 4, 3), (16, 12, 9), (4, 2, 2), (32, 4, 2), (32, 16, 3), (24, 8, 4)])
+def test_more_choices_than_would_leave_half_of_the_work_padding_are_refused(
+    n: int, k: int, s: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At 16,384 tokens a microbatch; the line names the backend that can run."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    part, tokens = SubDimPlan(sub_dims=n, top_k=k, shared=s, width=64), 16384
+    padding = part.choices * ops.triton_tile(tokens, k, n, s) // 2
+    arguments = ("triton", torch.device("cuda"), torch.bfloat16)
+    if padding <= tokens:
+        assert ops.resolve_backend(*arguments, width=64, choices=part.choices) == "triton"
+    else:
+        with pytest.raises(
+            UserError, match=f"triton cannot run: a token has {part.choices:,} choices .*use kernels: grouped"
+        ):
+            ops.resolve_backend(*arguments, width=64, choices=part.choices)
 
 
 @pytest.mark.parametrize(("module", "name"), KERNELS)
 def test_block_sizes_to_choose_among_fit_the_kernel(module: str, name: str) -> None:
     """A tuned kernel has an argument for each of its block sizes, and at least one whose value they are chosen for."""
-    from mohd_train.kernels.triton.launch import KEYS
-
     kernel = kernel_of(module, name)
     for size in kernel.sizes(128, 90):
-        assert set(size.blocks) <= set(kernel.function.arg_names)
-    assert set(KEYS) & set(kernel.function.arg_names)
-
-
-def test_block_sizes_are_tuned_once_a_tile(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A launch on CUDA, with stand-ins for the GPU and `triton.autotune`: what is tuned is the kernel's, by tile and GPU."""
-    import triton
-
-    from mohd_train.kernels.triton import launch
-
-    calls: list[Any] = []
-
-    def autotune(configs: list[Any], key: list[str]) -> Any:
-        calls.append(([config.kwargs for config in configs], key))
-        return lambda function: {"grid": lambda *arguments, **constants: calls.append((function, arguments, constants))}
-
-    monkeypatch.setattr(triton, "autotune", autotune)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
-    contract = kernel_of("gemm", "contract_kernel")
-    kernel = launch.Kernel(contract.function, {tile: tuple(contract.sizes(tile, 90)) for tile in (64, 128)})
-    for tile in (64, 128, 64):
-        kernel.launch("grid", 1, 2, BM=tile, K=4)  # type: ignore[arg-type]
-    launched = [call for call in calls if call[0] is contract.function]
-    assert [len(configs) for configs, _ in (calls[0], calls[2])] == [4, 2]  # on sm80 the larger tile has fewer
-    assert calls[0][1] == ["OUT0", "OUT1", "OUT2", "K", "C"]
-    assert [constants["BM"] for _, _, constants in launched] == [64, 128, 64]
-    assert len(calls) == 5
+        assert set(size.blocks) <= set(kernel.function.arg_names) - set(kernel.keys)
+    assert set(kernel.keys) - {"BM"}

@@ -268,10 +268,10 @@ def weight_grads(
 
 def _partial_sums(rows: int, like_dO: Tensor) -> Tensor:
     """Float32 [rows, O], with the dim next to each other in memory that is so in `like_dO`."""
-    columns, options = like_dO.shape[1], {"dtype": torch.float32, "device": like_dO.device}
+    columns = like_dO.shape[1]
     if like_dO.stride(1) == 1:
-        return torch.empty(rows, columns, **options)
-    return torch.empty(columns, rows, **options).t()
+        return like_dO.new_empty(rows, columns, dtype=torch.float32)
+    return like_dO.new_empty(columns, rows, dtype=torch.float32).t()
 
 
 def _three(tensors: Sequence[Tensor]) -> list[Tensor]:
