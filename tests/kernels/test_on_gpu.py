@@ -37,24 +37,12 @@ def pick_block_size(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
     """Every kernel runs with the block size of this number. Tuning would compile them all: minutes."""
     launch = pytest.importorskip("mohd_train.kernels.triton.launch")
 
-    def tune(kernel: Any, tile: int) -> Any:
-        sizes = kernel.sizes(tile, 90)
-        size = sizes[min(number, len(sizes) - 1)]
-        return _Launched(kernel.function, {**size.blocks, "num_warps": size.warps, "num_stages": size.stages})
+    def pick(kernel: Any, tile: int, run: Callable[[Any], None]) -> Any:
+        sizes = kernel.sizes(tile, launch.capability())
+        return sizes[min(number, len(sizes) - 1)]
 
-    monkeypatch.setattr(launch.Kernel, "_tune", tune)
-
-
-class _Launched:
-    """`kernel[grid](...)` with fixed block sizes."""
-
-    def __init__(self, function: Any, options: dict[str, int]) -> None:
-        self.function, self.options = function, options
-
-    def __getitem__(self, grid: Callable[[dict[str, int]], tuple[int, ...]]) -> Callable[..., Any]:
-        return lambda *arguments, **constants: self.function[grid({**constants, **self.options})](
-            *arguments, **constants, **self.options
-        )
+    monkeypatch.setattr(launch, "CHOSEN", {})
+    monkeypatch.setattr(launch.Kernel, "fastest", pick)
 
 
 def operands(tokens: int, n: int, k: int, width: int, inner: int) -> dict[str, Tensor]:

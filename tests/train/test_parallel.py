@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from support.plans import small_plan
 
-from mohd_train.config.schema import Config
+from mohd_train.config.schema import Config, SubDimensionConfig
 from mohd_train.errors import UserError
 from mohd_train.train import parallel
 
@@ -78,6 +79,16 @@ def test_kernels_are_settled_before_the_first_step() -> None:
     assert parallel.resolve_kernels(config(precision="fp32", kernels="triton"), dense, "cpu") == "dense"
     with pytest.raises(UserError, match="use kernels: grouped"):
         parallel.resolve_kernels(config(precision="fp32", kernels="triton"), x2, "cpu")
+
+
+def test_too_many_choices_for_triton_are_refused_before_the_first_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    asked, model = config(precision="amp_bf16", kernels="triton"), {"hidden_size": 2048}
+    assert parallel.resolve_kernels(asked, small_plan("75", model=model), "gpu") == "triton"
+    many = SubDimensionConfig(32, 16, 1)
+    with pytest.raises(UserError, match=r"300,540,195 choices .*use kernels: grouped"):
+        parallel.resolve_kernels(asked, small_plan("75", model=model, attention=many, ffn=many), "gpu")
 
 
 def test_the_seed_of_every_process_is_one(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -110,7 +110,9 @@ def _prepare(name: str, plan: ModelPlan, workload: Workload) -> tuple[Any, Measu
         return step, Measured([], flops(plan, workload), kept, peak_memory(step, workload), backend, error)
     backend = "dense"
     for part in plan.routed.values():
-        backend = resolve_backend(workload.kernels, workload.device, workload.dtype, width=part.width)
+        backend = resolve_backend(
+            workload.kernels, workload.device, workload.dtype, width=part.width, choices=part.choices
+        )
     step, module, step_of = build(plan, workload)
     error = 0.0
     if backend != "dense":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,6 +47,11 @@ class SubDimPlan:
     def specialized(self) -> int:
         """K - S: specialized sub-dimensions that a token chooses."""
         return self.top_k - self.shared
+
+    @property
+    def choices(self) -> int:
+        """In how many ways a token can choose its K - S of the N - S."""
+        return math.comb(self.sub_dims - self.shared, self.top_k - self.shared)
 
     @property
     def has_choice(self) -> bool:

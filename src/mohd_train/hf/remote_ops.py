@@ -32,7 +32,9 @@ class ops:  # in place of a module
         norm_weight_D: Tensor
 
     @staticmethod
-    def resolve_backend(name: str, device: Any, dtype: Any, *, width: int | None = None) -> str:
+    def resolve_backend(
+        name: str, device: Any, dtype: Any, *, width: int | None = None, choices: int | None = None
+    ) -> str:
         """There is one."""
         return "reference"
 

@@ -11,9 +11,12 @@ sub-dimensions alone, slot by slot. Every floating input takes gradients.
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import math
+import sys
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -34,8 +37,11 @@ BACKENDS = ("reference", "grouped", "triton")
 TRITON_TILES = (128, 64)  # tokens in a tile: the larger one reads each weight half as often
 
 
-def resolve_backend(name: str, device: torch.device, dtype: torch.dtype, *, width: int | None = None) -> str:
-    """The backend that `name` (auto, reference, grouped, triton) means on `device` in `dtype` at sub-dimension width C.
+def resolve_backend(
+    name: str, device: torch.device, dtype: torch.dtype, *, width: int | None = None, choices: int | None = None
+) -> str:
+    """The backend that `name` (auto, reference, grouped, triton) means on `device` in `dtype` at sub-dimension width C, where a
+    router has so many `choices`: sets of K - S out of N - S.
 
     `auto` is `grouped` everywhere until the triton kernels have been measured on a GPU.
 
@@ -44,18 +50,38 @@ def resolve_backend(name: str, device: torch.device, dtype: torch.dtype, *, widt
     """
     if name not in ("auto", *BACKENDS):
         raise UserError(f"kernels: unknown backend {name!r}; choose auto, {', '.join(BACKENDS)}")
-    if name == "triton" and (reason := _triton_refusal(device, dtype, width)):
+    if name == "triton" and (reason := _triton_refusal(device, dtype, width, choices)):
         raise UserError(f"kernels: triton cannot run: {reason}; use kernels: grouped")
     return "grouped" if name == "auto" else name
 
 
 @torch.compiler.assume_constant_result  # a layer asks at every call; traced code keeps the answer
-def _triton_refusal(device: torch.device, dtype: torch.dtype, width: int | None) -> str | None:
+def _triton_refusal(device: torch.device, dtype: torch.dtype, width: int | None, choices: int | None) -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed"
     from mohd_train.kernels.triton.launch import refusal
 
-    return refusal(device, dtype, width)
+    return refusal(device, dtype, width, choices)
+
+
+TRITON = "mohd_train.kernels.triton."
+
+
+def chosen_sizes() -> dict[str, Any]:
+    """The block sizes that `triton` has chosen in this process, as plain data for `use_sizes` in another one; empty without."""
+    launch = sys.modules.get(f"{TRITON}launch")
+    return launch.chosen() if launch else {}
+
+
+def use_sizes(stored: dict[str, Any]) -> str | None:
+    """Has `triton` run with the block sizes of an earlier process, and so round as it did, instead of choosing anew.
+
+    Returns:
+        Why some of them can't be used, in one line; None if all can.
+    """
+    for name in ("ffn", "fusion", "norm_router", "projections"):
+        importlib.import_module(TRITON + name)
+    return sys.modules[f"{TRITON}launch"].use(stored)
 
 
 def make_selection(indices_TK: Tensor, *, sub_dims: int, shared: int, backend: str) -> Selection:

@@ -66,7 +66,9 @@ class Experts(nn.Module):
         """
         routing = self.route(residual_TD if self.readings.router_input == "residual" else x_TD, context)
         if all(is_plain(linear) for linear in (*up, down)):
-            backend = ops.resolve_backend(self.kernels, x_TD.device, x_TD.dtype, width=self.plan.width)
+            backend = ops.resolve_backend(
+                self.kernels, x_TD.device, x_TD.dtype, width=self.plan.width, choices=self.plan.choices
+            )
             selection = ops.make_selection(
                 routing.indices, sub_dims=self.plan.sub_dims, shared=self.plan.shared, backend=backend
             )

@@ -394,7 +394,7 @@ class SubDimensions(nn.Module):
 
     def backend(self, x: Tensor) -> str:
         """The kernels that run for ``x``."""
-        return ops.resolve_backend(self.kernels, x.device, x.dtype, width=self.plan.width)
+        return ops.resolve_backend(self.kernels, x.device, x.dtype, width=self.plan.width, choices=self.plan.choices)
 
 
 def swiglu(gate_TF: Tensor, up_TF: Tensor) -> Tensor:

@@ -161,11 +161,14 @@ def resolve_kernels(config: Config, plan: ModelPlan, device: str) -> str:
     """The backends that run the sparse layers, such as ``grouped``; ``dense`` where there are none.
 
     Raises:
-        UserError: one that this device, precision or width can't run; the message names the one to use instead.
+        UserError: one that this device, precision, width or number of choices can't run; the message names the one to use instead.
     """
     where = torch.device("cuda" if device == "gpu" else "cpu")
     dtype = COMPUTE_DTYPES[config.precision]
-    chosen = {ops.resolve_backend(config.kernels, where, dtype, width=part.width) for part in plan.routed.values()}
+    chosen = {
+        ops.resolve_backend(config.kernels, where, dtype, width=part.width, choices=part.choices)
+        for part in plan.routed.values()
+    }
     return ", ".join(sorted(chosen)) or "dense"
 
 

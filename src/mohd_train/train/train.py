@@ -42,6 +42,7 @@ from mohd_train.train import parallel, registry
 from mohd_train.train.callbacks import (
     DomainMix,
     FirstBatchWatchdog,
+    KernelSizes,
     LossGuard,
     MetricsFile,
     Progress,
@@ -335,6 +336,8 @@ def build_callbacks(run: Run, data: TrainData, notice: Notices, saver: Checkpoin
     total = ValidationTotal()
     callbacks: list[Callback] = [total, DomainMix(list(data.mix.domains))]
     callbacks.append(LossGuard(config.nonfinite_loss, config.loss_spike_factor, notice, lambda: saver.newest))
+    if "triton" in parallel.resolve_kernels(config, run.plan, run.device):
+        callbacks.append(KernelSizes(notice))
     if run.plan.routed:
         statistics = RoutingStatistics(run.plan, int(Time.from_timestring(config.routing_log_interval).value))
         callbacks.append(statistics)

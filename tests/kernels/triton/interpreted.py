@@ -7,18 +7,24 @@ from support.dispatch import host_syncs
 from support.routing import choose, component, operands
 
 from mohd_train.kernels import ops
+from mohd_train.kernels.triton import gemm
 
 ops.TRITON_TILES = (16, 16)
+SPLIT = "parts of the tokens, and a sub-dimension that none chose"
 CASES = {  # tokens, N, K, S, C
     "one slice": (19, 5, 3, 2, 16),
     "several slices, odd width": (18, 5, 4, 2, 24),
     "one token, none shared": (1, 3, 1, 0, 16),
     "shared only": (5, 3, 2, 2, 16),
+    SPLIT: (19, 4, 3, 2, 24),
 }
 
 for name, (tokens, n, k, s, c) in CASES.items():
     torch.manual_seed(0)
     indices = choose(tokens, n, k, s)
+    if name == SPLIT:
+        n, gemm.LEAST_TOKENS = n + 1, 5
+        assert gemm.token_parts(tokens, s, c, [10, 6, 0]) == 3
     inputs = operands(indices, n, c, torch.float32)
     exact = {key: value.detach().double().requires_grad_() for key, value in inputs.items()}
     assert ops.resolve_backend("triton", torch.device("cpu"), torch.float32, width=c) == "triton"

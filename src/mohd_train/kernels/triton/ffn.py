@@ -35,20 +35,12 @@ def swiglu_kernel(
     first = tl.load(tile_tokens + tile * BM)
     if first >= 0:
         tokens = tl.load(tile_tokens + tile * BM + tl.arange(0, BM))
-        live = tokens >= 0
         cols = block * BN + tl.arange(0, BN)
-        g, u = tl.zeros((BM, BN), dtype=tl.float32), tl.zeros((BM, BN), dtype=tl.float32)
-        for k in range(K):
-            sub = tl.load(indices + first * K + k)
-            for c0 in range(0, C, BK):
-                c = c0 + tl.arange(0, BK)
-                a_at = x + tokens[:, None] * (K * C) + (k * C + c)[None, :]
-                a = tl.load(a_at, mask=live[:, None] & (c < C)[None, :], other=0.0)
-                b_at = (sub * C + c)[:, None] * w_stride_d + cols[None, :].to(tl.int64) * w_stride_o
-                b_mask = (c < C)[:, None] & (cols < OUT)[None, :]
-                g = tl.dot(a, tl.load(w_gate + b_at, mask=b_mask, other=0.0), g, input_precision=PRECISION)
-                u = tl.dot(a, tl.load(w_up + b_at, mask=b_mask, other=0.0), u, input_precision=PRECISION)
-        at, mask = tokens[:, None] * OUT + cols[None, :], live[:, None] & (cols < OUT)[None, :]
+        g, u = contract_tile(
+            x, w_gate, w_up, tokens, first, cols, indices, OUT, w_stride_d, w_stride_o, True,
+            K, C, BM, BN, BK, PRECISION,
+        )  # fmt: skip
+        at, mask = tokens[:, None] * OUT + cols[None, :], (tokens >= 0)[:, None] & (cols < OUT)[None, :]
         tl.store(gate + at, g.to(h.dtype.element_ty), mask=mask)
         tl.store(up + at, u.to(h.dtype.element_ty), mask=mask)
         tl.store(h + at, (g * tl.sigmoid(g) * u).to(h.dtype.element_ty), mask=mask)
@@ -67,8 +59,8 @@ def swiglu_grad_kernel(
     if first >= 0:
         tokens = tl.load(tile_tokens + tile * BM + tl.arange(0, BM))
         cols = block * BN + tl.arange(0, BN)
-        grad = contract_tile(
-            x, w, tokens, first, cols, indices, OUT, w_stride_d, w_stride_o, K, C, BM, BN, BK, PRECISION
+        grad, _ = contract_tile(
+            x, w, w, tokens, first, cols, indices, OUT, w_stride_d, w_stride_o, False, K, C, BM, BN, BK, PRECISION
         )
         at, mask = tokens[:, None] * OUT + cols[None, :], (tokens >= 0)[:, None] & (cols < OUT)[None, :]
         g = tl.load(gate + at, mask=mask, other=0.0).to(tl.float32)
@@ -141,8 +133,7 @@ def ffn(
     x_TKC: Tensor, w_gate_FD: Tensor, w_up_FD: Tensor, w_down_DF: Tensor, selection: Selection, scale_TK: Tensor
 ) -> Tensor:
     """``down(silu(gate x~) * up x~)``, slot k times `scale_TK[:, k]`, compact: [T, K*C]."""
-    x, w_gate = cast_for_autocast(x_TKC, w_gate_FD)
-    w_up, w_down = (cast_for_autocast(x_TKC, weight)[1] for weight in (w_up_FD, w_down_DF))
+    x, w_gate, w_up, w_down = cast_for_autocast(x_TKC, w_gate_FD, w_up_FD, w_down_DF)
     s = selection
     chosen = (s.indices_TK, s.tile_tokens, s.pairs, s.ends, s.shared, s.sub_dims)
     return _ffn(x, w_gate, w_up, w_down, scale_TK, *chosen)[0]

@@ -37,12 +37,14 @@ TILE_SIZES = {
         Size({"BN": 256, "BK": 32}, 8, 4, 90),
     ),
 }  # fmt: skip
-# Here BM are rows of a sub-dimension. One stage more than above: the row numbers are read before the rows
+# Here BM are rows of a sub-dimension
 WEIGHT_SIZES = (
-    Size({"BM": 64, "BN": 64, "BK": 32}, 4, 5), Size({"BM": 64, "BN": 128, "BK": 32}, 8, 5),
-    Size({"BM": 64, "BN": 128, "BK": 64}, 8, 4), Size({"BM": 128, "BN": 128, "BK": 32}, 8, 5),
-    Size({"BM": 128, "BN": 128, "BK": 64}, 8, 4), Size({"BM": 128, "BN": 256, "BK": 64}, 8, 4, 90),
+    Size({"BM": 64, "BN": 64, "BK": 32}, 4, 4), Size({"BM": 64, "BN": 128, "BK": 32}, 8, 4),
+    Size({"BM": 64, "BN": 128, "BK": 64}, 8, 3), Size({"BM": 128, "BN": 128, "BK": 32}, 8, 4),
+    Size({"BM": 128, "BN": 128, "BK": 64}, 8, 3), Size({"BM": 128, "BN": 256, "BK": 64}, 8, 3, 90),
 )  # fmt: skip
+PROGRAMS = 3 * 132  # three for each multiprocessor of an H100: the last ones to start leave few of them idle
+LEAST_TOKENS = 1024  # of a part: its sums are worth writing down
 
 
 @triton.jit
@@ -54,21 +56,30 @@ def tile_and_block():
 
 @triton.jit
 def contract_tile(
-    x, w, tokens, first, cols, indices, OUT, w_stride_d, w_stride_o,
+    x, w, second, tokens, first, cols, indices, OUT, w_stride_d, w_stride_o, PAIR: tl.constexpr,
     K: tl.constexpr, C: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """[BM, BN] float32: sum over slots k and places c of x[t, k, c] w[idx[first, k], c, o] for a tile's tokens."""
-    acc = tl.zeros((BM, BN), dtype=tl.float32)
-    for k in range(K):
-        sub = tl.load(indices + first * K + k)
-        for c0 in range(0, C, BK):
-            c = c0 + tl.arange(0, BK)
-            a_at = x + tokens[:, None] * (K * C) + (k * C + c)[None, :]
-            a = tl.load(a_at, mask=(tokens >= 0)[:, None] & (c < C)[None, :], other=0.0)
-            b_at = w + (sub * C + c)[:, None] * w_stride_d + cols[None, :].to(tl.int64) * w_stride_o
-            b = tl.load(b_at, mask=(c < C)[:, None] & (cols < OUT)[None, :], other=0.0)
-            acc = tl.dot(a, b, acc, input_precision=PRECISION)
-    return acc
+    """[BM, BN] float32 twice: sum over slots k and places c of x[t, k, c] w[idx[first, k], c, o] for a tile's tokens; and with
+    PAIR the same for the weight `second`, from the same rows of x.
+
+    One loop for all slots: the compiler's pipeline of asynchronous copies is filled once a tile. The sub-dimension of a trip is
+    read in the trip before it, so that it is no load that the copies wait for.
+    """
+    TRIPS: tl.constexpr = (C + BK - 1) // BK  # through one slice
+    acc, acc2 = tl.zeros((BM, BN), dtype=tl.float32), tl.zeros((BM, BN), dtype=tl.float32)
+    subs = indices + first * K
+    sub = tl.load(subs)
+    for trip in range(K * TRIPS):
+        c = trip % TRIPS * BK + tl.arange(0, BK)
+        a_at = x + tokens[:, None] * (K * C) + (trip // TRIPS * C + c)[None, :]
+        a = tl.load(a_at, mask=(tokens >= 0)[:, None] & (c < C)[None, :], other=0.0)
+        b_at = (sub * C + c)[:, None] * w_stride_d + cols[None, :].to(tl.int64) * w_stride_o
+        b_mask = (c < C)[:, None] & (cols < OUT)[None, :]
+        sub = tl.load(subs + tl.minimum((trip + 1) // TRIPS, K - 1))
+        acc = tl.dot(a, tl.load(w + b_at, mask=b_mask, other=0.0), acc, input_precision=PRECISION)
+        if PAIR:
+            acc2 = tl.dot(a, tl.load(second + b_at, mask=b_mask, other=0.0), acc2, input_precision=PRECISION)
+    return acc, acc2
 
 
 @tuned(TILE_SIZES)
@@ -92,8 +103,8 @@ def contract_kernel(
             w, out, OUT, place = w2, out2, OUT2, block - before2
         tokens = tl.load(tile_tokens + tile * BM + tl.arange(0, BM))
         cols = place * BN + tl.arange(0, BN)
-        acc = contract_tile(
-            x, w, tokens, first, cols, indices, OUT, w_stride_d, w_stride_o, K, C, BM, BN, BK, PRECISION
+        acc, _ = contract_tile(
+            x, w, w, tokens, first, cols, indices, OUT, w_stride_d, w_stride_o, False, K, C, BM, BN, BK, PRECISION
         )
         out_at = out + tokens[:, None] * OUT + cols[None, :]
         tl.store(out_at, acc.to(out0.dtype.element_ty), mask=(tokens >= 0)[:, None] & (cols < OUT)[None, :])
@@ -109,20 +120,6 @@ def contract(x_TKC: Tensor, weights_dO: Sequence[Tensor], indices_TK: Tensor, ti
         K=active, C=x_TKC.shape[1] // active, BM=tiles.shape[1], PRECISION=PRECISION,
     )  # fmt: skip
     return outs
-
-
-@triton.jit
-def _expand(
-    acc, h, w, tokens, sub, c, OUT, w_stride_d, w_stride_o, C: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr
-):
-    """acc + sum over o of h[t, o] w[sub, c, o]."""
-    for o0 in range(0, OUT, BK):
-        o = o0 + tl.arange(0, BK)
-        a = tl.load(h + tokens[:, None] * OUT + o[None, :], mask=(tokens >= 0)[:, None] & (o < OUT)[None, :], other=0.0)
-        b_at = w + (sub * C + c)[None, :] * w_stride_d + o[:, None].to(tl.int64) * w_stride_o
-        b = tl.load(b_at, mask=(o < OUT)[:, None] & (c < C)[None, :], other=0.0)
-        acc = tl.dot(a, b, acc, input_precision=PRECISION)
-    return acc
 
 
 @tuned(TILE_SIZES)
@@ -143,11 +140,23 @@ def expand_kernel(
         c = (block % blocks) * BN + tl.arange(0, BN)
         sub = tl.load(indices + first * K + k)
         acc = tl.zeros((BM, BN), dtype=tl.float32)
-        acc = _expand(acc, h0, w0, tokens, sub, c, OUT0, w_stride_d, w_stride_o, C, BK, PRECISION)
-        if COUNT > 1:
-            acc = _expand(acc, h1, w1, tokens, sub, c, OUT1, w_stride_d, w_stride_o, C, BK, PRECISION)
-        if COUNT > 2:
-            acc = _expand(acc, h2, w2, tokens, sub, c, OUT2, w_stride_d, w_stride_o, C, BK, PRECISION)
+        before1 = tl.cdiv(OUT0, BK)
+        before2 = before1 + tl.cdiv(OUT1, BK)
+        for trip in range(before2 + tl.cdiv(OUT2, BK)):  # one loop for all weights
+            h, w, OUT, place = h0, w0, OUT0, trip
+            if COUNT > 1:
+                past = trip >= before1
+                h, w, OUT = tl.where(past, h1, h), tl.where(past, w1, w), tl.where(past, OUT1, OUT)
+                place = tl.where(past, trip - before1, place)
+            if COUNT > 2:
+                past = trip >= before2
+                h, w, OUT = tl.where(past, h2, h), tl.where(past, w2, w), tl.where(past, OUT2, OUT)
+                place = tl.where(past, trip - before2, place)
+            o = place * BK + tl.arange(0, BK)
+            a = tl.load(h + tokens[:, None] * OUT + o[None, :], mask=live[:, None] & (o < OUT)[None, :], other=0.0)
+            b_at = w + (sub * C + c)[None, :] * w_stride_d + o[:, None].to(tl.int64) * w_stride_o
+            b = tl.load(b_at, mask=(o < OUT)[:, None] & (c < C)[None, :], other=0.0)
+            acc = tl.dot(a, b, acc, input_precision=PRECISION)
         if SCALED:
             acc *= tl.load(scale + tokens * K + k, mask=live, other=0.0).to(tl.float32)[:, None]
         out_at = out + tokens[:, None] * (K * C) + (k * C + c)[None, :]
@@ -175,54 +184,94 @@ def expand(
 @tuned(WEIGHT_SIZES)
 @triton.jit
 def weight_grad_kernel(
-    x, h0, h1, h2, grad0, grad1, grad2, pairs, ends, T, OUT0, OUT1, OUT2, w_stride_d, w_stride_o,
-    K: tl.constexpr, S: tl.constexpr, C: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-    PRECISION: tl.constexpr,
+    x, h0, h1, h2, grad0, grad1, grad2, part0, part1, part2, pairs, ends, T, SPAN, OUT0, OUT1, OUT2,
+    w_stride_d, w_stride_o, part_stride_d, part_stride_o,
+    PARTS: tl.constexpr, K: tl.constexpr, S: tl.constexpr, C: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    BK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """grad_j[i, c, o] = sum over the pairs (t, k) of sub-dimension i of x[t, k, c] h_j[t, o]; 0 where no token chose i.
-    The third grid axis runs through the columns of all weights."""
-    i, block = tl.program_id(0), tl.program_id(2)
+    The second grid axis runs through the columns of all weights.
+
+    The third, whose first programs start first, runs through the shared sub-dimensions, then the specialized ones, which have
+    fewer tokens. With PARTS > 1 each shared one is there that often, each time for SPAN tokens, and writes part_j[p, i, c, o].
+    """
+    block, i = tl.program_id(1), tl.program_id(2)
     before1 = tl.cdiv(OUT0, BN)
     before2 = before1 + tl.cdiv(OUT1, BN)
     if block < before1:
-        h, grad, OUT, column = h0, grad0, OUT0, block
+        h, grad, part, OUT, column = h0, grad0, part0, OUT0, block
     elif block < before2:
-        h, grad, OUT, column = h1, grad1, OUT1, block - before1
+        h, grad, part, OUT, column = h1, grad1, part1, OUT1, block - before1
     else:
-        h, grad, OUT, column = h2, grad2, OUT2, block - before2
-    c = tl.program_id(1) * BM + tl.arange(0, BM)
+        h, grad, part, OUT, column = h2, grad2, part2, OUT2, block - before2
+    c = tl.program_id(0) * BM + tl.arange(0, BM)
     o = column * BN + tl.arange(0, BN)
-    shared = i < S
+    shared, p, is_part = i < S * PARTS, 0, False
+    if PARTS > 1:
+        p, is_part = i // S, shared
+        i = tl.where(shared, i % S, i - S * (PARTS - 1))
     place = tl.maximum(i - S, 0)
-    start = tl.where(shared | (place == 0), 0, tl.load(ends + place - 1, mask=place > 0, other=0))
-    stop = tl.where(shared, T, tl.load(ends + place, mask=i >= S, other=0))
+    start = tl.where(shared, p * SPAN, tl.load(ends + place - 1, mask=place > 0, other=0))
+    stop = tl.where(shared, tl.minimum(p * SPAN + SPAN, T), tl.load(ends + place, mask=i >= S, other=0))
     acc = tl.zeros((BM, BN), dtype=tl.float32)
+    rows = tl.arange(0, BK)
+    chosen = tl.load(pairs + start + rows, mask=(start + rows < stop) & (i >= S), other=0)
     for p0 in range(start, stop, BK):
-        p = p0 + tl.arange(0, BK)
-        inside = p < stop
-        chosen = tl.load(pairs + p, mask=inside & (i >= S), other=0)
-        pair = tl.where(shared, p.to(tl.int64) * K + i, chosen)
+        inside = p0 + rows < stop
+        pair = tl.where(shared, (p0 + rows).to(tl.int64) * K + i, chosen)
+        chosen = tl.load(pairs + p0 + BK + rows, mask=(p0 + BK + rows < stop) & (i >= S), other=0)  # of the next trip
         a = tl.load(x + pair[None, :] * C + c[:, None], mask=inside[None, :] & (c < C)[:, None], other=0.0)
         b = tl.load(h + (pair // K)[:, None] * OUT + o[None, :], mask=inside[:, None] & (o < OUT)[None, :], other=0.0)
         acc = tl.dot(a, b, acc, input_precision=PRECISION)
-    at = grad + (i.to(tl.int64) * C + c)[:, None] * w_stride_d + o[None, :].to(tl.int64) * w_stride_o
-    tl.store(at, acc.to(grad0.dtype.element_ty), mask=(c < C)[:, None] & (o < OUT)[None, :])
+    row, mask = (i.to(tl.int64) * C + c)[:, None], (c < C)[:, None] & (o < OUT)[None, :]
+    if is_part:
+        row += p * S * C
+        tl.store(part + row * part_stride_d + o[None, :].to(tl.int64) * part_stride_o, acc, mask=mask)
+    else:
+        at = grad + row * w_stride_d + o[None, :].to(tl.int64) * w_stride_o
+        tl.store(at, acc.to(grad0.dtype.element_ty), mask=mask)
+
+
+def token_parts(tokens: int, shared: int, width: int, widths: Sequence[int]) -> int:
+    """Into how many parts of the tokens the weight gradients of shared sub-dimensions are split; from shapes alone.
+
+    A block of a shared sub-dimension sums over all tokens, one of a specialized sub-dimension over those that chose it. Where
+    there are few such blocks, most of a GPU would wait for them. With at most `PROGRAMS` blocks of float32 the partial sums take at
+    most 25 MiB.
+    """
+    blocks = shared * triton.cdiv(width, 128) * _column_blocks(widths, 128)  # whatever block sizes are chosen
+    return max(1, min(PROGRAMS // blocks, tokens // LEAST_TOKENS)) if blocks else 1
 
 
 def weight_grads(
     x_TKC: Tensor, inputs_TO: Sequence[Tensor], like_dO: Sequence[Tensor], pairs: Tensor, ends: Tensor, shared: int,
     active: int
 ) -> list[Tensor]:  # fmt: skip
-    """Gradients of weights seen as [D, O_i], in those weights' memory order."""
-    grads, width, widths = [torch.empty_like(like) for like in like_dO], x_TKC.shape[1] // active, _widths(like_dO)
+    """Gradients of weights seen as [D, O_i], in those weights' memory order. Bit for bit the same at every call."""
+    tokens, width, widths = x_TKC.shape[0], x_TKC.shape[1] // active, _widths(like_dO)
+    grads, sub_dims = [torch.empty_like(like) for like in like_dO], like_dO[0].shape[0] // width
+    count = token_parts(tokens, shared, width, widths)
+    parts = grads if count == 1 else [_partial_sums(count * shared * width, like) for like in like_dO]
     weight_grad_kernel.launch(
         lambda meta: (
-            like_dO[0].shape[0] // width, triton.cdiv(width, meta["BM"]), _column_blocks(widths, meta["BN"])
+            triton.cdiv(width, meta["BM"]), _column_blocks(widths, meta["BN"]), shared * (count - 1) + sub_dims
         ),
-        x_TKC.contiguous(), *_three([part.contiguous() for part in inputs_TO]), *_three(grads), pairs, ends,
-        x_TKC.shape[0], *widths, *grads[0].stride(), K=active, S=shared, C=width, PRECISION=PRECISION,
+        x_TKC.contiguous(), *_three([part.contiguous() for part in inputs_TO]), *_three(grads), *_three(parts), pairs,
+        ends, tokens, triton.cdiv(tokens, count), *widths, *grads[0].stride(), *parts[0].stride(),
+        PARTS=count, K=active, S=shared, C=width, PRECISION=PRECISION,
     )  # fmt: skip
+    if count > 1:
+        for grad, part in zip(grads, parts, strict=True):
+            grad[: shared * width].copy_(part.unflatten(0, (count, -1)).sum(0))
     return grads
+
+
+def _partial_sums(rows: int, like_dO: Tensor) -> Tensor:
+    """Float32 [rows, O], with the dim next to each other in memory that is so in `like_dO`."""
+    columns = like_dO.shape[1]
+    if like_dO.stride(1) == 1:
+        return like_dO.new_empty(rows, columns, dtype=torch.float32)
+    return like_dO.new_empty(columns, rows, dtype=torch.float32).t()
 
 
 def _three(tensors: Sequence[Tensor]) -> list[Tensor]:

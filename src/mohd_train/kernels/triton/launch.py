@@ -1,27 +1,33 @@
 """Where the triton kernels can run, and how they are tuned and launched.
 
-On CUDA each kernel times a handful of block sizes at its first call for given widths and keeps the fastest for the rest of the
-process. Different block sizes sum in different orders, so two processes that chose differently differ in rounding. The
-interpreter (TRITON_INTERPRET=1) takes one tiny size.
+On CUDA each kernel times a handful of block sizes at its first call for given widths and dtypes and keeps the fastest for the rest
+of the process. Different block sizes sum in different orders, so a run stores what was chosen (`chosen`) with its checkpoints, and
+is given it when it resumes (`use`). The interpreter (TRITON_INTERPRET=1) takes one tiny size.
 """
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
 import triton
+import triton.testing
 from torch import Tensor
+from triton.runtime import OutOfResources
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 PRECISION = "ieee"  # float32 products as torch computes them by default; bfloat16 is not affected
+# Each possible choice ends in a tile that is half empty on average. With more choices than this, tiles of 64 tokens would hold more
+# padding than tokens in a microbatch of 16,384, and the GEMMs do twice the work.
+MOST_CHOICES = 512
 KEYS = ("OUT", "OUT0", "OUT1", "OUT2", "N", "D", "K", "C", "COUNT")  # arguments whose values block sizes are chosen for
 
 
-def refusal(device: torch.device, dtype: torch.dtype, width: int | None) -> str | None:
-    """Why the kernels can't run there at sub-dimension width `width`, or None."""
+def refusal(device: torch.device, dtype: torch.dtype, width: int | None, choices: int | None) -> str | None:
+    """Why the kernels can't run there at sub-dimension width `width` where a token has `choices`, or None."""
     if device.type != "cuda" and not INTERPRETED:
         return f"the triton kernels need a CUDA device, not {device.type}"
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
@@ -30,6 +36,8 @@ def refusal(device: torch.device, dtype: torch.dtype, width: int | None) -> str 
         return f"the triton kernels have no {str(dtype).removeprefix('torch.')}"
     if width is not None and not INTERPRETED and (width % 32 or not 64 <= width <= 512):
         return f"the triton kernels support sub-dimension widths 64 to 512 in steps of 32, not {width}"
+    if choices is not None and choices > MOST_CHOICES:
+        return f"a token has {choices:,} choices of sub-dimensions, and each takes tiles of its own: at most {MOST_CHOICES}"
     return None
 
 
@@ -42,15 +50,23 @@ class Size(NamedTuple):
     capability: int = 80  # the least it is for
 
 
-# Of kernels that go through rows of C, whatever the tile
+# Of kernels that go through rows of C, whatever the tile of the tokens
 ROW_SIZES = (
     Size({"BT": 16, "BC": 64}, 4, 2),
     Size({"BT": 32, "BC": 64}, 4, 2),
     Size({"BT": 16, "BC": 128}, 8, 2),
-)  # of kernels that go by rows
+)
 
 Sizes = tuple[Size, ...]
 Grid = Callable[[dict[str, Any]], tuple[int, ...]]
+
+
+class Key(NamedTuple):
+    """What block sizes are chosen for."""
+
+    kernel: str
+    shapes: tuple[int, ...]  # the values of the kernel's `keys`
+    dtypes: tuple[torch.dtype, ...]  # of its tensors
 
 
 class Kernel:
@@ -59,11 +75,13 @@ class Kernel:
     def __init__(self, function: Any, sizes: Sizes | Mapping[int, Sizes]) -> None:
         self.function = function
         self._sizes = sizes
-        self._tuned: dict[int, Any] = {}
+        self.name = function.__name__
+        tile = ["BM"] if isinstance(sizes, Mapping) else []
+        self.keys = [*tile, *[name for name in KEYS if name in function.arg_names]]
 
     def sizes(self, tile: int, capability: int) -> list[Size]:
         """What to choose among for tokens in tiles of `tile` on a GPU of this capability (80: sm80)."""
-        sizes = self._sizes[tile] if isinstance(self._sizes, Mapping) else self._sizes
+        sizes = self._sizes.get(tile, ()) if isinstance(self._sizes, Mapping) else self._sizes
         return [size for size in sizes if size.capability <= capability]
 
     def launch(self, grid: Grid, *arguments: Any, **constants: Any) -> None:
@@ -71,22 +89,91 @@ class Kernel:
         if INTERPRETED:
             blocks = dict.fromkeys(self.sizes(64, 90)[0].blocks, 16)
             self.function[grid(blocks)](*arguments, **constants, **blocks)
-        else:
-            self._tune(constants.get("BM", 0))[grid](*arguments, **constants)
+            return
 
-    def _tune(self, tile: int) -> Any:
-        if tile not in self._tuned:  # only now, as triton.autotune raises at decoration without a GPU
-            major, minor = torch.cuda.get_device_capability()
-            sizes = self.sizes(tile, 10 * major + minor)
-            configs = [triton.Config(size.blocks, num_warps=size.warps, num_stages=size.stages) for size in sizes]
-            key = [name for name in KEYS if name in self.function.arg_names]
-            self._tuned[tile] = triton.autotune(configs, key=key)(self.function)
-        return self._tuned[tile]
+        def run(size: Size) -> None:
+            self.function[grid](*arguments, **constants, **size.blocks, num_warps=size.warps, num_stages=size.stages)
+
+        named = {**dict(zip(self.function.arg_names, arguments, strict=False)), **constants}
+        dtypes = tuple(argument.dtype for argument in arguments if isinstance(argument, Tensor))
+        key = Key(self.name, tuple(named[name] for name in self.keys), dtypes)
+        if key not in CHOSEN:
+            CHOSEN[key] = self.fastest(named.get("BM", 0), run)
+        run(CHOSEN[key])
+
+    def fastest(self, tile: int, run: Callable[[Size], None]) -> Size:
+        """The size with which `run` takes the least time; of equals the first."""
+        return min(self.sizes(tile, capability()), key=lambda size: milliseconds(lambda: run(size)))
+
+
+CHOSEN: dict[Key, Size] = {}
+KERNELS: dict[str, Kernel] = {}  # by name
+
+
+def capability() -> int:
+    """Of the GPU at hand, 90 for sm90."""
+    major, minor = torch.cuda.get_device_capability()
+    return 10 * major + minor
+
+
+def milliseconds(run: Callable[[], None]) -> float:
+    """What `run` takes on the GPU; infinite if the GPU has no room for it."""
+    try:
+        return float(triton.testing.do_bench(run, return_mode="median"))
+    except OutOfResources:
+        return float("inf")
+
+
+def chosen() -> dict[str, Any]:
+    """The block sizes in use, as plain data: the GPU's architecture, and for each kernel with the shapes and dtypes that it ran
+    with, as JSON, its blocks, warps and stages. Empty where nothing was chosen yet."""
+    sizes = {}
+    for key, size in CHOSEN.items():
+        shapes = dict(zip(KERNELS[key.kernel].keys, key.shapes, strict=True))
+        dtypes = [str(dtype).removeprefix("torch.") for dtype in key.dtypes]
+        sizes[json.dumps([key.kernel, shapes, dtypes])] = size._asdict()
+    return {"gpu": f"sm{capability()}", "sizes": sizes} if sizes else {}
+
+
+def use(stored: dict[str, Any]) -> str | None:
+    """Takes what an earlier process had `chosen` in place of choosing. All kernels must have been imported.
+
+    Returns:
+        Why some of it can't be used and is chosen anew, in one line; None if all of it is.
+    """
+    CHOSEN.clear()
+    if not stored:
+        return None
+    here, stale = capability(), 0
+    if stored["gpu"] != f"sm{here}":
+        return (
+            f"the block sizes of the triton kernels were chosen on {stored['gpu']}, and this GPU is sm{here}: they are chosen "
+            "anew, and results differ in rounding"
+        )
+    for text, fields in stored["sizes"].items():
+        name, shapes, dtypes = json.loads(text)
+        kernel, size = KERNELS.get(name), Size(**fields)
+        if kernel is None or list(shapes) != kernel.keys or size not in kernel.sizes(shapes.get("BM", 0), here):
+            stale += 1
+            continue
+        CHOSEN[Key(name, tuple(shapes.values()), tuple(getattr(torch, dtype) for dtype in dtypes))] = size
+    if not stale:
+        return None
+    return (
+        f"{stale} of {len(stored['sizes'])} block sizes of the triton kernels are no longer to choose from: they are chosen "
+        "anew, and results differ in rounding"
+    )
 
 
 def tuned(sizes: Sizes | Mapping[int, Sizes]) -> Callable[[Any], Kernel]:
     """Decorates a `triton.jit` function: makes it a `Kernel`."""
-    return lambda function: Kernel(function, sizes)
+
+    def make(function: Any) -> Kernel:
+        kernel = Kernel(function, sizes)
+        KERNELS[kernel.name] = kernel
+        return kernel
+
+    return make
 
 
 def like(*tensors: Tensor) -> tuple[Tensor, ...]:

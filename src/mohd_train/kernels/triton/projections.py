@@ -62,9 +62,8 @@ _up.register_autograd(_up_grad, setup_context=_save_up)
 def up(x_TKC: Tensor, weights_OD: Sequence[Tensor], selection: Selection) -> tuple[Tensor, ...]:
     """``W x~`` from the compact active inputs, one to three weights in one launch: [T, O_i] each."""
     assert len(weights_OD) <= 3
-    pairs = [cast_for_autocast(x_TKC, weight) for weight in weights_OD]
-    s = selection
-    return tuple(_up(pairs[0][0], [w for _, w in pairs], s.indices_TK, s.tile_tokens, s.pairs, s.ends, s.shared))
+    (x_TKC, *weights), s = cast_for_autocast(x_TKC, *weights_OD), selection
+    return tuple(_up(x_TKC, weights, s.indices_TK, s.tile_tokens, s.pairs, s.ends, s.shared))
 
 
 # Down-projection

@@ -1,7 +1,8 @@
 """Callbacks that Composer does not have: file log, progress, realized mix, routing statistics, validation total,
-record; and what watches for faults: the loss, the routers, the first batch."""
+record, block sizes of kernels; and what watches for faults: the loss, the routers, the first batch."""
 
 from mohd_train.train.callbacks.domain_mix import DomainMix
+from mohd_train.train.callbacks.kernel_sizes import KernelSizes
 from mohd_train.train.callbacks.loss_guard import LossGuard
 from mohd_train.train.callbacks.metrics_file import MetricsFile
 from mohd_train.train.callbacks.progress import Progress
@@ -16,6 +17,7 @@ from mohd_train.train.callbacks.worker_watch import WorkerWatch
 __all__ = [
     "DomainMix",
     "FirstBatchWatchdog",
+    "KernelSizes",
     "LossGuard",
     "MetricsFile",
     "Progress",
