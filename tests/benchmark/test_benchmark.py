@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from mohd_train.benchmark import peers
 from mohd_train.benchmark.run import main
 from mohd_train.cli.benchmark import add_arguments
 from mohd_train.errors import UserError
+from mohd_train.kernels import fusion
 from mohd_train.kernels.grouped import sorted_spans
 
 
@@ -103,12 +105,34 @@ def test_no_figure_for_a_backend_that_is_wrong(
     assert "tiny:x2" not in capsys.readouterr().out
 
 
+def test_a_constant_of_the_kernels_can_be_swept(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has its value while its point is measured, and its own afterwards."""
+    seen, before = [], fusion.BLOCK_ELEMENTS
+    monkeypatch.setattr(fusion, "_fuse_blocks", _noting(seen, fusion._fuse_blocks))
+    run(
+        root, "--models", "tiny:x2", "--sweep", "fusion.BLOCK_ELEMENTS=4096,8192", "--json", str(tmp_path / "rows.json")
+    )
+    assert set(seen) == {4096, 8192}
+    assert before == fusion.BLOCK_ELEMENTS
+    rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
+    assert [row["sweep"] for row in rows[1::2]] == ["fusion.BLOCK_ELEMENTS=4096", "fusion.BLOCK_ELEMENTS=8192"]
+
+
+def _noting(seen: list[int], function: Callable[..., Any]) -> Callable[..., Any]:
+    def noted(*arguments: Any) -> Any:
+        seen.append(fusion.BLOCK_ELEMENTS)
+        return function(*arguments)
+
+    return noted
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         (["--models", "tiny:x9"], "x9.yaml"),
         (["--models", "huge:x2"], "huge.yaml"),
         (["--sweep", "width=1"], "--sweep"),
+        (["--sweep", "fusion.NOTHING=1"], "--sweep"),
         (["--tokens", "30", "--seq-len", "16"], "not a multiple"),
         (["--models", "tiny:x2", "--kernels", "triton"], "use kernels: grouped"),
     ],

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import gc
+import importlib
+import importlib.util
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +48,9 @@ def main(arguments: argparse.Namespace) -> int:
     peak = peak_flops(workload, arguments.peak_tflops)
     console, rows = Console(stderr=True), []
     for value, overrides, changed in _sweep(arguments.sweep, workload):
-        for entry in compare(names, changed, overrides, arguments, peak, console):
+        with _constant(value):
+            entries = compare(names, changed, overrides, arguments, peak, console)
+        for entry in entries:
             rows.append({**entry, "sweep": value} if value else entry)
             if arguments.json:
                 write_results(arguments.json, {**environment(workload, peak), "keeps_freed_pages": keeps}, rows)
@@ -151,9 +157,14 @@ def _sweep(text: str | None, workload: Workload) -> list[tuple[str, list[str], W
     if text is None:
         return [("", [], workload)]
     key, _, values = text.partition("=")
-    if key not in SWEEPS or not values or not all(value.isdigit() for value in values.split(",")):
+    if (
+        (key not in SWEEPS and not _is_constant(key))
+        or not values
+        or not all(value.isdigit() for value in values.split(","))
+    ):
         raise UserError(
-            f"--sweep {text}: give tokens=, sub_dims= or expansion= and whole numbers, as in tokens=512,1024"
+            f"--sweep {text}: give tokens=, sub_dims=, expansion= or a constant of the kernels (fusion.SUMMED=), and whole "
+            "numbers, as in tokens=512,1024"
         )
     points: list[tuple[str, list[str], Workload]] = []
     for value in values.split(","):
@@ -164,6 +175,36 @@ def _sweep(text: str | None, workload: Workload) -> list[tuple[str, list[str], W
         elif key == "sub_dims":
             parts = [f"mohd.{part}.sub_dims={value}" for part in ("attention", "ffn")]
             points.append((label, parts, workload))
+        elif _is_constant(key):
+            points.append((label, [], workload))
         else:
             points.append((label, [f"mohd.expansion={value}"], workload))
     return points
+
+
+def _is_constant(key: str) -> bool:
+    """Whether ``MODULE.NAME`` is a number in a module of :mod:`mohd_train.kernels`, such as ``grouped.sorted_spans.PAGES``."""
+    module, _, name = key.rpartition(".")
+    if not module or importlib.util.find_spec("mohd_train.kernels." + module.partition(".")[0]) is None:
+        return False
+    with contextlib.suppress(ImportError):
+        return isinstance(getattr(importlib.import_module(f"mohd_train.kernels.{module}"), name, None), int)
+    return False
+
+
+@contextlib.contextmanager
+def _constant(label: str) -> Iterator[None]:
+    """Has the constant of a sweep's point, if the sweep is over one, its value there."""
+    key, _, value = label.partition("=")
+    if not _is_constant(key):
+        yield
+        return
+    place, _, name = key.rpartition(".")
+    module = importlib.import_module(f"mohd_train.kernels.{place}")
+    before = getattr(module, name)
+    setattr(module, name, int(value))
+    torch._dynamo.reset()
+    try:
+        yield
+    finally:
+        setattr(module, name, before)

@@ -65,7 +65,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--layers", type=int, help="cut the models to this many layers of the same shapes")
     parser.add_argument("--no-compile", action="store_true")
     parser.add_argument("--peak-tflops", type=float, help="peak for MFU; default: the data sheet's, measured on a CPU")
-    parser.add_argument("--sweep", help="repeat for each value of tokens=512,1024 or sub_dims=8,16 or expansion=1,2,4")
+    parser.add_argument(
+        "--sweep",
+        help="repeat for each value of tokens=512,1024, sub_dims=8,16, expansion=1,2,4, or of a number in kernels/: "
+        "fusion.SUMMED=8,16",
+    )
     parser.add_argument("--json", type=Path, help="write {environment, rows} to this file")
     parser.add_argument(
         "--record",
