@@ -13,7 +13,7 @@ from scipy import stats
 from study.study_support import make_study, store_measured
 
 from mohd_train.errors import UserError
-from mohd_train.study.compare import MEASURED, WITHIN, compare
+from mohd_train.study.compare import MEASURED, WITHIN, compare, curve_of
 from mohd_train.study.figures import draw_study
 from mohd_train.study.record import write_record
 from mohd_train.study.report import show
@@ -82,6 +82,17 @@ def test_what_is_under_way_counts_in_the_curve_alone(tmp_path: Path) -> None:
     assert bare.curve is not None
     assert len(bare.curve.tokens) == 4  # to where all three have come
     assert bare.trend is None
+
+
+def test_a_run_that_was_stopped_does_not_cut_the_others_curve_off(tmp_path: Path) -> None:
+    folder = make_study(tmp_path, loss, finished=lambda run: (run.setting, run.seed) != ("x2-bare", 3))
+    runs = list(read_study(folder.path).of("small-355m", "x2-bare").values())
+    curve, without = curve_of(runs), curve_of([run for run in runs if run.finished])
+    assert curve is not None
+    assert without is not None
+    assert len(runs) == 3
+    assert len(curve.tokens) == 8
+    assert np.array_equal(curve.mean, without.mean)
 
 
 def test_runs_of_other_batches_are_not_paired(tmp_path: Path) -> None:
