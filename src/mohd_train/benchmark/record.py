@@ -63,11 +63,27 @@ PEERS: dict[str, dict[str, tuple[str, ...]]] = {  # the same beside transformers
 }
 
 
-def record(folder: Path, device: str | None, *, peers: bool = False) -> int:
+def pipeline_parts(data: Path | None, raw: Path | None, tokenizer: Path | None) -> dict[str, tuple[str, ...]]:
+    """A run, its start and its data beside what a user would take instead: those whose input is given."""
+    parts: dict[str, tuple[str, ...]] = {}
+    if data is not None:
+        parts["loop"] = ("--mode", "loop", "--data", str(data), "--rounds", "8")
+        parts["start"] = ("--mode", "start", "--data", str(data), "--rounds", "3")
+    if raw is not None and tokenizer is not None:
+        for workers in ("1", "2"):
+            given = ("--raw", str(raw), "--tokenizer", str(tokenizer), "--workers", workers, "--rounds", "2")
+            parts[f"prepare-{workers}-workers"] = ("--mode", "prepare", *given)
+    return parts
+
+
+def record(
+    folder: Path, device: str | None, *, peers: bool = False, pipeline: dict[str, tuple[str, ...]] | None = None
+) -> int:
     """Measures every part of `device` (None: the GPU if there is one). Results and plots go to `folder` and overwrite nothing.
 
     Args:
         peers: ours beside transformers' models (:data:`PEERS`) in place of :data:`PARTS`.
+        pipeline: :func:`pipeline_parts`, measured first.
 
     Returns:
         0, or 1 if a part failed; it doesn't stop the others.
@@ -80,7 +96,7 @@ def record(folder: Path, device: str | None, *, peers: bool = False) -> int:
     except OSError as error:
         raise UserError(f"--record {folder}: {error.strerror}") from error
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    console, failed, parts = Console(stderr=True), [], (PEERS if peers else PARTS)[device]
+    console, failed, parts = Console(stderr=True), [], (pipeline or {}) | (PEERS if peers else PARTS)[device]
     machine = machine_name(device)
     for number, (name, args) in enumerate(parts.items(), 1):
         file = _unused(folder, f"{now()[:10]}-{machine}-{name}")

@@ -38,11 +38,10 @@ def benchmark(argv: Sequence[str], prog: str) -> int:
         return pipeline.main(arguments)
     from mohd_train.benchmark import record, run  # after parsing: importing torch takes seconds
 
-    return (
-        record.record(arguments.record, arguments.device, peers=arguments.peers)
-        if arguments.record
-        else run.main(arguments)
-    )
+    if arguments.record:
+        parts = record.pipeline_parts(arguments.data, arguments.raw, arguments.tokenizer)
+        return record.record(arguments.record, arguments.device, peers=arguments.peers, pipeline=parts)
+    return run.main(arguments)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

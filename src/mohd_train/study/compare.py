@@ -101,7 +101,7 @@ class Compared:
 
 
 def curve_of(runs: list[StudyRun]) -> Curve | None:
-    """Validation loss over tokens: mean and band over the finished runs, or over all while none is, at the tokens that they share."""
+    """Validation loss over tokens: mean and band over the finished runs (over all while none is), at the tokens that they share."""
     runs = [run for run in runs if run.finished] or runs
     if not runs:
         return None
