@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
 from train.train_support import make_data
 
-from mohd_train.benchmark import loop, preparation
+from mohd_train.benchmark import loop, preparation, startup
 from mohd_train.cli import main
 from mohd_train.demo.tokenizer import train_tokenizer
 from mohd_train.errors import UserError
@@ -28,6 +29,26 @@ def test_the_loop_is_timed_on_the_runs_own_batches(tmp_path: Path) -> None:
     assert found["seconds_a_batch_bare"] > 0
     assert 0 <= found["data_share"] < 1
     assert "beside_bare_loop" not in registry.CALLBACKS
+
+
+def test_a_start_is_timed_until_the_first_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command that is timed passes its checks on whatever data there is."""
+    commands: list[list[str]] = []
+    monkeypatch.setattr(startup, "_seconds", lambda command, until: float(len(commands.append(command) or commands)))
+    found = startup.measure(make_data(tmp_path / "data"), rounds=2)
+    assert [row["name"] for row in found] == ["libraries", "this package", "checks (--dry-run)", "first batch"]
+    assert [(row["first"], row["again"]) for row in found] == [(1, 7), (2, 8), (3, 9), (4, 10)]
+    dry = commands[2]
+    assert main(dry[dry.index("train") :]) is None
+    assert commands[3] == dry[:-1]
+
+
+def test_a_start_ends_with_the_first_batch_and_a_failure_is_told(tmp_path: Path) -> None:
+    file, python = tmp_path / "metrics.jsonl", [sys.executable, "-c"]
+    writes = f"import time, pathlib; time.sleep(0.1); pathlib.Path({str(file)!r}).write_text('x'); time.sleep(1)"
+    assert 0.1 < startup._seconds([*python, writes], file) < 1.0
+    with pytest.raises(UserError, match="out of luck"):
+        startup._seconds([*python, "raise SystemExit('out of luck')"], None)
 
 
 @pytest.mark.parametrize(

@@ -9,11 +9,11 @@ import os
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from mohd_train.errors import UserError
 from mohd_train.utils.environment import verb_command
 
 SEQ_LEN = 2048
@@ -50,19 +50,23 @@ def measure(raw: Path, tokenizer: Path, workers: int, rounds: int) -> list[dict[
     return list(best.values())
 
 
+# Between this process and what it times: Linux counts the memory of the process that forks as its child's own
+TIMER = """
+import json, os, sys, time
+start = time.perf_counter()
+_, status, usage = os.wait4(os.posix_spawn(sys.argv[1], sys.argv[1:], os.environ), 0)
+seconds, processor = time.perf_counter() - start, usage.ru_utime + usage.ru_stime
+print(json.dumps({"seconds": seconds, "processor_seconds": processor, "largest_process_mb": usage.ru_maxrss / 1024}))
+sys.exit(os.waitstatus_to_exitcode(status))
+"""
+
+
 def _timed(command: list[str]) -> dict[str, Any]:
-    start = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    assert process.stderr is not None
-    errors = process.stderr.read()
-    _, status, usage = os.wait4(process.pid, 0)
-    if status:
-        raise RuntimeError(f"{' '.join(command[:4])} ... failed: {errors[-500:]}")
-    return {
-        "seconds": time.perf_counter() - start,
-        "processor_seconds": usage.ru_utime + usage.ru_stime,
-        "largest_process_mb": usage.ru_maxrss / 1024,
-    }
+    done = subprocess.run([sys.executable, "-S", "-c", TIMER, *command], capture_output=True, text=True)
+    if done.returncode:
+        raise UserError(f"{' '.join(command[1:5])} ... failed: {done.stderr.strip()[-500:]}")
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
 
 
 def _fast_tokenizer(model: Path, folder: Path) -> Path:

@@ -26,13 +26,7 @@ def measure(data: Path, rounds: int) -> list[dict[str, Any]]:
     Returns:
         A row for each: the first round's seconds (files perhaps not in memory yet), and the median of the others.
     """
-    words = [
-        "configs/recipe/tiny.yaml",
-        "configs/model/tiny.yaml",
-        "configs/mohd/x2.yaml",
-        f"data.local={data}",
-        "device=cpu",
-    ]
+    words = [*tiny_run(data), "configs/mohd/x2.yaml"]
     seconds: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory() as folder:
         for number in range(rounds + 1):
