@@ -67,7 +67,7 @@ class Sizes:
     vocab: int
     seq_len: int
     scale: str
-    least: float  # seconds; a run's, of which the other parts take a share
+    least: float  # seconds that a part must have to be started
 
 
 SIZES = {
@@ -178,7 +178,7 @@ def run(folder: Path, minutes: float, device: str | None, data: Path | None) -> 
     """Runs the parts that are not done yet until the time is over, and rewrites ``summary.json`` and ``summary.md`` after each.
 
     Args:
-        folder: the result goes to ``folder/DATE-GPU``, or there if it is such a folder of an earlier call.
+        folder: the result goes to ``folder/DATE-GPU-first``, or there if it is such a folder of an earlier call.
         data: prepared data at sequence length 512, for the study.
 
     Returns:

@@ -25,7 +25,6 @@ from mohd_train.utils.jobs import (
     yaml_text,
 )
 
-LAUNCHERS = ("slurm", "k8s")
 WORKERS = 16  # of a task, and the cores it asks for
 
 
