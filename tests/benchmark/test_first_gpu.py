@@ -1,4 +1,5 @@
-"""What is done first on a GPU: the parts can be read, the time is kept, what is there is kept, and a second call goes on."""
+"""The first measurements on a GPU: every run has a valid config, the time limit holds, partial results are kept, and a second call
+continues."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
 """``mohd benchmark --first-gpu``: everything worth doing in the first minutes on a GPU, in order of worth, within a time.
 
-Each part is a command of its own. One that fails stops no other; one that the time cuts off keeps what it has written. A second
-call with the same folder goes on with what is not done. Nothing here needs a GPU: on a CPU the same parts run on tiny models.
+Each part is a command of its own. A failure does not stop the others, and a part that the time limit cuts off keeps what it has
+written. A second call with the same folder continues with the parts that are not done. Nothing here
+needs a GPU: on a CPU the same parts run on tiny models.
 """
 
 from __future__ import annotations

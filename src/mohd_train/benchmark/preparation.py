@@ -24,8 +24,8 @@ def measure(raw: Path, tokenizer: Path, workers: int, rounds: int) -> list[dict[
     JSON-lines file below ``raw``, which may not be compressed.
 
     Returns:
-        A row for each, of its fastest round: seconds, those of processors, tokens, MB/s of raw text, and the memory of its
-        largest process.
+        A row for each, of its fastest round: seconds, processor seconds, MB/s of raw text, and the memory of its largest
+        process.
     """
     files = sorted(str(path) for path in raw.rglob("*.jsonl"))
     size = sum(os.path.getsize(file) for file in files)

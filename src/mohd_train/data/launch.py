@@ -19,8 +19,8 @@ from mohd_train.utils.jobs import (
     call,
     claim_of,
     fill,
+    sbatch,
     shell_word,
-    submit_array,
     yaml_list,
     yaml_text,
 )
@@ -60,11 +60,11 @@ def launch(request: Request, launcher: str, tasks: int, options: ClusterOptions)
         script = jobs / "prepare.sbatch"
         values |= {"log": f"{logs}/%A_%a.log", "command": Rendered(command)}
         script.write_text(fill(options.template or TEMPLATES / "prepare.sbatch", values, shell_word), encoding="utf-8")
-        job = submit_array(script, *options.arguments)
+        job = sbatch(*options.arguments, str(script))
         after = [f"--dependency=afterany:{job}", f"--job-name={name}-finish", f"--output={logs}/%j-finish.log"]
         wrapped = f"--wrap=cd {shlex.quote(str(Path.cwd()))} && exec {command}"
-        last = call(["sbatch", "--parsable", f"--cpus-per-task={workers}", *after, *options.arguments, wrapped])
-        return f"submitted array job {job} of {tasks} tasks, and job {last.partition(';')[0]}, which finishes; logs: {jobs}"
+        last = sbatch(f"--cpus-per-task={workers}", *after, *options.arguments, wrapped)
+        return f"submitted array job {job} of {tasks} tasks, and job {last}, which finishes; logs: {jobs}"
     script = jobs / "prepare.yaml"
     part = f'exec {command} --shard "$JOB_COMPLETION_INDEX/{tasks}"'
     line = f'if [ "$JOB_COMPLETION_INDEX" -lt {tasks} ]; then {part}; else exec {command} --finish-after {tasks}; fi'

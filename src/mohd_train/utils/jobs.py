@@ -98,9 +98,9 @@ def call(command: list[str]) -> str:
     return done.stdout.strip()
 
 
-def submit_array(script: Path, *options: str) -> str:
-    """The number that SLURM gave the job. Raises UserError as :func:`call`."""
-    return call(["sbatch", "--parsable", *options, str(script)]).splitlines()[-1].partition(";")[0]
+def sbatch(*words: str) -> str:
+    """Submits a job to SLURM; returns its number. Raises UserError as :func:`call`."""
+    return call(["sbatch", "--parsable", *words]).splitlines()[-1].partition(";")[0]
 
 
 def claim_of(options: ClusterOptions) -> dict[str, object]:

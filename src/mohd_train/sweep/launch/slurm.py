@@ -8,7 +8,7 @@ from typing import Any
 from mohd_train.errors import UserError
 from mohd_train.sweep.folder import SweepFolder
 from mohd_train.sweep.launch.jobs import ClusterOptions, common_values, run_command
-from mohd_train.utils.jobs import TEMPLATES, Rendered, call, fill, shell_word, submit_array
+from mohd_train.utils.jobs import TEMPLATES, Rendered, call, fill, sbatch, shell_word
 
 TEMPLATE = TEMPLATES / "sweep.sbatch"
 QUEUED = ("PENDING", "CONFIGURING", "REQUEUED", "SUSPENDED")
@@ -37,7 +37,7 @@ def submit(folder: SweepFolder, names: list[str], options: ClusterOptions) -> di
     )
     script = folder.path / "jobs" / f"launch-{number}.sbatch"
     script.write_text(fill(options.template or TEMPLATE, values, shell_word), encoding="utf-8")
-    job = submit_array(script, *options.arguments)
+    job = sbatch(*options.arguments, str(script))
     try:
         return folder.add_launch("slurm", names, job=job, script=str(script), processes=options.processes)
     except OSError as error:  # the disk is full: nothing would know of the job
