@@ -32,8 +32,8 @@ test-gpu: setup  ## the kernels on this machine's GPU against the float64 refere
 	OMP_NUM_THREADS=1 $(PY) -m pytest tests/kernels/test_on_gpu.py -n 4 $(ARGS)
 
 # A folder of their own: what the project needs stays as it is, and make test is the same with and without them
-test-ecosystem: setup  ## PEFT, TRL, Trainer, lm_eval and pipelines on MoHD models (installs PEFT and TRL into .ecosystem; about two minutes)
-	$(PY) -m pip install --quiet --no-deps --upgrade --target .ecosystem peft trl
+test-ecosystem: setup  ## PEFT, TRL, bitsandbytes, quantized caches on MoHD models (installs them into .ecosystem; about two minutes)
+	$(PY) -m pip install --quiet --no-deps --upgrade --target .ecosystem peft trl bitsandbytes hqq
 	PYTHONPATH="$(CURDIR)/.ecosystem" OMP_NUM_THREADS=1 $(PY) -m pytest tests/hf $(ARGS)
 
 test-faults: setup  ## every fault that is injected: what happened, steps lost (measured), recovered; and the demo from a wheel (about 5 minutes)
