@@ -71,8 +71,9 @@ tables: setup  ## Table 2 from results beside the paper's: [RESULTS="folder ..."
 benchmark: setup  ## time MoHD against LLaMA on this machine's GPU, or CPU (6 minutes), into benchmarks/ [OUT= ARGS=]
 	$(PY) scripts/benchmark.py --record "$(or $(OUT),benchmarks)" $(ARGS)
 
-benchmark-peers: setup  ## the same beside transformers' Llama and Mixtral (about ten minutes on one core); and with DATA=, RAW= TOKENIZER= a run, its start and preparation [OUT=benchmarks ARGS=]
-	$(PY) scripts/benchmark.py --record "$(or $(OUT),benchmarks)" --peers $(if $(DATA),--data "$(DATA)") $(if $(RAW),--raw "$(RAW)") \
+benchmark-peers: setup  ## the same beside transformers' and litgpt's models (about ten minutes on one core; installs litgpt into .peers); and with DATA=, RAW= TOKENIZER= a run, its start and preparation [OUT=benchmarks ARGS=]
+	$(PY) -m pip install --quiet --no-deps --upgrade --target .peers litgpt lightning pytorch-lightning lightning-utilities jsonargparse
+	PYTHONPATH="$(CURDIR)/.peers" $(PY) scripts/benchmark.py --record "$(or $(OUT),benchmarks)" --peers $(if $(DATA),--data "$(DATA)") $(if $(RAW),--raw "$(RAW)") \
 	    $(if $(TOKENIZER),--tokenizer "$(TOKENIZER)") $(ARGS)
 
 benchmark-first-gpu: setup  ## on a GPU for the first time: all that is worth measuring, in order of worth [MINUTES=25 DATA= OUT=benchmarks ARGS=]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,25 @@ def test_transformers_models_beside_ours(mode: str, root: Path, tmp_path: Path) 
     assert llama["arithmetic_ratio"] == 1
     assert mixtral["arithmetic_ratio"] == ours["arithmetic_ratio"] > 1
     assert (llama["backend"], ours["backend"], mixtral["backend"]) == ("eager", "grouped", "eager")
+
+
+@pytest.mark.parametrize("mode", ["layer", "train"])
+def test_litgpts_model_beside_ours(mode: str, root: Path, tmp_path: Path) -> None:
+    """Where ``make benchmark-peers`` has installed it: it has our weights, and gives our dense model's output."""
+    pytest.importorskip("litgpt")
+    file = tmp_path / "out.json"
+    assert run(root, "--models", "tiny:litgpt", "--mode", mode, "--json", str(file)) == 0
+    peer = json.loads(file.read_text(encoding="utf-8"))["rows"][1]
+    assert (peer["model"], peer["arithmetic_ratio"]) == ("tiny:litgpt", 1)
+    assert peer["error_against_reference"] < 1e-4
+
+
+def test_a_peer_that_is_not_installed_is_refused(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "litgpt.config", None)
+    with pytest.raises(UserError, match=r"litgpt can't be imported .*make benchmark-peers installs it"):
+        run(root, "--models", "tiny:litgpt", "--mode", "layer")
+    with pytest.raises(UserError, match="the modes of litgpt are layer, train"):
+        run(root, "--models", "tiny:litgpt", "--mode", "decode")
 
 
 def test_a_llama_that_computes_something_else_is_not_timed(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:

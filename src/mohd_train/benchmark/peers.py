@@ -1,8 +1,9 @@
-"""The models that a user would use instead, as transformers has them: timed in turn with ours, at equal sizes.
+"""The models that a user would use instead, timed in turn with ours, at equal sizes.
 
-``355m:hf-llama`` is ``LlamaForCausalLM`` (or one ``LlamaDecoderLayer``) of the base model's size, with its weights: its output is
-compared with our dense model's before it is timed. ``355m:hf-mixtral-x2`` is a Mixtral as large as ``355m:moe-x2``: the same number
-of experts, of the same width, and as many a token (Mixtral has no shared experts, so a router chooses all of them).
+``355m:hf-llama`` is transformers' ``LlamaForCausalLM`` (or one ``LlamaDecoderLayer``) of the base model's size, ``355m:litgpt``
+litgpt's ``GPT`` (or one ``Block``). Both have our dense model's weights, and their output is compared with its before they are
+timed. ``355m:hf-mixtral-x2`` is transformers' Mixtral, as large as ``355m:moe-x2``: the same number of experts, of the same width,
+and as many for each token (Mixtral has no shared experts, so its router chooses all of them).
 
 A Llama is compiled where ours is. Mixtral's loop over its experts has shapes that depend on the data, on which torch.compile
 breaks the graph, so it runs as its users run it: eagerly.
@@ -25,13 +26,27 @@ from mohd_train.errors import UserError
 from mohd_train.hf.convert import LLAMA_NAMES, llama_sizes, renamed_weights
 from mohd_train.model.llama import Transformer
 
-LLAMA, MIXTRAL = "hf-llama", "hf-mixtral-"
+LLAMA, MIXTRAL, LITGPT = "hf-llama", "hf-mixtral-", "litgpt"
 MODES = ("layer", "train", "decode")
+# litgpt's names of our parameters; its qkv is q, k and v, one below the other
+LITGPT_NAMES = {
+    "embedding.weight": "transformer.wte.weight",
+    "norm.weight": "transformer.ln_f.weight",
+    "head.weight": "lm_head.weight",
+    "blocks.{}.attention_norm.weight": "transformer.h.{}.norm_1.weight",
+    "blocks.{}.ffn_norm.weight": "transformer.h.{}.norm_2.weight",
+    **{f"blocks.{{}}.attention.{x}_proj.weight": f"transformer.h.{{}}.attn.{x}.weight" for x in "qkv"},
+    "blocks.{}.attention.o_proj.weight": "transformer.h.{}.attn.proj.weight",
+    "blocks.{}.ffn.gate_proj.weight": "transformer.h.{}.mlp.fc_1.weight",
+    "blocks.{}.ffn.up_proj.weight": "transformer.h.{}.mlp.fc_2.weight",
+    "blocks.{}.ffn.down_proj.weight": "transformer.h.{}.mlp.proj.weight",
+}
 
 
 def is_peer(name: str) -> bool:
-    """Whether ``355m:...`` is one of transformers' models."""
-    return name.partition(":")[2].startswith((LLAMA, MIXTRAL))
+    """Whether ``355m:...`` is a model of transformers or litgpt."""
+    peer = name.partition(":")[2]
+    return peer == LITGPT or peer.startswith((LLAMA, MIXTRAL))
 
 
 def plan_of(name: str, workload: Workload) -> ModelPlan:
@@ -41,17 +56,26 @@ def plan_of(name: str, workload: Workload) -> ModelPlan:
         UserError: an unknown peer, or a mode that peers don't have.
     """
     base, _, peer = name.partition(":")
-    if workload.mode not in MODES:
-        raise UserError(f"--models {name}: transformers' models have the modes {', '.join(MODES)}")
-    if peer == LLAMA:
+    modes = MODES[:2] if peer == LITGPT else MODES
+    if workload.mode not in modes:
+        raise UserError(f"--models {name}: the modes of {peer} are {', '.join(modes)}")
+    if peer in (LLAMA, LITGPT):
         return read_plan(f"{base}:dense", workload)
     if not peer.startswith(MIXTRAL):
-        raise UserError(f"--models {name}: give {LLAMA} or {MIXTRAL}x2, ...")
+        raise UserError(f"--models {name}: give {LLAMA}, {LITGPT}, or {MIXTRAL}x2, ...")
     return read_plan(f"{base}:moe-{peer.removeprefix(MIXTRAL)}", workload)
 
 
-def build(plan: ModelPlan, workload: Workload) -> tuple[Step, nn.Module]:
-    """The step to time, and the module that it runs."""
+def build(name: str, plan: ModelPlan, workload: Workload) -> tuple[Step, nn.Module]:
+    """The step to time, and the module that it runs.
+
+    Raises:
+        UserError: litgpt is asked for and not installed.
+    """
+    return _litgpt(plan, workload) if name.endswith(f":{LITGPT}") else _transformers(plan, workload)
+
+
+def _transformers(plan: ModelPlan, workload: Workload) -> tuple[Step, nn.Module]:
     sizes = {**llama_sizes(plan), "attn_implementation": "sdpa", "use_cache": False}
     torch.manual_seed(0)
     config: Any
@@ -90,12 +114,22 @@ def _layer(layer: nn.Module, config: Any, plan: ModelPlan, workload: Workload, c
     positions = torch.arange(workload.seq_len, device=workload.device)[None]
     table = LlamaRotaryEmbedding(config).to(workload.device)(x, positions)
     run: Any = torch.compile(layer, fullgraph=True, dynamic=False) if compiled else layer
-    wanted = [x, *layer.parameters()]
+
+    def forward() -> Tensor:
+        out = run(x, position_embeddings=table, attention_mask=None)
+        return out[0] if isinstance(out, tuple) else out
+
+    return _with_gradients(forward, [x, *layer.parameters()], slope, workload)
+
+
+def _with_gradients(
+    forward: Callable[[], Tensor], wanted: list[Tensor], slope: Tensor | None, workload: Workload
+) -> Step:
+    """Forward and backward: the output, then the gradients of ``wanted``; ``slope`` is the output's own gradient."""
 
     def step() -> list[Tensor]:
         with autocast(workload):
-            out = run(x, position_embeddings=table, attention_mask=None)
-        out = out[0] if isinstance(out, tuple) else out
+            out = forward()
         return [out.detach(), *torch.autograd.grad(out, wanted, slope, allow_unused=True, materialize_grads=True)]
 
     return step
@@ -104,14 +138,7 @@ def _layer(layer: nn.Module, config: Any, plan: ModelPlan, workload: Workload, c
 def _train(model: nn.Module, config: Any, plan: ModelPlan, workload: Workload, compiled: bool) -> Step:
     ids = random_ids((workload.tokens // workload.seq_len, workload.seq_len), plan, workload)
     run: Any = torch.compile(model, dynamic=False) if compiled else model
-    wanted = list(model.parameters())
-
-    def step() -> list[Tensor]:
-        with autocast(workload):
-            loss = run(input_ids=ids, labels=ids).loss
-        return [loss.detach(), *torch.autograd.grad(loss, wanted, allow_unused=True, materialize_grads=True)]
-
-    return step
+    return _with_gradients(lambda: run(input_ids=ids, labels=ids).loss, list(model.parameters()), None, workload)
 
 
 def _decode(model: nn.Module, config: Any, plan: ModelPlan, workload: Workload, compiled: bool) -> Step:
@@ -127,3 +154,42 @@ def _decode(model: nn.Module, config: Any, plan: ModelPlan, workload: Workload, 
         return [logits]
 
     return step
+
+
+def _litgpt(plan: ModelPlan, workload: Workload) -> tuple[Step, nn.Module]:
+    try:
+        from litgpt.config import Config
+        from litgpt.model import GPT
+        from litgpt.utils import chunked_cross_entropy
+    except ImportError as error:
+        raise UserError(
+            f"{LITGPT} can't be imported ({error}); make benchmark-peers installs it into .peers"
+        ) from error
+    layers = 1 if workload.mode == "layer" else plan.num_hidden_layers
+    config = Config(
+        block_size=workload.seq_len, vocab_size=plan.vocab_size, padded_vocab_size=plan.vocab_size, n_layer=layers,
+        n_head=plan.num_attention_heads, n_query_groups=plan.num_key_value_heads, head_size=plan.head_dim, n_embd=plan.hidden_size,
+        intermediate_size=plan.intermediate_size, mlp_class_name="LLaMAMLP", norm_class_name="RMSNorm", norm_eps=plan.rms_norm_eps,
+        rope_base=int(plan.rope_theta), rotary_percentage=1.0, parallel_residual=False, bias=False,
+    )  # fmt: skip
+    ours = renamed_weights(Transformer(plan, seed=0).state_dict(), LITGPT_NAMES)
+    for layer in range(plan.num_hidden_layers):
+        prefix = f"transformer.h.{layer}.attn."
+        ours[f"{prefix}qkv.weight"] = torch.cat([ours.pop(f"{prefix}{x}.weight") for x in "qkv"])
+    model = GPT(config)
+    model.load_state_dict({name: ours[name] for name in model.state_dict()})
+    model.to(workload.device)
+    rows = workload.tokens // workload.seq_len
+    if workload.mode == "layer":
+        block, cos, sin = model.transformer.h[0], model.cos[None], model.sin[None]
+        shape = (rows, workload.seq_len, plan.hidden_size)
+        x, slope = random_values(shape, workload).requires_grad_(), random_values(shape, workload)
+        run: Any = torch.compile(block, fullgraph=True, dynamic=False) if workload.compile else block
+        return _with_gradients(lambda: run(x, cos, sin), [x, *block.parameters()], slope, workload), block
+    ids = random_ids((rows, workload.seq_len), plan, workload)
+    run = torch.compile(model, dynamic=False) if workload.compile else model
+
+    def loss() -> Tensor:
+        return chunked_cross_entropy(run(ids)[:, :-1], ids[:, 1:], chunk_size=0)
+
+    return _with_gradients(loss, list(model.parameters()), None, workload), model

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import subprocess
 from pathlib import Path
@@ -48,13 +49,16 @@ PARTS: dict[str, dict[str, tuple[str, ...]]] = {  # by device, then by name of t
 _PEERS = "355m:hf-llama,355m:x2,355m:x3,355m:x4," + ",".join(
     f"355m:{kind}-x{size}" for size in (2, 3, 4) for kind in ("moe", "hf-mixtral")
 )
-PEERS: dict[str, dict[str, tuple[str, ...]]] = {  # the same beside transformers' models
+_LAYER_PEERS = _PEERS + (
+    ",355m:litgpt" if importlib.util.find_spec("litgpt") else ""
+)  # make benchmark-peers installs it
+PEERS: dict[str, dict[str, tuple[str, ...]]] = {  # the same beside transformers' and litgpt's models
     "cuda": {
-        "peers-layer": ("--models", _PEERS, "--mode", "layer", "--tokens", "16384", "--rounds", "10"),
+        "peers-layer": ("--models", _LAYER_PEERS, "--mode", "layer", "--tokens", "16384", "--rounds", "10"),
         "peers-decode": ("--models", _PEERS, "--mode", "decode", "--tokens", "1024", "--rounds", "30"),
     },
     "cpu": {
-        "1-thread-peers-layer": ("--models", _PEERS, *LAYER),
+        "1-thread-peers-layer": ("--models", _LAYER_PEERS, *LAYER),
         "1-thread-peers-decode": (
             *("--models", _PEERS, "--mode", "decode", "--layers", "4", "--threads", "1", "--tokens", "256"),
             *("--rounds", "20"),
@@ -82,7 +86,7 @@ def record(
     """Measures every part of `device` (None: the GPU if there is one). Results and plots go to `folder` and overwrite nothing.
 
     Args:
-        peers: ours beside transformers' models (:data:`PEERS`) in place of :data:`PARTS`.
+        peers: ours beside transformers' and litgpt's models (:data:`PEERS`) in place of :data:`PARTS`.
         pipeline: :func:`pipeline_parts`, measured first.
 
     Returns:

@@ -109,7 +109,7 @@ def _prepare(name: str, plan: ModelPlan, workload: Workload) -> tuple[Any, Measu
     """Builds a model's step, checks it against the reference, and measures everything but time."""
     trains = workload.mode in ("train", "layer")
     if peers.is_peer(name):
-        step, module = peers.build(plan, workload)
+        step, module = peers.build(name, plan, workload)
         error = check_peer(name, step, plan, workload) if plan.experts is None else None
         kept = activation_bytes(step, module) if trains else None
         backend = "eager" if plan.experts is not None or not workload.compile else "compiled"

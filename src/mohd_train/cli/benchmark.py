@@ -49,8 +49,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--models",
         default="355m:dense,355m:x2",
-        help="model:setting,... by the files of configs/model and configs/mohd or configs/moe; model:hf-llama and "
-        "model:hf-mixtral-x2 are transformers' of the same sizes",
+        help="model:setting,... by the files of configs/model and configs/mohd or configs/moe; model:hf-llama, "
+        "model:hf-mixtral-x2 (transformers) and model:litgpt are others of the same sizes",
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if there is a GPU")
     parser.add_argument("--mode", choices=(*MODES, *PIPELINE), default="layer")
@@ -88,7 +88,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--raw", type=Path, help="--mode prepare: a folder of .jsonl rows")
     parser.add_argument("--tokenizer", type=Path, help="--mode prepare: as mohd prepare takes it")
     parser.add_argument("--workers", type=int, default=1, help="--mode prepare: processes; default: %(default)s")
-    parser.add_argument("--peers", action="store_true", help="with --record: beside transformers' Llama and Mixtral")
+    parser.add_argument(
+        "--peers",
+        action="store_true",
+        help="with --record: beside transformers' Llama and Mixtral, and litgpt's where it is installed",
+    )
     parser.add_argument("--load", type=Path, help="measure nothing; show (and plot) the results in this file")
     parser.add_argument("--plot", type=Path, help="draw the ratios to this file (.svg or .png)")
     parser.add_argument("--profile", action="store_true", help="also profile a step of each model")
