@@ -16,6 +16,7 @@ from mohd_train.errors import UserError
 from mohd_train.study.compare import MEASURED, WITHIN, compare, curve_of
 from mohd_train.study.figures import draw_study
 from mohd_train.study.record import write_record
+from mohd_train.study.recorded import add_recorded
 from mohd_train.study.report import show
 from mohd_train.study.runs import read_study
 from mohd_train.sweep.expand import SweepRun
@@ -193,3 +194,48 @@ def test_nothing_trained_is_said(tmp_path: Path) -> None:
         write_record(study, tmp_path / "benchmarks")
     with pytest.raises(UserError, match="is not the folder of a launched sweep"):
         read_study(tmp_path)
+
+
+def test_runs_of_another_machine_count_through_their_record(tmp_path: Path) -> None:
+    """Seeds 1 and 2 from a record, 3 from a folder: the same as all in one folder."""
+    whole = make_study(tmp_path / "whole", loss)
+    for name in whole.runs:
+        store_measured(whole, name, documents(name, 5))
+    record = write_record(read_study(whole.path), tmp_path / "benchmarks")[0]
+    third = make_study(tmp_path / "third", loss)
+    for name in third.runs:
+        if name.endswith("s3"):
+            store_measured(third, name, documents(name, 5))
+        else:
+            (third.path / name / "metrics.jsonl").unlink()
+    study = read_study(third.path)
+    assert compare(study, study.comparisons[0]).differences[0].seeds == (3,)
+    add_recorded(study, record)
+    want, got = (compare(one, one.comparisons[0]).differences for one in (read_study(whole.path), study))
+    for one, other in zip(want, got, strict=True):
+        assert (other.seeds, other.verdict, other.direction) == ((1, 2, 3), one.verdict, one.direction)
+        assert one.at_end is not None
+        assert other.at_end == pytest.approx(one.at_end)
+        assert one.curve is not None
+        assert other.curve is not None
+        assert other.curve.low == pytest.approx(one.curve.low, abs=2e-6)
+        assert other.documents is None
+    assert study.notes == [f"from {record}: {', '.join(name for name in whole.runs if not name.endswith('s3'))}"]
+    again = json.loads(write_record(study, tmp_path / "benchmarks", "again")[0].read_text())["runs"]
+    assert sorted(again, key=str) == sorted(json.loads(record.read_text())["runs"], key=str)
+
+
+def test_a_record_that_does_not_fit_is_refused(tmp_path: Path) -> None:
+    study = read_study(make_study(tmp_path, loss).path)
+    record = write_record(study, tmp_path / "benchmarks")[0]
+    content = json.loads(record.read_text())
+    for change, message in (
+        ({"scale": "medium"}, "has runs of --scale medium"),
+        ({"format": "other/1"}, "is not a record of mohd study record: its format"),
+        ({"data": ["a", "b"]}, "is not a record of mohd study record of one data set"),
+    ):
+        record.write_text(json.dumps(content | change))
+        with pytest.raises(UserError, match=message):
+            add_recorded(study, record)
+    with pytest.raises(UserError, match=r"gone\.json: No such file"):
+        add_recorded(study, tmp_path / "gone.json")

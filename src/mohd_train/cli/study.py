@@ -14,15 +14,18 @@ def study(argv: Sequence[str], prog: str) -> None:
     %(prog)s status runs/sweep/study-small              # how its runs stand, and every comparison so far
     %(prog)s figures runs/sweep/study-small --output DIR
     %(prog)s record runs/sweep/study-small              # benchmarks/DATE-study-small.{json,md} and figures
+    %(prog)s status runs/sweep/study-small --records benchmarks/DATE-study-small.json    # with runs of another machine
     """
     parser = make_parser(study, prog)
     subparsers = parser.add_subparsers(dest="command", required=True)
-    subparsers.add_parser("status").add_argument("folder", type=Path)
-    figures = subparsers.add_parser("figures")
-    figures.add_argument("folder", type=Path)
+    status, figures, record = (subparsers.add_parser(name) for name in ("status", "figures", "record"))
+    for command in (status, figures, record):
+        command.add_argument("folder", type=Path)
+        command.add_argument(
+            "--records", type=Path, nargs="+", default=[], metavar="FILE.json",
+            help="records of the same study on other machines: their runs count as this folder's",
+        )  # fmt: skip
     figures.add_argument("--output", type=Path, help="default: FOLDER/figures")
-    record = subparsers.add_parser("record")
-    record.add_argument("folder", type=Path)
     record.add_argument("--output", type=Path, default=Path("benchmarks"), help="folder; default: %(default)s")
     record.add_argument("--name", help="of the files; default: DATE-NAME-SCALE")
     options = vars(parser.parse_args(argv))

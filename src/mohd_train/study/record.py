@@ -13,6 +13,7 @@ from mohd_train.config.compare import FREE_KEYS
 from mohd_train.errors import UserError
 from mohd_train.study.compare import Compared, Curve, Difference, compare
 from mohd_train.study.figures import draw_study
+from mohd_train.study.recorded import FORMAT
 from mohd_train.study.report import EXPLANATION, comparisons_markdown, markdown_table
 from mohd_train.study.runs import Study, StudyRun
 from mohd_train.study.statistics import Interval
@@ -20,8 +21,6 @@ from mohd_train.study.validation_bytes import bytes_per_token, nats_per_byte
 from mohd_train.sweep.folder import SweepFolder
 from mohd_train.utils.files import write_atomic
 from mohd_train.utils.text import duration
-
-FORMAT = "mohd_train.study/1"
 
 
 def write_record(study: Study, folder: Path, name: str | None = None) -> list[Path]:
@@ -119,12 +118,13 @@ def _run(run: StudyRun, config: dict[str, Any], per_token: dict[str, float] | No
     entry |= {"sessions": len((run.record or {}).get("sessions", []))}
     entry |= {key: sizes[key] for key in ("activated", "total") if key in sizes}
     entry["curve"] = {"tokens": run.tokens.tolist(), "loss": _rounded(run.losses)}
-    if run.measured is not None:
+    if (found := run.measured) is not None:
+        per_byte = nats_per_byte(found.totals, per_token) if found.totals and per_token else found.nats_per_byte
         entry["measured"] = {
-            "loss": run.measured.loss,
-            "nats_per_byte": nats_per_byte(run.measured.domains, per_token) if per_token else None,
-            "domains": {name: nll / tokens for name, (tokens, nll) in run.measured.domains.items()},
-            "settings": run.measured.settings,
+            "loss": found.loss,
+            "nats_per_byte": per_byte,
+            "domains": found.domains,
+            "settings": found.settings,
         }
     return entry
 

@@ -41,9 +41,11 @@ class Measured:
     """What ``mohd eval --perplexity`` stored of a checkpoint, on every validation sample."""
 
     loss: float  # nats a token
-    domains: dict[str, tuple[int, float]]  # predicted tokens, summed nats
+    domains: dict[str, float]  # nats a token
     settings: dict[str, Any]
+    totals: dict[str, tuple[int, float]] | None  # by domain: predicted tokens, summed nats; None in a run from a record
     documents: Documents | None
+    nats_per_byte: float | None = None  # of a run from a record
 
 
 @dataclass(frozen=True)
@@ -154,9 +156,10 @@ def read_measured(path: Path, notes: list[str]) -> Measured | None:
         return None
     try:
         content = read_perplexity(path)
-        domains = {name: (entry["tokens"], entry["nll"]) for name, entry in content["domains"].items()}
-        loss = sum(nll for _, nll in domains.values()) / sum(tokens for tokens, _ in domains.values())
-        return Measured(loss, domains, content["settings"], _documents(content["domains"]))
+        totals = {name: (entry["tokens"], entry["nll"]) for name, entry in content["domains"].items()}
+        loss = sum(nll for _, nll in totals.values()) / sum(tokens for tokens, _ in totals.values())
+        domains = {name: nll / tokens for name, (tokens, nll) in totals.items()}
+        return Measured(loss, domains, content["settings"], totals, _documents(content["domains"]))
     except (UserError, ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError) as error:
         notes.append(f"{path} is broken and set aside ({str(error).removeprefix(f'{path} ')})")
         return None
