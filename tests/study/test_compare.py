@@ -231,11 +231,25 @@ def test_a_record_that_does_not_fit_is_refused(tmp_path: Path) -> None:
     content = json.loads(record.read_text())
     for change, message in (
         ({"scale": "medium"}, "has runs of --scale medium"),
-        ({"format": "other/1"}, "is not a record of mohd study record: its format"),
-        ({"data": ["a", "b"]}, "is not a record of mohd study record of one data set"),
+        ({"format": "other/1"}, "was not written by mohd study record: its format is 'other/1'"),
+        ({"data": ["a", "b"]}, "is not the record of a study on one data set"),
+        ({"data": ["e"]}, r"has runs on other data than .* \(sha256 e, not d\)"),
     ):
         record.write_text(json.dumps(content | change))
         with pytest.raises(UserError, match=message):
             add_recorded(study, record)
     with pytest.raises(UserError, match=r"gone\.json: No such file"):
         add_recorded(study, tmp_path / "gone.json")
+
+
+def test_a_record_is_not_overwritten_by_one_that_lacks_its_runs(tmp_path: Path) -> None:
+    """Two machines, one date, one name."""
+    study = read_study(make_study(tmp_path, loss).path)
+    record, page = write_record(study, tmp_path / "benchmarks", "name")[:2]
+    before = record.read_bytes(), page.read_bytes()
+    study.runs = [run for run in study.runs if run.seed == 3]
+    with pytest.raises(UserError, match=r"name\.json holds runs that .* lacks \(.*-s1, .*\); give another --name"):
+        write_record(study, tmp_path / "benchmarks", "name")
+    assert (record.read_bytes(), page.read_bytes()) == before
+    add_recorded(study, record)
+    write_record(study, tmp_path / "benchmarks", "name")

@@ -13,7 +13,7 @@ from mohd_train.config.compare import FREE_KEYS
 from mohd_train.errors import UserError
 from mohd_train.study.compare import Compared, Curve, Difference, compare
 from mohd_train.study.figures import draw_study
-from mohd_train.study.recorded import FORMAT
+from mohd_train.study.recorded import FORMAT, read_recorded
 from mohd_train.study.report import EXPLANATION, comparisons_markdown, markdown_table
 from mohd_train.study.runs import Study, StudyRun
 from mohd_train.study.statistics import Interval
@@ -30,12 +30,19 @@ def write_record(study: Study, folder: Path, name: str | None = None) -> list[Pa
         name: of the files; default: the date of the newest run's end, the study's name and scale.
 
     Raises:
-        UserError: no run has been validated yet.
+        UserError: no run has been validated yet; or the file is there with runs that this study lacks, which would be lost.
     """
     trained = [run for run in study.runs if len(run.tokens)]
     if not trained:
         raise UserError(f"{study.folder} has no run that has been validated yet: nothing to record")
     name = name or f"{_date(trained)}-{study.name}-{study.scale}"
+    file, page = folder / f"{name}.json", folder / f"{name}.md"
+    if file.exists():
+        lost = {run.name for run in read_recorded(file)[1]} - {run.name for run in trained}
+        if lost:
+            raise UserError(
+                f"{file} holds runs that {study.folder} lacks ({', '.join(sorted(lost))}); give another --name"
+            )
     data = SweepFolder(study.folder).source.place(study.folder)
     measured = any(run.measured for run in trained)
     per_token = bytes_per_token(data) if measured and data.is_dir() else None
@@ -47,10 +54,9 @@ def write_record(study: Study, folder: Path, name: str | None = None) -> list[Pa
             figures.append(path)
         else:  # the page shows pictures; mohd study figures makes PDFs
             path.unlink()
-    page = folder / f"{name}.md"
-    write_atomic(folder / f"{name}.json", (json.dumps(content, indent=1, allow_nan=False) + "\n").encode())
+    write_atomic(file, (json.dumps(content, indent=1, allow_nan=False) + "\n").encode())
     write_atomic(page, _page(study, content, name, figures).encode())
-    return [folder / f"{name}.json", page, *figures]
+    return [file, page, *figures]
 
 
 def _date(runs: list[StudyRun]) -> str:

@@ -14,28 +14,42 @@ from mohd_train.study.runs import Measured, Study, StudyRun
 FORMAT = "mohd_train.study/1"
 
 
+def read_recorded(file: Path) -> tuple[str, list[StudyRun]]:
+    """The scale of a record, and its runs.
+
+    Raises:
+        UserError: no such file, or not the record of a study on one data set.
+    """
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        if (found := content.get("format")) != FORMAT:
+            raise UserError(f"{file} was not written by mohd study record: its format is {found!r}, not {FORMAT!r}")
+        (data,) = content["data"]
+        return content["scale"], [_run(entry, content["config"], data) for entry in content["runs"]]
+    except OSError as error:
+        raise UserError(f"{file}: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{file} is not the record of a study on one data set ({error!r})") from error
+
+
 def add_recorded(study: Study, file: Path) -> None:
     """Adds the runs of a record that ``study`` lacks; the record of several machines or days is then one study.
 
     A record holds no losses of single documents, so a comparison with such runs has no interval over documents.
 
     Raises:
-        UserError: no such file, not a record of a study, one of another scale, or of runs on different data.
+        UserError: as :func:`read_recorded`, or a record of another scale or of runs on other data: its seeds are no further
+            seeds of this study.
     """
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-        if content["format"] != FORMAT:
-            raise UserError(
-                f"{file} is not a record of mohd study record: its format is {content['format']!r}, not {FORMAT!r}"
-            )
-        if content["scale"] != study.scale:
-            raise UserError(f"{file} has runs of --scale {content['scale']}, {study.folder} of --scale {study.scale}")
-        (data,) = content["data"]
-        runs = [_run(entry, content["config"], data) for entry in content["runs"]]
-    except OSError as error:
-        raise UserError(f"{file}: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{file} is not a record of mohd study record of one data set ({error!r})") from error
+    scale, runs = read_recorded(file)
+    if scale != study.scale:
+        raise UserError(f"{file} has runs of --scale {scale}, {study.folder} of --scale {study.scale}")
+    ours = {run.trained_on["data"] for run in study.runs} - {None}
+    theirs = {run.trained_on["data"] for run in runs}
+    if ours and ours != theirs:
+        raise UserError(
+            f"{file} has runs on other data than {study.folder} (sha256 {', '.join(theirs)}, not {', '.join(ours)})"
+        )
     known = {run.name for run in study.runs if len(run.tokens)}
     added = {run.name: run for run in runs if run.name not in known}
     study.runs = [run for run in study.runs if run.name not in added] + list(added.values())
