@@ -97,6 +97,16 @@ def test_tokenizer_bad_input(tmp_path: Path) -> None:
             load_tokenizer(tmp_path / name)
 
 
+def test_another_tokenizer_is_not_overwritten(raw: Path, tmp_path: Path) -> None:
+    model = tmp_path / "tokenizer.model"
+    train_tokenizer(_texts(raw), model, vocab_size=1000)
+    train_tokenizer(_texts(raw), model, vocab_size=1000)  # the same one, as when a demo resumes
+    before = model.read_bytes()
+    with pytest.raises(UserError, match=r"tokenizer\.model exists, and is not the tokenizer that this text gives"):
+        train_tokenizer(_texts(raw), model, vocab_size=900)
+    assert model.read_bytes() == before
+
+
 def test_the_tokenizer_s_size_is_an_option(raw: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tokenizer(raw, tmp_path / "small.model", 1024)
     assert load_tokenizer(tmp_path / "small.model").get_piece_size() == 1024

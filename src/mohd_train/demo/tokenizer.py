@@ -37,7 +37,7 @@ def train_tokenizer(
     1 BOS, 2 EOS. The same texts give the same tokenizer.
 
     Raises:
-        UserError: too little text for a vocabulary of ``vocab_size``.
+        UserError: too little text for a vocabulary of ``vocab_size``; or ``model`` is there and holds something else.
     """
     learned = io.BytesIO()
     try:
@@ -63,6 +63,12 @@ def train_tokenizer(
         raise UserError(
             f"no tokenizer of {vocab_size} pieces can be learned from this text ({reason}); give more text"
         ) from None
+    if (
+        model.exists() and model.read_bytes() != learned.getvalue()
+    ):  # data and checkpoints may need the one that is there
+        raise UserError(
+            f"{model} exists, and is not the tokenizer that this text gives; choose another name, or remove it"
+        )
     write_atomic(model, learned.getvalue())
     return load_tokenizer(model)
 
