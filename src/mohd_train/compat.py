@@ -1,5 +1,5 @@
-"""What is changed in Composer, streaming and W&B, and why. Each change lasts only as long as it is needed, and checks
-that what it replaces is there: a release that renames it fails with its name, not with a wrong result.
+"""What is patched in Composer, streaming and W&B, and why. Each patch lasts only as long as it is needed, and checks
+that what it replaces exists: a release that renames it fails with its name, not with a wrong result.
 
 Versions: Composer 0.32 (its last release; the repository is in maintenance), streaming 0.12.
 """
@@ -27,7 +27,7 @@ def replaced(owner: Any, name: str, replacement: Callable[[Any], Any]) -> Iterat
 
 
 @contextmanager
-def composer_saves_whole_files(
+def composer_saves_atomically(
     write: Callable[[dict[str, Any], str], None], save_sharded: Callable[[Callable[[str], str | None], str], str | None]
 ) -> Iterator[None]:
     """Composer writes checkpoints straight to their final names and has no hook for it
@@ -56,7 +56,7 @@ def composer_saves_whole_files(
 
 @contextmanager
 def streaming_finds_one_name_a_node(beyond: int = 0) -> Iterator[None]:
-    """Every process of a node takes the name in shared memory that its first one found. In streaming each looks for
+    """Every process of a node uses the name in shared memory that its first one found. In streaming each looks for
     itself, at its own moment (``streaming/base/shared/prefix.py``): if another run starts or ends in between, they find
     different ones and the start fails.
 
@@ -67,11 +67,11 @@ def streaming_finds_one_name_a_node(beyond: int = 0) -> Iterator[None]:
     from streaming.base.shared import prefix
 
     def finder(original: Callable[..., int]) -> Callable[..., int]:
-        def find(*args: Any, **keywords: Any) -> int:
+        def find(*args: Any, **kwargs: Any) -> int:
             found: int | str | None = None
             if dist.get_local_rank() == 0:
                 try:
-                    found = original(*args, **keywords) + beyond
+                    found = original(*args, **kwargs) + beyond
                 except ValueError as error:
                     found = str(error)
             found = dist.all_gather_object(found)[dist.get_global_rank() - dist.get_local_rank()]
@@ -95,7 +95,7 @@ def wandb_has_get_url() -> None:
 
 
 def deterministic_without_filling_memory() -> None:
-    """Deterministic mode would also fill what ``torch.empty`` returns, at a cost; nothing here reads memory it hasn't
+    """Deterministic mode would also fill what ``torch.empty`` returns, at a cost; nothing here reads memory that it hasn't
     written."""
     import torch
 

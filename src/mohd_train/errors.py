@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import NoReturn
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
-GRACE = 5.0  # seconds that other threads have to end after the main one
+GRACE = 5.0  # seconds that other threads may run on after the main one
 
 
 class UserError(ValueError):
@@ -35,13 +35,15 @@ def run_cli(main: Callable[[], int | None]) -> None:
     except PermissionError as error:
         print(f"error: no permission to write or read {error.filename}; choose another folder", file=sys.stderr)
         _leave(1)
-    except BrokenPipeError:  # the reader left, as `| head` does: nobody is there to be told
+    except BrokenPipeError:  # the reader is gone, as with `| head`: there is nobody to report to
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(128 + signal.SIGPIPE)
     except OSError as error:
         if error.errno not in FULL:
             raise
-        place = error.filename2 or error.filename or "where it writes"  # a write to an open file doesn't tell its name
+        place = (
+            error.filename2 or error.filename or "where it writes"
+        )  # an error of writing to an open file doesn't name it
         print(f"error: no space left ({place}); make room, and run the command again", file=sys.stderr, flush=True)
         _leave(1)
     except KeyboardInterrupt:
@@ -51,7 +53,7 @@ def run_cli(main: Callable[[], int | None]) -> None:
 
 
 def causes(error: BaseException) -> list[BaseException]:
-    """An error and those that it came from, the first one last."""
+    """An error and those that caused it, the first cause last."""
     found: list[BaseException] = []
     current: BaseException | None = error
     while current is not None and current not in found:
@@ -61,7 +63,7 @@ def causes(error: BaseException) -> list[BaseException]:
 
 
 def _leave(status: int) -> NoReturn:
-    """Exits even where a library's thread would hold the process: streaming's outlive a shard that never came."""
+    """Exits even if a library's thread would keep the process alive: streaming's outlive a shard that never arrives."""
 
     def end() -> None:
         threading.main_thread().join()  # over as soon as the interpreter shuts down and waits for the other threads

@@ -35,10 +35,10 @@ def path(name: str) -> Path:
 
 
 def find(name: str | Path) -> Path:
-    """What a user means by ``name``: the file or folder of that name where there is one; else the package's own, if it has it.
+    """What a user means by ``name``: the file or folder of that name if there is one; else the package's own, if it has one.
 
     So ``configs/recipe/demo.yaml`` can be named from any folder, and a file of that name in the current folder wins.
-    A name that is neither is returned as it is: the caller says what is missing.
+    A name that is neither is returned unchanged: the caller reports what is missing.
     """
     given = Path(name)
     ours = given.as_posix()

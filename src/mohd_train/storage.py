@@ -1,4 +1,4 @@
-"""Object storage (``s3://``, ``gs://``, ``oci://``, ``azure://``) through Composer's object stores, with retries that are told.
+"""Object storage (``s3://``, ``gs://``, ``oci://``, ``azure://``) through Composer's object stores, with logged retries.
 
 S3-compatible servers of one's own are named by ``S3_ENDPOINT_URL``; keys come from the environment or their library's files.
 """
@@ -26,7 +26,7 @@ ATTEMPTS = 6
 WAIT = 1.0  # seconds before the second attempt, doubled before each further one: half a minute in all
 BACKENDS = ("s3", "gs", "oci", "azure")
 _URI = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
-_BUSY = (408, 425, 429)  # of the 4xx answers, those that another attempt may change
+_BUSY = (408, 425, 429)  # the 4xx answers that a retry may change
 
 
 def is_remote(path: object) -> bool:
@@ -35,13 +35,13 @@ def is_remote(path: object) -> bool:
 
 
 def refuse_remote(path: object, key: str, instead: str) -> None:
-    """Raises UserError where ``path`` is a URI: else a local folder of that name would be made. ``instead``: what to do."""
+    """Raises UserError if ``path`` is a URI: otherwise a local folder of that name would be created. ``instead``: what to do."""
     if is_remote(path):
         raise UserError(f"{key} is {path}; it must be a local folder: {instead}")
 
 
 def is_permanent(error: BaseException) -> bool:
-    """Whether another attempt would end in the same way: the server's answer 4xx, no credentials, a local disk's fault."""
+    """Whether a retry would fail in the same way: a 4xx answer of the server, no credentials, a local disk's fault."""
     for one in causes(error):
         response = getattr(one, "response", None)
         if isinstance(response, dict):
@@ -54,23 +54,23 @@ def is_permanent(error: BaseException) -> bool:
 
 
 def reason(error: BaseException) -> str:
-    """One line: the storage's own words."""
+    """The storage's own error message, in one line."""
     last = causes(error)[-1]
     return f"{type(last).__name__}: {(str(last).splitlines() or [''])[0]}"
 
 
 def attempted(work: Callable[[], T], what: str) -> T:
-    """The result of ``work``, tried up to :data:`ATTEMPTS` times; each failure is logged.
+    """The result of ``work``, attempted up to :data:`ATTEMPTS` times; each failure is logged.
 
     Raises:
-        UserError: it failed for good.
+        UserError: all attempts failed.
     """
     for attempt in range(1, ATTEMPTS + 1):
         try:
             return work()
         except UserError:
             raise
-        except Exception as error:  # each storage has exceptions of its own
+        except Exception as error:  # each storage raises exceptions of its own
             if is_permanent(error) or attempt == ATTEMPTS:
                 raise UserError(f"{what} failed ({reason(error)}); check address, credentials and network") from error
             wait = WAIT * 2 ** (attempt - 1)
@@ -111,11 +111,11 @@ class Storage:
         return store
 
     def key(self, name: str) -> str:
-        """The object's whole name in its bucket."""
+        """The object's full name in its bucket."""
         return f"{self._path}/{name}" if self._path else name
 
     def names(self) -> set[str]:
-        """Objects in this folder, below its subfolders too.
+        """Objects in this folder and its subfolders.
 
         Raises:
             UserError: the bucket can't be listed or is not there, or an object's name leads out of the folder.
@@ -124,12 +124,12 @@ class Storage:
         keys = attempted(lambda: self._store.list_objects(prefix), f"listing {self.uri}")
         names = {key.removeprefix(prefix) for key in keys if key.startswith(prefix)}
         for name in names:
-            if name.startswith("/") or ".." in name.split("/"):  # as a file, it would lie anywhere
+            if name.startswith("/") or ".." in name.split("/"):  # as a file, it could end up anywhere
                 raise UserError(f"{self.uri} is refused: it holds an object named {name!r}; remove that")
         return names
 
     def download(self, name: str, target: Path) -> bool:
-        """Brings an object, whole or not at all; False where there is none. Raises UserError for a lasting failure."""
+        """Downloads an object atomically; False if there is none. Raises UserError for a lasting failure."""
         target.parent.mkdir(parents=True, exist_ok=True)
 
         def once() -> bool:
@@ -142,7 +142,7 @@ class Storage:
         return attempted(once, f"downloading {self.uri}/{name}")
 
     def download_all(self, name: str, target: Path, names: set[str]) -> None:
-        """Brings what :meth:`upload` stored under ``name``: an object, or a folder, by ``names``. Raises as :meth:`download`."""
+        """Downloads what :meth:`upload` stored under ``name``: an object, or a folder, by ``names``. Raises as :meth:`download`."""
         for one in sorted(names):
             if one == name:
                 self.download(one, target)
@@ -150,7 +150,7 @@ class Storage:
                 self.download(one, target / one.removeprefix(f"{name}/"))
 
     def text(self, name: str) -> str | None:
-        """An object's content; None where there is none. Raises UserError for a lasting failure, and for what is no text."""
+        """An object's content; None if there is none. Raises UserError for a lasting failure, and for what isn't text."""
         with tempfile.TemporaryDirectory(prefix="mohd_train-download-") as scratch:
             target = Path(scratch) / "object"
             try:
@@ -165,7 +165,7 @@ class Storage:
     def upload(self, name: str, path: Path) -> None:
         """Stores a local file, in place of an object of this name; or the files of a folder, the hidden ones last.
 
-        A sharded checkpoint is whole once its ``.metadata`` is there: an old one is emptied before any other file is replaced.
+        A sharded checkpoint is complete once its ``.metadata`` is there: an old one is removed before any other file is replaced.
 
         Raises:
             UserError: a lasting failure.
@@ -194,20 +194,20 @@ def path_or_uri(text: str) -> Path | str:
 
 
 def here(checkpoint: Path | str) -> Path:
-    """A local path as it is; a checkpoint on object storage as a copy, which goes when this process ends.
+    """A local path unchanged; a checkpoint on object storage as a copy, which is removed when this process ends.
 
     Raises:
-        UserError: as :func:`bring_checkpoint`.
+        UserError: as :func:`download_checkpoint`.
     """
     if not is_remote(checkpoint):
         return Path(checkpoint)
     scratch = Path(tempfile.mkdtemp(prefix="mohd_train-checkpoint-"))
     atexit.register(shutil.rmtree, scratch, ignore_errors=True)
-    return bring_checkpoint(str(checkpoint), scratch)
+    return download_checkpoint(str(checkpoint), scratch)
 
 
-def bring_checkpoint(uri: str, folder: Path) -> Path:
-    """A checkpoint of a run's remote ``save_folder``, as ``folder/RUN/checkpoints/NAME``, tokenizer and record beside.
+def download_checkpoint(uri: str, folder: Path) -> Path:
+    """Downloads a checkpoint of a run's remote ``save_folder`` to ``folder/RUN/checkpoints/NAME``, with its tokenizer and record.
 
     ``.../latest-rank0.pt`` is the newest.
 

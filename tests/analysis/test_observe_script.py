@@ -104,7 +104,7 @@ def test_records_of_another_format_are_not_compared(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"other settings \(format: mohd_train.observation/1 there"):
         observe(*same)
     (folder / "observation.json").write_text("[]")
-    with pytest.raises(UserError, match="no observation of this program"):
+    with pytest.raises(UserError, match="not an observation of this program"):
         observe(*same)
 
 

@@ -33,8 +33,8 @@ def test_every_run_has_a_config(tmp_path: Path, device: str) -> None:
     runs = [part for part in found if part.config]
     assert len(runs) == 4
     for run in runs:
-        words = [run.config, run.words[run.words.index("train") + 1 :]]
-        assert list(words[0]) == words[1]
+        args = [run.config, run.command[run.command.index("train") + 1 :]]
+        assert list(args[0]) == args[1]
         config = load_config(
             [word for word in run.config if "=" not in word], [word for word in run.config if "=" in word]
         )

@@ -55,7 +55,7 @@ def test_a_start_ends_with_the_first_batch_and_a_failure_is_told(tmp_path: Path)
     ("words", "message"),
     [
         (["--mode", "loop"], "--mode loop needs --data"),
-        (["--mode", "start", "--data", "nowhere"], "--mode start needs --data: nowhere is no folder"),
+        (["--mode", "start", "--data", "nowhere"], "--mode start needs --data: nowhere is not a folder"),
         (["--mode", "prepare", "--raw", "."], "--mode prepare needs --tokenizer"),
     ],
 )

@@ -61,7 +61,7 @@ def test_each_kind_says_what_it_is_and_gives_its_tensors(
         torch.testing.assert_close(load_model(path)(ids).logits, model(ids).logits, rtol=1e-5, atol=1e-5)
     if kind == "hf":
         assert (found.plan, found.metadata["model_type"]) == (None, "mohd")
-        with pytest.raises(UserError, match="is a folder of Hugging Face; give a checkpoint"):
+        with pytest.raises(UserError, match="is a Hugging Face folder; give a checkpoint"):
             checkpoint.open_native(path)
     else:
         assert (found.plan, found.metadata["run_name"], found.run_folder.name) == (model.plan, "test", "run")
@@ -122,7 +122,7 @@ def test_what_is_no_checkpoint(make: Callable[[str], tuple[Path, Transformer]], 
     with pytest.raises(UserError, match="no such checkpoint"):
         checkpoint.open(tmp_path / "nothing.pt")
     (tmp_path / "weights.npz").write_bytes(b"x")
-    with pytest.raises(UserError, match="of no known kind"):
+    with pytest.raises(UserError, match="is not a checkpoint of a known kind"):
         checkpoint.open(tmp_path / "weights.npz")
     (path / ".metadata").unlink()
     with pytest.raises(UserError, match="is broken or half-written"):

@@ -104,7 +104,7 @@ def test_the_config_of_a_moved_run_is_refused(run: Path, tmp_path: Path, monkeyp
             load_config([path], ["autoresume=true"])
         assert str(caught.value) == (
             f"{path} lies beside a run, but its run_folder is runs/a: the run was moved or copied, or was started from "
-            f"another folder; add run_folder={Path(path).parent} to go on with it"
+            f"another folder; add run_folder={Path(path).parent} to resume it"
         )
     there = load_config(["elsewhere/b/config.yaml"], ["run_folder=elsewhere/b"])
     assert there.save_folder == "elsewhere/b/checkpoints"
@@ -115,7 +115,7 @@ def test_the_config_of_a_moved_run_is_refused(run: Path, tmp_path: Path, monkeyp
     )  # another run from its config
     assert other.save_folder == "runs/new/checkpoints"
     monkeypatch.chdir(tmp_path / "elsewhere")
-    with pytest.raises(UserError, match=r"add run_folder=b to go on with it"):
+    with pytest.raises(UserError, match=r"add run_folder=b to resume it"):
         load_config(["b/config.yaml"])
 
 

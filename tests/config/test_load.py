@@ -60,7 +60,7 @@ BAD = [
     ),
     ("mohd.attention.top_k=9", "mohd.attention.top_k is 9; it must lie in 1 .. mohd.attention.sub_dims = 8"),
     ("mohd.attention.shared_sub_dims=5", "it must lie in 0 .. mohd.attention.top_k = 4"),
-    ("model.num_key_value_heads=5", "no multiple of model.num_key_value_heads = 5"),
+    ("model.num_key_value_heads=5", "not a multiple of model.num_key_value_heads = 5"),
     ("model.head_dim=31", "rotary embeddings need an even number"),
     (
         "mohd.scaling=loud",
@@ -146,7 +146,7 @@ def test_plans_differ_by_name_of_the_field() -> None:
     other = dataclasses.replace(plan, name="b", hidden_size=16)
     assert plan.differences(other) == ["hidden_size: 8 here, 16 there"]
     assert plan.differences(dataclasses.replace(plan, name="b")) == []
-    with pytest.raises(UserError, match="no plan"):
+    with pytest.raises(UserError, match="not a plan"):
         ModelPlan.from_dict({"name": "x"})
 
 

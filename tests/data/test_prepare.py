@@ -286,7 +286,7 @@ def test_two_preparations_of_one_folder_do_not_mix(
     (tmp_path / "out").mkdir()
     with (
         FileLock(tmp_path / "out" / ".lock"),
-        pytest.raises(UserError, match="another preparation is at work"),
+        pytest.raises(UserError, match="another preparation is running"),
     ):
         prepare(request(raw, tmp_path / "out", pieces))
     assert not prepare(request(raw, tmp_path / "out", pieces)).already_done
@@ -358,9 +358,9 @@ def test_a_shard_at_work_is_not_overtaken(raw: Path, pieces: Path, tmp_path: Pat
     prepare_shard(asked, 0, 2)
     held = FileLock(tmp_path / "out" / ".work" / "shards" / "0-of-2")
     with held:
-        with pytest.raises(UserError, match=r"shard 0 of 2 is at work .*finish when all are done"):
+        with pytest.raises(UserError, match=r"shard 0 of 2 is running .*finish when all are done"):
             prepare(asked)
-        with pytest.raises(UserError, match=r"shard 0 of 2 is at work .* already"):
+        with pytest.raises(UserError, match=r"shard 0 of 2 is already running"):
             prepare_shard(asked, 0, 2)
     with pytest.raises(UserError, match="other --seq-len"):
         prepare_shard(dataclasses.replace(asked, seq_len=SEQ_LEN + 1), 1, 2)

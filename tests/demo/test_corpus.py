@@ -65,7 +65,7 @@ def test_a_damaged_corpus_is_not_taken_for_whole(raw: Path, tmp_path: Path, dama
 
 def test_python_without_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(corpus.sysconfig, "get_path", lambda name: str(tmp_path / "nothing"))
-    with pytest.raises(UserError, match="carries no text for the domain 'code'"):
+    with pytest.raises(UserError, match="has no text for the domain 'code'"):
         corpus.build_corpus(tmp_path / "raw")
 
 

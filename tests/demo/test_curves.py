@@ -42,5 +42,5 @@ def test_bad_input(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="has not trained a step"):
         read_curve(write(tmp_path / "empty", [{"batch": 0, "tokens": 0}]))
     (tmp_path / "empty" / "metrics.jsonl").write_text("{half\n")
-    with pytest.raises(UserError, match="line 1: no JSON"):
+    with pytest.raises(UserError, match="line 1: not JSON"):
         read_curve(tmp_path / "empty")

@@ -109,7 +109,7 @@ def test_a_second_corpus_is_the_first(tmp_path: Path, capsys: pytest.CaptureFixt
     commands.corpus(tmp_path)
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.jsonl")}
     commands.corpus(tmp_path)
-    assert "there already" in capsys.readouterr().out
+    assert "already there" in capsys.readouterr().out
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.jsonl")} == before
     damaged = next(iter(before))
     whole = damaged.read_bytes()
@@ -183,6 +183,6 @@ def test_ctrl_c_on_a_terminal(tmp_path: Path, root: Path) -> None:
     assert os.waitstatus_to_exitcode(status) == 130
     text = shown.decode()
     assert "Traceback" not in text
-    assert "interrupted: ending this step; run the demo again to go on" in text
+    assert "interrupted: ending this step; run the demo again to resume" in text
     assert (tmp_path / "saved").exists()  # before the demo ended
     measured(lost=None)

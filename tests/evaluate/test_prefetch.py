@@ -158,12 +158,12 @@ def test_what_cannot_be_had_is_named_and_asked_once(hub: FakeHub, suite: Suite, 
     assert "\n" not in why
     hub.offline = True
     with pytest.raises(
-        UserError, match="nothing can be had from the hub; the first answer was: cais/mmlu: no route to"
+        UserError, match="nothing is available from the hub; the first answer was: cais/mmlu: no route to"
     ):
         prefetch(tmp_path / "none", suite, ["mmlu"])
     assert not any(name.startswith("cais") for name in hub.asked)
     problems, remarks = verify(tmp_path / "none", suite, ["mmlu"])
-    assert (len(problems), len(remarks)) == (1, 57)  # nothing there is not "every file is whole"
+    assert (len(problems), len(remarks)) == (1, 57)  # nothing there is not "every file is intact"
 
 
 def test_rows_that_the_task_cannot_use_are_not_kept(hub: FakeHub, suite: Suite, tmp_path: Path) -> None:

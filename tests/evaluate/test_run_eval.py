@@ -489,7 +489,7 @@ def test_results_on_object_storage(
     s3.fail = lambda environ: "403 AccessDenied" if environ["REQUEST_METHOD"] == "PUT" else None
     options.tasks = ["arc_easy"]
     with pytest.raises(
-        UserError, match=r"uploading .*arc_easy.json failed .*AccessDenied.*the result is whole in (\S+),"
+        UserError, match=r"uploading .*arc_easy.json failed .*AccessDenied.*the result is complete in (\S+),"
     ) as caught:
         run_eval(options, suite)
     path = Path(re.search(r"whole in (\S+),", str(caught.value))[1])

@@ -20,8 +20,8 @@ def test_sweep_evaluation_commands(tmp_path: Path) -> None:
     )
     asked = options.parse(None, ["--sweep", str(folder.path), "--perplexity", "--limit", "3", "--jobs", "2"])
     assert isinstance(asked, options.SweepEvalOptions)
-    assert (asked.jobs, asked.words) == (2, ["--perplexity", "--limit", "3"])
-    found = commands(folder, asked.words)
+    assert (asked.jobs, asked.arguments) == (2, ["--perplexity", "--limit", "3"])
+    found = commands(folder, asked.arguments)
     assert list(found) == ["tiny-355m-x2-s1"]
     words = found["tiny-355m-x2-s1"]
     one = options.parse(None, words[len(verb_command("eval")) :])

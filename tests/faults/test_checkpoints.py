@@ -100,7 +100,7 @@ def test_a_checkpoint_is_read_back_before_the_old_one_goes(
 ) -> None:
     from mohd_train.checkpoint import save
 
-    write = save.write_whole
+    write = save.write_checkpoint
 
     def bad_disk(state_dict: dict[str, Any], filename: str) -> None:
         write(state_dict, filename)
@@ -108,7 +108,7 @@ def test_a_checkpoint_is_read_back_before_the_old_one_goes(
             flip(Path(filename), "a byte")
 
     with monkeypatch.context() as patch:
-        patch.setattr(save, "write_whole", bad_disk)
+        patch.setattr(save, "write_checkpoint", bad_disk)
         fails(config_of(tmp_path, data, "save_num_checkpoints_to_keep=1"), "ep0-ba6-rank0.pt is corrupt")
     assert batches_of(tmp_path) == [4, 6]
     recovers(tmp_path, data, whole, "save_num_checkpoints_to_keep=1")

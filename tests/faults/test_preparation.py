@@ -109,7 +109,7 @@ def test_a_preparation_beside_a_live_one(
 
     def save_manifest(*args: Any) -> None:
         with pytest.raises(
-            UserError, match=rf"another preparation is at work in .*process {os.getpid()} on "
+            UserError, match=rf"another preparation is running in .*process {os.getpid()} on "
         ) as caught:
             prepare.prepare(asked)
         refused.append(str(caught.value))

@@ -200,7 +200,7 @@ def test_one_checkpoint_is_lost(
 def test_the_end_is_uploaded_later(tmp_path: Path, data: Path, whole: Path, s3: S3Server) -> None:
     s3.fail = refusing("ba8-rank0.pt")
     config = config_of(tmp_path, data, f"save_folder={RUN}")
-    assert "the run's files are whole in" in fails(config, "uploading .*ep0-ba8-rank0.pt failed .*SlowDown")
+    assert "the run's files are complete in" in fails(config, "uploading .*ep0-ba8-rank0.pt failed .*SlowDown")
     ends_as(tmp_path, whole)
     assert newest(s3) == "ep0-ba6-rank0.pt"
     s3.fail = lambda _: None
@@ -284,7 +284,7 @@ def test_two_machines(
     one.join(60)
     assert one.exitcode == 1
     left = record_of(tmp_path / "one")
-    assert "checkpoints belongs to another session of this run by now, begun 20" in left["error"]
+    assert "checkpoints now belongs to another session of this run, started 20" in left["error"]
     assert "what it has trained since its last upload stays in" in left["error"]
     assert left["status"] == "failed"
     assert 4 <= last_batch(tmp_path / "one") < 8
@@ -359,7 +359,7 @@ def test_a_shard_is_missing_on_storage(tmp_path: Path, data: Path, whole: Path, 
 def test_names_that_lead_away_are_refused(s3: S3Server, tmp_path: Path) -> None:
     put(s3, "ep0-ba2/../../../../away", b"x")
     with pytest.raises(UserError, match=r"is refused: it holds an object named 'ep0-ba2/\.\./"):
-        storage.bring_checkpoint(f"{RUN}/ep0-ba2", tmp_path / "a" / "b")
+        storage.download_checkpoint(f"{RUN}/ep0-ba2", tmp_path / "a" / "b")
     assert not list(tmp_path.rglob("away"))
 
 

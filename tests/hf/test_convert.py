@@ -87,7 +87,7 @@ def test_bad_checkpoints(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> N
         load_model(cut)
     other = tmp_path / "other.pt"
     torch.save(model.state_dict(), other)
-    with pytest.raises(UserError, match=r"other\.pt is no checkpoint of this project"):
+    with pytest.raises(UserError, match=r"other\.pt is not a checkpoint of this project"):
         load_model(other)
     evil = tmp_path / "evil.pt"
     torch.save({"state": {"model": {}, "callbacks": {"RunMetadata": Evil()}}}, evil)

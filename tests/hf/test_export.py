@@ -255,5 +255,5 @@ def test_push(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         raise OSError("no such host")
 
     monkeypatch.setattr(Hub, "create_repo", refuse)
-    with pytest.raises(UserError, match=r"no such host.*is written and whole"):
+    with pytest.raises(UserError, match=r"no such host.*is complete"):
         exporting.push(tmp_path, "me/x2")

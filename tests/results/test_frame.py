@@ -60,7 +60,7 @@ def test_results_of_an_earlier_version_keep_their_numbers() -> None:
     assert found[pandas.NA, "llama", "sciq", "acc"].notes == "not all of the task's questions: sciq 8 of 1000"
     missing = found[pandas.NA, "llama", "logiqa", "acc"]
     assert pandas.isna(missing.value)
-    assert missing.notes == "logiqa could not be had: Dataset scripts are no longer supported"
+    assert missing.notes == "logiqa was unavailable: Dataset scripts are no longer supported"
     assert found["tiny-355m-x2-s1", "tiny-355m-x2", "mmlu", "acc"].value == 0.5
     measured = scores.query("task == 'perplexity' and metric == 'perplexity'").groupby("model")["value"]
     assert measured.mean().round(2).to_dict() == {"tiny-355m-dense": 167.81, "tiny-355m-x2": 65.39}
@@ -84,7 +84,7 @@ def test_tables_of_an_earlier_version_keep_their_numbers() -> None:
     assert (dense["PPL"], dense["Δ"], dense["Difference of Δ"]) == ("167.81", "+102.43", "+101.07")
     assert "| tiny-355m-dense | 128 | 320 | 4 | 4 | 4 | 754K | 907K |" in table_text(1, [OLD / "sweep"], "md")
     text = table_text(2, [OLD / "sweep"], "md")
-    assert "demo questions, not the task's own: the number means nothing" in text
+    assert "demo questions, not the task's own: the number is not meaningful" in text
     assert "355m-x2 mmlu: of 1 seeds, not 2" in text
 
 

@@ -108,7 +108,7 @@ def test_missing_is_a_dash_and_never_zero(suite: Suite, whole: list[results.Resu
         ({"seed": 7}, "other shots drawn: seed 7, not 1234"),
         ({"scores": {"acc_norm": 0.5}}, "the result has no acc: boolq"),
         ({"unfinished": "interrupted, batch 30"}, "not trained to its end: 355m-x2 interrupted, batch 30"),
-        ({"demo": True, "questions": 8}, "demo questions, not the task's own: the number means nothing"),
+        ({"demo": True, "questions": 8}, "demo questions, not the task's own: the number is not meaningful"),
         (
             {"truncated": {"requests": 12, "of": 6540, "tokens": 9, "longest": 5000}},
             "requests longer than the model's context, their first shots cut: 355m-x2 boolq 12 of 6540",
@@ -272,9 +272,9 @@ def test_a_task_that_could_not_be_had_is_a_dash_with_the_reason(suite: Suite, wh
     ]
     table = build_scores(suite, PAPER, part, missing=missing)
     ours = rows(to_csv(table))["ours:355m-x2"]
-    assert (ours["logiqa"], ours["notes"]) == ("", "logiqa could not be had: script data set")
+    assert (ours["logiqa"], ours["notes"]) == ("", "logiqa was unavailable: script data set")
     assert "| – <sup>a</sup> |" in to_markdown(table)
-    assert "<sup>a</sup> logiqa could not be had: script data set" in to_markdown(table)
+    assert "<sup>a</sup> logiqa was unavailable: script data set" in to_markdown(table)
 
 
 def test_mmlu_of_some_subjects_is_marked(suite: Suite) -> None:

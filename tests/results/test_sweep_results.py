@@ -19,7 +19,7 @@ def test_results_asked_otherwise_are_named_and_not_averaged(tmp_path: Path) -> N
     store(folder, "tiny-355m-x2-s2", "sciq", 0.9, lm_eval="0.4.0")
     found = read_sweep_results(folder.path)
     assert [one.scores["acc"] for one in merged_tasks(found)] == [0.3]
-    assert "asked in another way" in found.notes[-1]
+    assert "evaluated with other settings" in found.notes[-1]
 
 
 def test_broken_results_are_named_and_set_aside(tmp_path: Path) -> None:

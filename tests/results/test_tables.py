@@ -158,7 +158,7 @@ def test_the_suite_s_own_settings_decide_and_a_task_of_fewer_seeds_is_named(tmp_
     found = read_sweep_results(folder.path)
     merged = {one.settings.task: one for one in merged_tasks(found)}
     assert (merged["sciq"].scores["acc"], merged["piqa"].scores["acc"]) == (0.3, pytest.approx(0.6))
-    assert "x2-s1/sciq.json was asked in another way" in found.notes[0]
+    assert "x2-s1/sciq.json was evaluated with other settings" in found.notes[0]
     assert "355m-x2 sciq: of 1 seeds, not 2" in found.notes
     text = table_text(2, [folder.path], "csv")
     (ours,) = (row for row in csv.DictReader(io.StringIO(text)) if row["row"] == "ours")  # one row, whatever its seeds
@@ -195,7 +195,7 @@ def test_why_a_task_is_missing_stands_below_the_table(tmp_path: Path) -> None:
     results.write_missing(place, "sciq", model, "no network")  # there already: stands
     (place / "boolq.missing.json").write_text("{")
     text = table_text(2, [folder.path], "md")
-    assert "logiqa could not be had: script data set" in text
+    assert "logiqa was unavailable: script data set" in text
     assert "no network" not in text
     assert re.search(r"boolq\.missing\.json cannot be read .* \(set aside\)", text)
     metrics = folder.path / "tiny-355m-x2-s1" / "metrics.jsonl"

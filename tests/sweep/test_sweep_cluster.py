@@ -103,7 +103,7 @@ def test_words_for_sbatch_may_begin_with_dashes(words: str) -> None:
 
 
 def test_slurm_refusals(sweep_file: Path, data: Path, programs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(UserError, match="there is no sbatch here"):
+    with pytest.raises(UserError, match="sbatch is not installed here"):
         launch(request(sweep_file, data, launcher="slurm"))
     fake(programs, "sbatch", "echo 'invalid partition' >&2; exit 1")
     with pytest.raises(UserError, match=r"`sbatch --parsable .*` failed: invalid partition"):

@@ -147,7 +147,7 @@ def test_runs_of_a_killed_launcher(
     assert at_the_end == [[DENSE]]  # one at a time
     assert starts(stub) == [DENSE, X2]
     said = capsys.readouterr().out
-    assert f"{DENSE} is at work since a launcher that was killed (process {found[DENSE].pid}); waiting for it" in said
+    assert f"{DENSE} is still running from a launcher that was killed (process {found[DENSE].pid}); waiting for it" in said
     (stub / "behave").unlink()
     assert resume(Request(target=folder.path)) == 0
     assert worker.orphans(SweepFolder(folder.path)) == {}
@@ -192,7 +192,7 @@ def test_a_full_disk_while_runs_train(
     monkeypatch.setattr(worker, "write_atomic", full)
     assert launch(request(sweep_file, data, only=("dense", "x2"))) == 0
     assert starts(stub) == [DENSE, X2]
-    assert f"{DENSE}: its exit code 0 can't be written down ([Errno 28] No space left" in capsys.readouterr().out
+    assert f"{DENSE}: its exit code 0 can't be recorded ([Errno 28] No space left" in capsys.readouterr().out
     record(lost=None)
 
 

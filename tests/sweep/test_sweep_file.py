@@ -271,7 +271,7 @@ def test_own_files_stand_beside_the_sweep(tmp_path: Path, sweep_file: Path) -> N
             "both: {top_k: two}",
             r"\(x2-no-fusion\).both.top_k is 'two'; it must be a whole number",
         ),
-        (", set: {mohd.fusion: none}", "", r"differs from x2 in nothing"),
+        (", set: {mohd.fusion: none}", "", r"does not differ from x2"),
         ("set: {mohd.fusion: none}", "both: {top_k: 2}, ffn: '50'", "exclude each other"),
         ("name: x2-no-fusion", "name: a/b", "is 'a/b'; it must be a name of letters"),
         ("[1]", "[one]", "seeds holds 'one'"),

@@ -144,7 +144,7 @@ def test_an_edited_config_is_refused_for_a_run_that_has_begun(sweep_file: Path, 
     launch(request(sweep_file, data, only=("x2",)))
     with pytest.raises(
         UserError,
-        match=r"out/tiny-355m-x2-s1 was begun with another config \(optimizer.lr: 0.002 there, 0.1 here and 1 more\)",
+        match=r"out/tiny-355m-x2-s1 was started with another config \(optimizer.lr: 0.002 there, 0.1 here and 1 more\)",
     ):
         launch(request(sweep_file, data, overrides=(*SMALL, "optimizer.lr=0.1")))
     assert starts(stub) == [X2]

@@ -193,7 +193,7 @@ def test_half_of_one_is_refused(runs: Runs, tmp_path: Path, damage: str) -> None
         metadata.write_bytes(pickle.dumps(content))
     with pytest.raises(UserError, match=r"is broken or half-written|can't be read"):
         checkpoint.open(folder)
-    with pytest.raises(UserError, match=r"no checkpoint in .* is whole"):
+    with pytest.raises(UserError, match=r"no checkpoint in .* is valid"):
         latest_valid(tmp_path)
 
 

@@ -149,7 +149,7 @@ def _component_exit(hooks: Hooks, layer: int, kind: str, receive: Receive) -> Ca
         for tensor in (x, y):
             if tensor.shape != block_in.shape:
                 raise UserError(
-                    f"the {kind} {_class(module)} isn't understood: it takes or gives {list(tensor.shape)}, its block "
+                    f"the {kind} {_class(module)} isn't understood: its input or output is {list(tensor.shape)}, its block's "
                     f"{list(block_in.shape)}; name another part with --{kind}-module"
                 )
         if residual is not None:

@@ -100,7 +100,7 @@ def _prepared(path: Path, subject: Subject, seq_len: int | None) -> Corpus:
     manifest = load_manifest(path)
     made_with = manifest.tokenizer
     if subject.tokenizer_sha256 is None:
-        raise UserError(f"{subject.info['source']} does not say which tokenizer it uses; give it with --tokenizer")
+        raise UserError(f"{subject.info['source']} does not name its tokenizer; give it with --tokenizer")
     what, remedy = (
         f"{path} was made with another tokenizer ({made_with.name}) than the model's",
         "give data prepared with the model's",

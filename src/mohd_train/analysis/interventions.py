@@ -88,4 +88,4 @@ def _removed(sub: SubDimensions, index: int) -> Iterator[None]:
     try:
         yield
     finally:
-        del sub.route, sub.input_weights  # the methods of the class again
+        del sub.route, sub.input_weights  # restores the class's methods

@@ -75,7 +75,7 @@ def panels(count: int, width: float = 5.0, height: float = 3.8) -> tuple[Figure,
 
 
 def save(figure: Figure, folder: Path, name: str) -> list[Path]:
-    """Writes ``folder/name.pdf`` and ``.png``, each whole or not at all, and closes the figure."""
+    """Writes ``folder/name.pdf`` and ``.png`` atomically, and closes the figure."""
     paths = [folder / f"{name}{suffix}" for suffix in SUFFIXES]
     for path in paths:
         with atomic_path(path) as part:

@@ -43,7 +43,7 @@ def _sub_dims(selection: RouterSelection) -> int:
 
 
 def _cells(axes: Axes, values: Any, name: str, shared: int) -> None:
-    """A map with its numbers written in the cells, so that nobody has to tell shades apart."""
+    """A map with its numbers written in the cells, so that nobody has to distinguish shades."""
     rows = np.array([[np.nan if v is None else v for v in row] for row in values.values()], np.float64)
     top = max(float(np.nanmax(rows)), 1e-9) if np.isfinite(rows).any() else 1.0
     axes.imshow(rows, aspect="auto", cmap=SHADES, vmin=0, vmax=1.4 * top)

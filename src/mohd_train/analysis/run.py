@@ -128,7 +128,7 @@ def refuse_other(path: Path, subject: Subject, corpus: Corpus, options: dict[str
         before_model, before = stored["model"], _settings(stored)
         stored_as = str(before_model.get("fingerprint"))
     except (ValueError, KeyError, TypeError):
-        raise UserError(f"{path} is no observation of this program; {remedy}") from None
+        raise UserError(f"{path} is not an observation of this program; {remedy}") from None
     # Earlier versions sampled the parameters of every model.
     fingerprints = {subject.info["fingerprint"]} | ({fingerprint(subject.model)} if is_sampled(stored_as) else set())
     if stored_as not in fingerprints:

@@ -33,7 +33,7 @@ from mohd_train.utils.files import write_atomic, write_json
 from mohd_train.utils.processes import Command, end_groups
 from mohd_train.utils.text import first_line
 
-SUMMARY, GRACE = "summary", 20.0  # seconds in which a part that is cut off may end by itself
+SUMMARY, GRACE = "summary", 20.0  # seconds that a part has to end by itself once it is cut off
 SPEED, MFU, PEAK = "throughput/tokens_per_sec", "throughput/device/mfu", "memory/peak_allocated_mem"
 MICROBATCH = "trainer/device_train_microbatch_size"
 
@@ -44,12 +44,12 @@ class Part:
 
     Attributes:
         least: seconds below which it is not worth starting.
-        result: what it leaves, below the folder.
-        config: of a run: its words, for the estimate.
+        result: the file that it writes, below the folder.
+        config: of a run: its arguments, for the estimate.
     """
 
     name: str
-    words: list[str]
+    command: list[str]
     least: float
     result: str
     config: tuple[str, ...] = ()
@@ -68,7 +68,7 @@ class Sizes:
     vocab: int
     seq_len: int
     scale: str
-    least: float  # seconds that a part must have to be started
+    least: float  # least seconds left for a part to be started
 
 
 SIZES = {
@@ -96,13 +96,22 @@ def parts(folder: Path, device: str, data: Path | None) -> list[Part]:
     small, found = folder / "data", []
     tests = resources.root() / "tests/kernels/test_on_gpu.py"
     if tests.is_file():  # in a checkout
-        words = [python, "-m", "pytest", str(tests), "-q", "-p", "no:cacheprovider", f"--junitxml={folder}/kernels.xml"]
-        found.append(Part("kernels", words, sizes.least, "kernels.xml"))
+        command = [
+            python,
+            "-m",
+            "pytest",
+            str(tests),
+            "-q",
+            "-p",
+            "no:cacheprovider",
+            f"--junitxml={folder}/kernels.xml",
+        ]
+        found.append(Part("kernels", command, sizes.least, "kernels.xml"))
 
-    def benchmark(name: str, *words: str) -> Part:
+    def benchmark(name: str, *args: str) -> Part:
         return Part(
             name,
-            verb_command("benchmark", "--device", device, *words, "--json", folder / f"{name}.json"),
+            verb_command("benchmark", "--device", device, *args, "--json", folder / f"{name}.json"),
             sizes.least,
             f"{name}.json",
         )
@@ -148,10 +157,10 @@ def parts(folder: Path, device: str, data: Path | None) -> list[Part]:
                 "max_duration=6ba", "eval_interval=6ba", "eval_subset_num_batches=1", "save_interval=6ba", "loggers={}",
                 "callbacks.memory_monitor={}", "callbacks.speed_monitor.window_size=2", "progress_bar=false", *sizes.run,
             )  # fmt: skip
-            words = verb_command("train", *config)
+            command = verb_command("train", *config)
             if gpus > 1:
-                words = [python, "-m", "composer.cli.launcher", "-n", str(gpus), *words[1:]]
-            found.append(Part(name, words, sizes.least, f"{name}/{METRICS}", config))
+                command = [python, "-m", "composer.cli.launcher", "-n", str(gpus), *command[1:]]
+            found.append(Part(name, command, sizes.least, f"{name}/{METRICS}", config))
     if data is not None:
         study = (
             "launch",
@@ -171,7 +180,7 @@ def parts(folder: Path, device: str, data: Path | None) -> list[Part]:
         )
     )
     if device == "cuda":
-        found += [benchmark(name, *words) for name, words in PEERS["cuda"].items()]
+        found += [benchmark(name, *command) for name, command in PEERS["cuda"].items()]
     return found
 
 
@@ -227,7 +236,7 @@ def _read(folder: Path) -> dict[str, Any]:
 
 def _do(part: Part, folder: Path, seconds: float) -> dict[str, Any]:
     log = folder / "logs" / f"{part.name}.log"
-    command = Command(part.words, log)
+    command = Command(part.command, log)
     try:
         while command.poll() is None and time.monotonic() - command.began < seconds:
             time.sleep(0.1)
@@ -236,7 +245,7 @@ def _do(part: Part, folder: Path, seconds: float) -> dict[str, Any]:
         end_groups([command.pid], grace=GRACE, reap=command.poll)
     entry = {
         "state": "cut off" if cut_off else "done" if command.poll() == 0 else "failed",
-        "command": " ".join(part.words[1:]).replace(str(folder), "."),
+        "command": " ".join(part.command[1:]).replace(str(folder), "."),
         "seconds": round(time.monotonic() - command.began, 1),
     }
     if entry["state"] == "failed":
@@ -246,7 +255,7 @@ def _do(part: Part, folder: Path, seconds: float) -> dict[str, Any]:
 
 
 def _found(part: Part, folder: Path, device: str) -> dict[str, Any]:
-    """The main numbers of what a part has left, whole or not."""
+    """The main numbers of a part's result, complete or not."""
     result = folder / part.result
     if not result.exists():
         return {}
@@ -264,7 +273,7 @@ def _found(part: Part, folder: Path, device: str) -> dict[str, Any]:
 
 
 def _of_run(part: Part, metrics: Path, device: str) -> dict[str, Any]:
-    """Speed and memory of a run, and what the estimate says of that GPU and microbatch, in GiB."""
+    """Speed and memory of a run, and the estimate for that GPU and microbatch, in GiB."""
     values = last_values(metrics, (SPEED, MFU, PEAK, MICROBATCH))
     found = {key.rpartition("/")[2]: round(values[key], 4) for key in (SPEED, MFU, MICROBATCH) if key in values}
     if PEAK in values:  # Composer's gigabytes

@@ -1,4 +1,4 @@
-"""What a run costs beside a bare PyTorch loop over the same model and batches, both in one process, in turn."""
+"""What a run costs compared with a bare PyTorch loop over the same model and batches, both in one process, in turn."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from mohd_train.train import registry, train
 WARM_UP = 8  # batches before the first round
 
 
-def measure(data: Path, words: list[str], rounds: int, each: int = 20) -> dict[str, Any]:
+def measure(data: Path, args: list[str], rounds: int, each: int = 20) -> dict[str, Any]:
     """Trains ``configs/model/tiny.yaml`` on prepared data, and after every ``each`` of its batches takes the same batches through a
     copy of its model with forward, backward, clipping, AdamW and nothing else.
 
     Args:
-        words: more config files and overrides, such as ``configs/mohd/x2.yaml``.
+        args: more config files and overrides, such as ``configs/mohd/x2.yaml``.
 
     Returns:
         Seconds a batch of both (processor time, medians of the rounds), their ratio by round, and the share of the run's time in
         which it waited for data.
     """
-    words = [*tiny_run(data), *words]
-    files, overrides = [word for word in words if "=" not in word], [word for word in words if "=" in word]
+    args = [*tiny_run(data), *args]
+    files, overrides = [arg for arg in args if "=" not in arg], [arg for arg in args if "=" in arg]
     watch = BesideBareLoop(each)
     registry.CALLBACKS["beside_bare_loop"] = lambda: watch  # type: ignore[assignment]
     with tempfile.TemporaryDirectory() as folder:
@@ -69,7 +69,7 @@ class BesideBareLoop(Callback):
         self.waiting = time.process_time()
 
     def after_dataloader(self, state: State, logger: Logger) -> None:
-        """The batch is there."""
+        """The batch has arrived."""
         self.waited += time.process_time() - self.waiting
         if state.timestamp.batch.value >= WARM_UP:
             self.batches.append(state.batch)
@@ -86,7 +86,7 @@ class BesideBareLoop(Callback):
             losses["total"].backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
-            seconds += (time.process_time() - start) if index else 0.0  # the first makes the moments
+            seconds += (time.process_time() - start) if index else 0.0  # the first step creates the moments
         return seconds
 
     def found(self) -> dict[str, Any]:

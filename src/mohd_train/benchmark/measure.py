@@ -71,7 +71,7 @@ def check_against_reference(
     """The largest relative error of the step's outputs and gradients against those of the reference backend.
 
     In reduced precision the choices of some tokens differ, more with every layer: after 24 layers at initialization the gradients
-    of two right backends have little in common. There a whole model is compared by its loss alone; the gradients of one of its
+    of two correct backends have little in common. There a whole model is compared only by its loss; the gradients of one of its
     blocks are compared in mode layer (`compare`).
 
     Raises:

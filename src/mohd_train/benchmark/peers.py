@@ -28,7 +28,7 @@ from mohd_train.model.llama import Transformer
 
 LLAMA, MIXTRAL, LITGPT = "hf-llama", "hf-mixtral-", "litgpt"
 MODES = ("layer", "train", "decode")
-# litgpt's names of our parameters; its qkv is q, k and v, one below the other
+# litgpt's names of our parameters; its qkv is q, k and v concatenated
 LITGPT_NAMES = {
     "embedding.weight": "transformer.wte.weight",
     "norm.weight": "transformer.ln_f.weight",
@@ -50,7 +50,7 @@ def is_peer(name: str) -> bool:
 
 
 def plan_of(name: str, workload: Workload) -> ModelPlan:
-    """The plan of ours that is as large.
+    """Our plan of the same size.
 
     Raises:
         UserError: an unknown peer, or a mode that peers don't have.

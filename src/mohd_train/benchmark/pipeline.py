@@ -1,4 +1,4 @@
-"""``mohd benchmark --mode loop | prepare | start``: what a user waits for beside the model's own arithmetic."""
+"""``mohd benchmark --mode loop | prepare | start``: what a user waits for besides the model's arithmetic."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def main(arguments: argparse.Namespace) -> int:
     """Measures, prints, and writes ``--json``."""
     mode, folder = arguments.mode, getattr(arguments, PIPELINE[arguments.mode])
     if folder is None or not folder.is_dir():
-        raise UserError(f"--mode {mode} needs --{PIPELINE[mode]}" + (f": {folder} is no folder" if folder else ""))
+        raise UserError(f"--mode {mode} needs --{PIPELINE[mode]}" + (f": {folder} is not a folder" if folder else ""))
     if mode == "loop":
         torch.set_num_threads(arguments.threads or 1)
         found = {name: loop.measure(folder, words, arguments.rounds) for name, words in SETTINGS.items()}

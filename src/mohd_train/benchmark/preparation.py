@@ -1,4 +1,4 @@
-"""Preparation beside what a user would take instead, on the same raw rows: time, processor time, memory."""
+"""Preparation compared with its alternatives on the same raw rows: time, processor time, memory."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def measure(raw: Path, tokenizer: Path, workers: int, rounds: int) -> list[dict[
     return list(best.values())
 
 
-# Between this process and what it times: Linux counts the memory of the process that forks as its child's own
+# Runs between this process and what it times: Linux counts the memory of the forking process as its child's
 TIMER = """
 import json, os, sys, time
 start = time.perf_counter()
@@ -70,7 +70,7 @@ def _timed(command: list[str]) -> dict[str, Any]:
 
 
 def _fast_tokenizer(model: Path, folder: Path) -> Path:
-    """The tokenizer as transformers and datatrove take it."""
+    """The tokenizer in a form that transformers and datatrove read."""
     from mohd_train.data.tokenizer import load_tokenizer
 
     load_tokenizer(str(model)).hf.save_pretrained(folder)

@@ -1,4 +1,4 @@
-"""The benchmark of record: everything that benchmarks/ holds of a machine, each part in its own process, into one folder."""
+"""The benchmark of record: all measurements of a machine for benchmarks/, each part in its own process, in one folder."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ PEERS: dict[str, dict[str, tuple[str, ...]]] = {  # the same beside transformers
 
 
 def pipeline_parts(data: Path | None, raw: Path | None, tokenizer: Path | None) -> dict[str, tuple[str, ...]]:
-    """A run, its start and its data beside what a user would take instead: those whose input is given."""
+    """A run, its start and its data preparation compared with their alternatives: those whose input is given."""
     parts: dict[str, tuple[str, ...]] = {}
     if data is not None:
         parts["loop"] = ("--mode", "loop", "--data", str(data), "--rounds", "8")
@@ -121,7 +121,7 @@ def machine_name(device: str) -> str:
 
 
 def _unused(folder: Path, stem: str) -> Path:
-    """A file name that is not taken yet."""
+    """An unused file name."""
     count, file = 1, folder / f"{stem}.json"
     while file.exists():
         count += 1

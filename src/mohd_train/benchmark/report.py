@@ -23,7 +23,7 @@ from mohd_train.utils.files import atomic_path, write_json
 
 @dataclass(frozen=True)
 class Measured:
-    """What was measured of one model."""
+    """The measurements of one model."""
 
     times: list[float]
     flops: float
@@ -76,7 +76,7 @@ def environment(workload: Workload, peak: Peak) -> dict[str, Any]:
 
 
 def machine(device: str) -> dict[str, Any]:
-    """What any figure depends on, and how it was taken."""
+    """What every figure depends on, and how it was taken."""
     return {
         "command": _command(),
         "date": now(),

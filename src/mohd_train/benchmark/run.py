@@ -194,7 +194,7 @@ def _is_constant(key: str) -> bool:
 
 @contextlib.contextmanager
 def _constant(label: str) -> Iterator[None]:
-    """Has the constant of a sweep's point, if the sweep is over one, its value there."""
+    """Sets the constant of a sweep's point, if the sweep is over one, to its value there."""
     key, _, value = label.partition("=")
     if not _is_constant(key):
         yield

@@ -13,7 +13,7 @@ from typing import Any
 from mohd_train.config.load import load_config
 from mohd_train.data.manifest import load_manifest
 from mohd_train.errors import UserError
-from mohd_train.sweep.data import data_words
+from mohd_train.sweep.data import data_overrides
 from mohd_train.utils.environment import verb_command
 
 LIBRARIES = "import torch, composer, streaming, transformers"
@@ -26,12 +26,12 @@ def measure(data: Path, rounds: int) -> list[dict[str, Any]]:
     Returns:
         A row for each: the first round's seconds (files perhaps not in memory yet), and the median of the others.
     """
-    words = [*tiny_run(data), "configs/mohd/x2.yaml"]
+    args = [*tiny_run(data), "configs/mohd/x2.yaml"]
     seconds: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory() as folder:
         for number in range(rounds + 1):
             run = Path(folder) / str(number)
-            train = verb_command("train", *words, f"run_folder={run}", "max_duration=2ba")
+            train = verb_command("train", *args, f"run_folder={run}", "max_duration=2ba")
             for name, command, until in (
                 ("libraries", [sys.executable, "-c", LIBRARIES], None),
                 ("this package", [sys.executable, "-c", "import mohd_train.train.train"], None),
@@ -45,8 +45,8 @@ def measure(data: Path, rounds: int) -> list[dict[str, Any]]:
 def tiny_run(data: Path) -> list[str]:
     """Files and overrides of a run of the tiny model on whatever data was prepared, on a CPU."""
     files, local = ["configs/recipe/tiny.yaml", "configs/model/tiny.yaml"], f"data.local={data}"
-    words = data_words(data, load_config(files, [local]), "tiny")
-    return [*files, *words, f"max_seq_len={load_manifest(data).seq_len}", "device=cpu"]
+    args = data_overrides(data, load_config(files, [local]), "tiny")
+    return [*files, *args, f"max_seq_len={load_manifest(data).seq_len}", "device=cpu"]
 
 
 def _seconds(command: list[str], until: Path | None) -> float:

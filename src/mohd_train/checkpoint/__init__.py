@@ -13,7 +13,7 @@ __all__ = ["Checkpoint", "exists", "kind_of", "open", "open_native", "resolve"]
 
 
 def __getattr__(name: str) -> Any:
-    """What is in ``read``, which takes seconds to import, once it is used: ``identity`` alone needs no torch."""
+    """Imports ``read``, which takes seconds, only when it is used: ``identity`` alone needs no torch."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from mohd_train.checkpoint import read

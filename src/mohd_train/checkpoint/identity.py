@@ -1,4 +1,4 @@
-"""What tells one checkpoint, and one tokenizer, from another; and the one comparison of tokenizers."""
+"""What distinguishes one checkpoint, and one tokenizer, from another; and the one comparison of tokenizers."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 CHUNK = 1 << 22  # bytes read at once
-CACHED_FROM = 1 << 26  # bytes: a smaller file is hashed in a moment
+CACHED_FROM = 1 << 26  # bytes: a smaller file is hashed quickly
 SETTLED = 2_000_000_000  # ns: a file that changed later than this before it was hashed may change again within its clock's tick
 VERSION_2 = "v2:"  # begins the second kind of tokenizer hash; the first had no mark
 ADDED_TOKEN = ("content", "single_word", "lstrip", "rstrip", "normalized", "special")
@@ -50,7 +50,7 @@ def fingerprint(files: Iterable[Path], *, cached: bool = True) -> str:
 
 
 def is_sampled(found: str) -> bool:
-    """Whether a fingerprint is of the old kind, which did not cover all weights: it proves nothing."""
+    """Whether a fingerprint is of the old kind, which did not cover all weights and so proves nothing."""
     return len(found) == 16
 
 
@@ -84,7 +84,7 @@ def _state(file: Path) -> dict[str, Any]:
 
 
 def _cache_entry(file: Path) -> Path | None:
-    """One small file for each hashed file, so that commands at work at the same time don't overwrite each other's."""
+    """One small file for each hashed file, so that concurrent commands don't overwrite each other's."""
     try:
         base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     except RuntimeError:  # no home
@@ -150,7 +150,7 @@ def read_tokenizer(folder: Path, remedy: str, *, trust_remote_code: bool = False
         return open_tokenizer(folder, trust_remote_code=trust_remote_code, local_files_only=True)
     except UserError:
         raise
-    except Exception as error:  # tokenizers and transformers each have exceptions of their own
+    except Exception as error:  # tokenizers and transformers each raise exceptions of their own
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{folder} holds no readable tokenizer ({type(error).__name__}: {reason}); {remedy}") from error
 

@@ -39,7 +39,7 @@ from mohd_train.run_folder.paths import CHECKPOINTS, LATEST, TOKENIZER
 from mohd_train.storage import here, is_remote
 from mohd_train.utils.text import first_line
 
-# All that a Composer checkpoint holds beside tensors and plain containers: RNG state, versions, times. torch refuses
+# All that a Composer checkpoint holds besides tensors and plain containers: RNG state, versions, times. torch refuses
 # any other class, so a file that would run code on loading ends here, before Composer's own (trusting) load ever sees
 # it.
 SAFE: list[Any] = [
@@ -62,11 +62,11 @@ Tensors = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint that is whole, as far as can be known without reading its tensors.
+    """A checkpoint that is complete, as far as can be known without reading its tensors.
 
     Attributes:
         path: the file or folder itself, never a link; a local copy where the checkpoint lies on object storage.
-        source: what to call it in results and messages: its address on object storage, else ``path``.
+        source: its name in results and messages: its address on object storage, else ``path``.
         plan: the architecture of a native checkpoint. None for a Hugging Face folder, whose ``config.json`` describes it.
         metadata: of a native checkpoint what the trainer put there (plan, run_name, tokenizer_sha256, seq_len, config,
             version); of a Hugging Face folder its ``config.json``.
@@ -85,7 +85,7 @@ class Checkpoint:
     def tensors(self, *, meta: bool = False) -> Tensors:
         """The parameters: under the transformer's own names, or under those of a Hugging Face folder's files.
 
-        Those of a file are memory-mapped; a sharded checkpoint's are put together in memory.
+        Those of a file are memory-mapped; a sharded checkpoint's are assembled in memory.
 
         Args:
             meta: on the meta device, for names, shapes and types.
@@ -133,18 +133,18 @@ class Checkpoint:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """Tells checkpoints apart, wherever they lie, by every byte of :attr:`files`: see :func:`fingerprint`."""
+        """Identifies a checkpoint, wherever it is, by every byte of :attr:`files`: see :func:`fingerprint`."""
         return fingerprint(self.files, cached=self.source == str(self.path))
 
 
 def exists(path: Path | str) -> bool:
-    """Whether ``path`` names anything at all here, a broken link included; an address on object storage always does."""
+    """Whether ``path`` names anything here, even a broken link; an address on object storage always does."""
     path = path if is_remote(path) else Path(path)
     return isinstance(path, str) or path.exists() or path.is_symlink() or _text_link(path).is_file()
 
 
 def open(path: Path | str) -> Checkpoint:
-    """Finds out what ``path`` is, and reads what it says of itself. A checkpoint on object storage is downloaded.
+    """Finds out what ``path`` is, and reads its metadata. A checkpoint on object storage is downloaded.
 
     Raises:
         UserError: nothing is there, it is none of the three kinds, broken, half-written, or holds more than plain data.
@@ -155,16 +155,16 @@ def open(path: Path | str) -> Checkpoint:
 
 
 def open_native(path: Path | str) -> Checkpoint:
-    """As :func:`open`, for those who need a checkpoint that the trainer wrote. Raises UserError for a Hugging Face
+    """As :func:`open`, for a checkpoint that the trainer wrote. Raises UserError for a Hugging Face
     folder."""
     found = open(path)
     if not found.is_native:
-        raise UserError(f"{path} is a folder of Hugging Face; give {EXAMPLE}")
+        raise UserError(f"{path} is a Hugging Face folder; give {EXAMPLE}")
     return found
 
 
 def resolve(path: Path) -> Path:
-    """The file or folder that ``path`` stands for, links followed; a path that does not exist comes back as it is.
+    """The file or folder that ``path`` stands for, links followed; a path that does not exist is returned unchanged.
 
     Raises:
         UserError: a link that points nowhere.
@@ -194,10 +194,10 @@ def kind_of(path: Path) -> Kind:
     if path.is_dir():
         if (path / "config.json").is_file():
             return "hf"
-        raise UserError(f"{path} is a folder without config.json, so not one of Hugging Face; give that, or {EXAMPLE}")
+        raise UserError(f"{path} is a folder without config.json, so not a Hugging Face one; give that, or {EXAMPLE}")
     if path.suffix == ".pt" or zipfile.is_zipfile(path):
         return "file"
-    raise UserError(f"{path} is of no known kind; give {EXAMPLE}, or a Hugging Face folder")
+    raise UserError(f"{path} is not a checkpoint of a known kind; give {EXAMPLE}, or a Hugging Face folder")
 
 
 def _text_link(path: Path) -> Path:
@@ -224,7 +224,7 @@ def _pointed_name(link: Path) -> str | None:
 
 def _open_file(path: Path, source: str) -> Checkpoint:
     if not zipfile.is_zipfile(path):
-        raise UserError(f"{path} is broken or half-written (no zip directory at its end); take an earlier checkpoint")
+        raise UserError(f"{path} is broken or half-written (no zip directory at its end); use an earlier checkpoint")
     try:
         with torch.serialization.safe_globals(SAFE):
             content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
@@ -268,7 +268,7 @@ def _read_sharded(path: Path, meta: bool) -> tuple[dict[str, Any], Tensors]:
     except pickle.UnpicklingError as error:
         raise _refused(path, error) from None
     except ShardedError as error:
-        raise UserError(f"{path} is broken or half-written ({error}); take an earlier checkpoint") from None
+        raise UserError(f"{path} is broken or half-written ({error}); use an earlier checkpoint") from None
     except (RuntimeError, EOFError, OSError, AttributeError, ImportError, ValueError) as error:
         raise _unreadable(path, error) from None
 
@@ -280,10 +280,10 @@ def _open_hf(path: Path, source: str) -> Checkpoint:
     except (OSError, ValueError) as error:
         raise UserError(f"{config} is not valid JSON ({error}); copy the folder again") from None
     if not isinstance(metadata, dict):
-        raise UserError(f"{config} is no configuration of a model; copy the folder again")
+        raise UserError(f"{config} is not a model's configuration; copy the folder again")
     weights = [file for suffix in ("safetensors", "bin") for file in sorted(path.glob(f"*.{suffix}"))]
     if not weights:
-        raise UserError(f"{path} has a config.json and no weights (*.safetensors or *.bin); the export is not complete")
+        raise UserError(f"{path} has a config.json but no weights (*.safetensors or *.bin); the export is incomplete")
     indexes = sorted(path.glob("*.index.json"))  # which file holds which weight
     return Checkpoint(
         path, "hf", source, None, metadata, (config, *indexes, *weights), functools.partial(_read_hf, weights)
@@ -313,7 +313,7 @@ def _plan(path: Path, metadata: object) -> ModelPlan:
 
 
 def _foreign(path: Path) -> UserError:
-    return UserError(f"{path} is no checkpoint of this project: it lacks state/model or state/callbacks/{METADATA}")
+    return UserError(f"{path} is not a checkpoint of this project: it lacks state/model or state/callbacks/{METADATA}")
 
 
 def _refused(path: Path, error: pickle.UnpicklingError) -> UserError:
@@ -323,4 +323,4 @@ def _refused(path: Path, error: pickle.UnpicklingError) -> UserError:
 
 
 def _unreadable(path: Path, error: Exception) -> UserError:
-    return UserError(f"{path} can't be read ({first_line(error)}); take an earlier checkpoint")
+    return UserError(f"{path} can't be read ({first_line(error)}); use an earlier checkpoint")

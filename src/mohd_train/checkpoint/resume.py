@@ -1,6 +1,6 @@
 """What a run resumes from: its own newest checkpoint, here or on object storage, or that of ``load_path``.
 
-On storage the link that names the newest checkpoint is written last, so what it names is whole.
+On storage the link that names the newest checkpoint is written last, so what it names is complete.
 """
 
 from __future__ import annotations
@@ -34,19 +34,19 @@ from mohd_train.run_folder.paths import (
     local_save_folder,
 )
 from mohd_train.run_folder.secrets import shown
-from mohd_train.storage import Storage, bring_checkpoint, is_remote
+from mohd_train.storage import Storage, download_checkpoint, is_remote
 
 
 @dataclass(frozen=True)
 class ResumePoint:
-    """Where a session starts. The empty one starts anew.
+    """Where a session starts. An empty one starts from scratch.
 
     Attributes:
         checkpoint: what is loaded, on this node's disk: a copy if it is on object storage.
-        source: what to call it in messages: its address on object storage, or its path.
+        source: its name in messages: its address on object storage, or its path.
         is_resuming: whether it is this run's own, and not ``load_path``'s.
-        skipped: newer checkpoints that are broken, a line each.
-        metrics: ``metrics.jsonl`` up to there, downloaded; None if the run folder's own is right.
+        skipped: newer checkpoints that are broken, one line each.
+        metrics: ``metrics.jsonl`` up to that checkpoint, downloaded; None if the run folder's own is right.
         stored_record: ``run.json`` of a remote ``save_folder`` that holds a run.
         scratch: the folder of the copies.
     """
@@ -60,7 +60,7 @@ class ResumePoint:
     scratch: Path | None = None
 
     def forget_copies(self) -> None:
-        """Removes the copies once every process has loaded them: a run killed later would leave them for good.
+        """Removes the copies once every process has loaded them: a run killed later would leave them forever.
 
         To be called by every process.
         """
@@ -71,12 +71,12 @@ class ResumePoint:
 
 
 def download(config: Config) -> ResumePoint:
-    """What object storage has of this run, with a copy of the checkpoint to resume from; once a node.
+    """What object storage has of this run, with a copy of the checkpoint to resume from; once per node.
 
     The copies are removed when their process ends. The checkpoint is None if a local one is as new.
 
     Raises:
-        UserError: the storage can't be reached, a checkpoint is missing, or none is whole.
+        UserError: the storage can't be reached, a checkpoint is missing, or none is valid.
     """
     scratch = Path(tempfile.mkdtemp(prefix="mohd_train-remote-"))
     atexit.register(shutil.rmtree, scratch, ignore_errors=True)
@@ -85,7 +85,7 @@ def download(config: Config) -> ResumePoint:
         found = _download_run(config, found, scratch)
     here = config.autoresume and _newest_batch_here(config) >= 0
     if found.checkpoint is None and not here and config.load_path and is_remote(config.load_path):
-        return replace(found, source=config.load_path, checkpoint=bring_checkpoint(config.load_path, scratch))
+        return replace(found, source=config.load_path, checkpoint=download_checkpoint(config.load_path, scratch))
     return found
 
 
@@ -112,7 +112,7 @@ def choose(config: Config, downloaded: ResumePoint, *, has_trained: bool) -> Res
 
 
 def latest_valid(folder: Path) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint that is whole, every byte of it, and a line for each newer one that is broken.
+    """The newest valid checkpoint, every byte verified, and a line for each newer one that is broken.
 
     Composer's ``latest`` link alone would not do: for a moment between two saves there is none, and a run killed then
     would silently start over.
@@ -129,7 +129,7 @@ def latest_valid(folder: Path) -> tuple[Path | None, list[str]]:
             continue
         return path, skipped
     if skipped:
-        raise UserError(f"no checkpoint in {folder} is whole; {skipped[0]} (or save_overwrite=true to start over)")
+        raise UserError(f"no checkpoint in {folder} is valid; {skipped[0]} (or save_overwrite=true to start over)")
     return None, []
 
 
@@ -155,10 +155,10 @@ def check_checkpoint(
     tokenizer_sha256: str,
     tokenizer_folder: Path,
 ) -> None:
-    """Refuses a checkpoint that is not one of this model, or of this run if it resumes; the message names what differs.
+    """Refuses a checkpoint of another model, or of another run if this one resumes; the message names what differs.
 
     Args:
-        start: with its checkpoint on this disk.
+        start: with its checkpoint on local disk.
         plan: this run's model.
         shapes: its parameters, name -> shape.
         tokenizer_sha256: the tokenizer of this run's data, as its manifest names it.
@@ -235,11 +235,11 @@ def _download_run(config: Config, found: ResumePoint, scratch: Path) -> ResumePo
         return replace(
             found, checkpoint=target, source=source, is_resuming=True, metrics=metrics, skipped=tuple(skipped)
         )
-    raise UserError(f"no checkpoint in {storage.uri} is whole; {skipped[0]} (or save_overwrite=true to start over)")
+    raise UserError(f"no checkpoint in {storage.uri} is valid; {skipped[0]} (or save_overwrite=true to start over)")
 
 
 def _newest_batch_here(config: Config) -> int:
-    """Batch of the newest valid checkpoint on this disk, -1 without. Several nodes all take the storage's: one alone
+    """Batch of the newest valid checkpoint on local disk, -1 without. With several nodes all take the storage's: only one
     has any."""
     if dist.get_world_size() > dist.get_local_world_size():
         return -1

@@ -1,4 +1,4 @@
-"""Saving: Composer's checkpoint saver, with checkpoints that are whole or not there, some of which are kept for
+"""Saving: Composer's checkpoint saver, made atomic; some checkpoints are kept for
 good."""
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ from mohd_train.utils.distributed import on_rank_zero
 
 log = logging.getLogger(__name__)
 ATTEMPTS = 3
-WAIT = 2.0  # seconds before the second attempt, twice that before the third
+WAIT = 2.0  # seconds before the second attempt, doubled before the third
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def leftovers(folder: Path) -> list[Path]:
-    """Halves of checkpoints that a kill cut short, and halves of those that were being removed."""
+    """Partial checkpoints that a kill left behind, in saving or in removing."""
     return sorted(folder.glob(".ep*-ba*.tmp"))
 
 
 def remove(path: Path) -> None:
-    """Removes a file, or a sharded checkpoint, which is hidden first: half of one must never stand under its name."""
+    """Removes a file, or a sharded checkpoint, which is hidden first: a partial one must never have its name."""
     if path.is_dir() and not path.is_symlink():
         if not path.name.startswith("."):
             path = path.replace(path.with_name(f".{path.name}.tmp"))
@@ -49,12 +49,12 @@ def remove(path: Path) -> None:
 
 
 def _cause(error: BaseException) -> OSError | None:
-    """The OSError behind what torch.save raised: its zip writer hides it behind a RuntimeError of its own."""
+    """The OSError behind what torch.save raised: its zip writer wraps it in a RuntimeError."""
     return next((one for one in causes(error) if isinstance(one, OSError)), None)
 
 
-def write_whole(state_dict: dict[str, Any], filename: str) -> None:
-    """Writes a checkpoint under a temporary name, flushed to disk, and then renames it. Tries again where it may help.
+def write_checkpoint(state_dict: dict[str, Any], filename: str) -> None:
+    """Writes a checkpoint under a temporary name, flushes it to disk, and then renames it. Retries where it may help.
 
     Raises:
         UserError: the disk is full, or it can't be written after :data:`ATTEMPTS` attempts. Nothing is left of the
@@ -79,7 +79,7 @@ def write_whole(state_dict: dict[str, Any], filename: str) -> None:
                 raise
             if cause.errno in FULL or attempt == ATTEMPTS:
                 raise UserError(_failure(path, cause)) from error
-            log.warning("saving %s failed (%s); trying again", path, cause.strerror)
+            log.warning("saving %s failed (%s); retrying", path, cause.strerror)
             time.sleep(WAIT * attempt)
 
 
@@ -88,20 +88,20 @@ def _failure(path: Path, cause: OSError) -> str:
     with contextlib.suppress(OSError):
         free = f", {shutil.disk_usage(path.parent).free / 1e9:.1f} GB free"
     return (
-        f"{path} can't be saved ({cause.strerror}{free}); make room (save_num_checkpoints_to_keep keeps the last K alone) or "
-        "mend the folder, then go on from the last whole checkpoint with autoresume=true"
+        f"{path} can't be saved ({cause.strerror}{free}); make room (save_num_checkpoints_to_keep keeps only the last K) or "
+        "mend the folder, then resume from the last complete checkpoint with autoresume=true"
     )
 
 
 def save_sharded(save: Callable[[str], str | None], filename: str) -> str | None:
-    """Has every rank write its part into a folder of a temporary name, which is then renamed.
+    """Makes every rank write its part into a folder with a temporary name, which is then renamed.
 
     Args:
         save: writes a sharded checkpoint, given this rank's file in it.
         filename: the file in the folder to be.
 
     Raises:
-        UserError: on every rank, where one can't write. Nothing is left of the attempt under the folder's name.
+        UserError: on every rank, if one can't write. Nothing of the attempt is left under the folder's name.
     """
     folder = Path(filename).parent
     temporary = folder.with_name(f".{folder.name}.tmp")
@@ -111,7 +111,7 @@ def save_sharded(save: Callable[[str], str | None], filename: str) -> str | None
             shutil.rmtree(temporary)
 
     def rename() -> None:
-        if folder.exists():  # broken, or about to be the same
+        if folder.exists():  # broken, or about to be rewritten identically
             remove_beside = folder.replace(folder.with_name(f".{folder.name}.old.tmp"))
             temporary.replace(folder)
             shutil.rmtree(remove_beside)
@@ -128,7 +128,7 @@ def save_sharded(save: Callable[[str], str | None], filename: str) -> str | None
             if cause is None:
                 raise
             raise UserError(_failure(folder, cause)) from error
-        dist.barrier()  # Composer looks for each rank's file once more
+        dist.barrier()  # Composer checks for each rank's file again
         on_rank_zero(lambda: _named(folder, rename))
     finally:
         if dist.get_global_rank() == 0:
@@ -137,7 +137,7 @@ def save_sharded(save: Callable[[str], str | None], filename: str) -> str | None
 
 
 def _named(folder: Path, work: Callable[[], None]) -> None:
-    """``work``, whose OSError becomes one line that names the checkpoint."""
+    """Runs ``work``; an OSError becomes one line that names the checkpoint."""
     try:
         work()
     except OSError as error:
@@ -145,7 +145,7 @@ def _named(folder: Path, work: Callable[[], None]) -> None:
 
 
 def nonfinite(state: State) -> str | None:
-    """The first parameter, or optimizer state of one, that holds NaN or infinity on any rank; None if all is finite.
+    """The first parameter or optimizer state that holds NaN or infinity on any rank; None if all are finite.
 
     To be called by every rank.
     """
@@ -160,7 +160,7 @@ def nonfinite(state: State) -> str | None:
     found = None
     if tensors:
         bad = torch.stack([~torch.isfinite(value).all().to(tensors[0][1].device) for _, value in tensors])
-        first = int(bad.to(torch.int8).argmax())  # one wait for the device
+        first = int(bad.to(torch.int8).argmax())  # waits for the device only once
         found = tensors[first][0] if bad[first] else None
     names = [name for name in dist.all_gather_object(found) if name is not None]
     return names[0] if names else None
@@ -192,7 +192,7 @@ class RunMetadata(Callback):
         return {"json": json.dumps(self.values)} if self.text else dict(self.values)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes nothing over: :func:`mohd_train.checkpoint.resume.check_checkpoint` compares the two before the
+        """Loads nothing: :func:`mohd_train.checkpoint.resume.check_checkpoint` compares the two before the
         load."""
 
 
@@ -202,7 +202,7 @@ def checkpoint_of(saved: str) -> Path:
 
 
 class CheckpointSaver(callbacks.CheckpointSaver):
-    """See :func:`write_whole`; the class keeps Composer's name, under which its state stands in checkpoints.
+    """See :func:`write_checkpoint`; the class keeps Composer's name, under which its state stands in checkpoints.
 
     Args:
         keep_every: such as ``"10000ba"``: checkpoints of these batches are never removed, and don't count to the last K.
@@ -215,11 +215,11 @@ class CheckpointSaver(callbacks.CheckpointSaver):
         self.newest: str | None = None
 
     def after_load(self, state: State, logger: Logger) -> None:
-        """Raises UserError if the checkpoint that was loaded holds numbers that are not finite."""
+        """Raises UserError if the loaded checkpoint holds non-finite numbers."""
         name = nonfinite(state)
         if name is not None:
             raise UserError(
-                f"the checkpoint that was loaded is not usable: {name} holds NaN or infinity; remove it, and the run resumes "
+                f"the loaded checkpoint is unusable: {name} holds NaN or infinity; remove it, and the run resumes "
                 "from the one before"
             )
 
@@ -230,13 +230,13 @@ class CheckpointSaver(callbacks.CheckpointSaver):
                 f"batch {state.timestamp.batch.value} is not saved: {name} holds NaN or infinity. The last good checkpoint is "
                 f"{self.newest or 'none yet'}: resume from it with autoresume=true, or start another run with a lower optimizer.lr"
             )
-        with compat.composer_saves_whole_files(write_whole, save_sharded):
+        with compat.composer_saves_atomically(write_checkpoint, save_sharded):
             super()._save_checkpoint(state, logger)
         if self.saved_checkpoints:
             self.newest = str(checkpoint_of(self.saved_checkpoints[-1]))
 
     def save_now(self, state: State, logger: Logger) -> None:
-        """Saves this batch, unless it is saved already."""
+        """Saves this batch, unless it is already saved."""
         if self.last_checkpoint_batch != state.timestamp.batch:
             self._save_checkpoint(state, logger)
 
@@ -249,7 +249,7 @@ class CheckpointSaver(callbacks.CheckpointSaver):
         rotating = [path for path in self.saved_checkpoints if not self.is_kept(path)]
         excess = len(rotating) - self.num_checkpoints_to_keep
         if excess > 0 and dist.get_global_rank() == 0:
-            # What was just written is read back before what it replaces is removed.
+            # The new checkpoint is read back before the one it replaces is removed.
             open_native(checkpoint_of(self.saved_checkpoints[-1])).verify()
         for path in rotating[: max(excess, 0)]:
             if dist.get_global_rank() == 0:  # of a sharded checkpoint every rank knows its part

@@ -1,7 +1,7 @@
 """Reading a sharded checkpoint (a folder of torch.distributed.checkpoint, DCP) without running anything it holds.
 
-DCP's ``.metadata`` is a pickle, and what isn't a tensor is a pickle within the shards; torch loads both with all trust.
-Here the first is read by an unpickler that knows DCP's own classes alone, the others by torch's restricted one. A
+DCP's ``.metadata`` is a pickle, and what isn't a tensor is a pickle within the shards; torch trusts both.
+Here the first is read by an unpickler that knows only DCP's own classes, the others by torch's restricted one. A
 folder that passes :func:`check_sharded` holds nothing that would run code in torch's own load.
 """
 
@@ -53,7 +53,7 @@ class CodeError(pickle.UnpicklingError):
 
 
 class _Unpickler(pickle.Unpickler):
-    """Knows :data:`CLASSES` and torch's data types."""
+    """Accepts :data:`CLASSES` and torch's data types."""
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) in CLASSES:
@@ -87,7 +87,7 @@ def is_sharded(path: Path) -> bool:
 
 
 def _check_files(folder: Path, found: metadata.Metadata) -> None:
-    """Every part that the metadata names is there, in a shard of this folder."""
+    """Checks that every part that the metadata names is there, in a shard of this folder."""
     ends: dict[str, int] = {}
     for info in found.storage_data.values():
         if not SHARD.fullmatch(info.relative_path) or info.transform_descriptors:
@@ -109,7 +109,7 @@ def _check_files(folder: Path, found: metadata.Metadata) -> None:
 
 
 def _check_optimizer(found: metadata.Metadata) -> None:
-    """Every parameter has the same moments, where there are any: a load would leave those that lack at zero."""
+    """Checks that every parameter has the same moments, if there are any: loading would leave missing ones at zero."""
     moments: dict[str, set[str]] = {}
     parameters = set()
     for path in found.planner_data.values():
@@ -136,12 +136,12 @@ def _plain(folder: Path, found: metadata.Metadata) -> dict[str, Any]:
 
 
 def check_sharded(folder: Path) -> tuple[metadata.Metadata, dict[str, Any]]:
-    """Reads all but the tensors, and makes sure that those are there.
+    """Reads everything but the tensors, and makes sure that those are there.
 
     To be called within ``torch.serialization.safe_globals``.
 
     Raises:
-        ShardedError: half-written, or something lacks. UnpicklingError: it holds more than tensors and plain data.
+        ShardedError: half-written, or something is missing. UnpicklingError: it holds more than tensors and plain data.
     """
     if not (folder / METADATA_FILE).is_file():
         raise ShardedError(f"no {METADATA_FILE}, which is written last")
@@ -154,7 +154,7 @@ def check_sharded(folder: Path) -> tuple[metadata.Metadata, dict[str, Any]]:
 def read_sharded(
     folder: Path, callback: str, *, meta: bool, key: Callable[[str], str]
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The state of a callback that stands there as JSON, and the whole parameters.
+    """The state of a callback that is stored as JSON, and the full parameters.
 
     Args:
         callback: its name.

@@ -1,7 +1,7 @@
 """Whether a checkpoint's bytes are those that were written: the checksums that its files carry.
 
 torch.save writes a zip, with a CRC-32 of each entry; a sharded checkpoint is a row of such zips. Loading doesn't
-compare them: a flipped bit would become a weight without a word.
+compare them: a flipped bit would silently become a weight.
 """
 
 from __future__ import annotations
@@ -43,6 +43,6 @@ def _verify(checkpoint: Path, content: Path | IO[bytes], where: str) -> None:
         with zipfile.ZipFile(content) as archive:
             entry = archive.testzip()
     except BROKEN as error:
-        raise UserError(f"{where} is corrupt ({first_line(error)}); take an earlier checkpoint") from None
+        raise UserError(f"{where} is corrupt ({first_line(error)}); use an earlier checkpoint") from None
     if entry is not None:
-        raise UserError(f"{where} is corrupt: {entry} differs from its checksum; take an earlier checkpoint")
+        raise UserError(f"{where} is corrupt: {entry} differs from its checksum; use an earlier checkpoint")

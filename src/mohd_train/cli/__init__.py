@@ -54,18 +54,18 @@ VERBS = {
 
 def main(argv: Sequence[str] | None = None) -> int | None:
     """Calls the verb that ``argv`` (default: the process's arguments) begins with. Returns its exit status; 2 for a usage error."""
-    words = list(sys.argv[1:] if argv is None else argv)
-    if words[:1] in (["-h"], ["--help"]):
+    args = list(sys.argv[1:] if argv is None else argv)
+    if args[:1] in (["-h"], ["--help"]):
         print(_help())
         return 0
-    if words[:1] == ["--version"]:
+    if args[:1] == ["--version"]:
         print(f"mohd_train {__version__}")
         return 0
-    if not words or words[0] not in VERBS:
-        hint = f"there is no verb {words[0]!r}{nearest(words[0], VERBS)}" if words else "which verb?"
+    if not args or args[0] not in VERBS:
+        hint = f"there is no verb {args[0]!r}{nearest(args[0], VERBS)}" if args else "which verb?"
         print(f"{_help()}\n\nerror: {hint}", file=sys.stderr)
         return 2
-    return call(words[0], words[1:], f"mohd {words[0]}")
+    return call(args[0], args[1:], f"mohd {args[0]}")
 
 
 def call(verb: str, argv: Sequence[str], prog: str) -> int | None:

@@ -73,7 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--record",
         type=Path,
-        help="measure everything that benchmarks/ holds of a machine, part by part, into this folder",
+        help="measure everything that benchmarks/ records of a machine, part by part, into this folder",
     )
     parser.add_argument(
         "--first-gpu",

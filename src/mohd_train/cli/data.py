@@ -41,14 +41,12 @@ def prepare(argv: Sequence[str], prog: str) -> None:
     parser.add_argument(
         "--max-bad-rows", type=float, default=0.01, help="allowed bad rows: below 1 a share of all rows, else a count"
     )
-    parser.add_argument(
-        "--shard", type=_shard, metavar="I/N", help="tokenize one of N parts of the raw files, and no more"
-    )
+    parser.add_argument("--shard", type=_shard, metavar="I/N", help="tokenize only one of N parts of the raw files")
     parser.add_argument(
         "--finish-after", type=positive, metavar="N", help="wait until N parts are tokenized, then finish"
     )
     parser.add_argument(
-        "--launcher", choices=("slurm", "k8s"), help="have a cluster's machines do it, on the file system they share"
+        "--launcher", choices=("slurm", "k8s"), help="let a cluster's machines do it, on the file system they share"
     )
     parser.add_argument(
         "--tasks", type=positive, metavar="N", help="with --launcher: parts, at most as many as raw files"

@@ -9,14 +9,14 @@ from mohd_train.cli import make_parser
 
 
 def demo(argv: Sequence[str], prog: str) -> None:
-    """The whole path in one command, and the small steps that only the demo has.
+    """The whole path in one command, and the steps that only the demo has.
 
         %(prog)s run [--out runs/demo] [--raw DIR] [--tokenizer FILE] [--eval-data DIR] [--limit N] [--max-duration 100ba]
         %(prog)s corpus DIR                      text of this Python installation as RedPajama-style rows
         %(prog)s tokenizer RAW_DIR MODEL_FILE [--vocab-size 4096]    a small sentencepiece tokenizer learned from rows
         %(prog)s curves RUN_DIR... --output PNG  loss curves of runs
 
-    `make demo` is `run`. A second one reuses what is whole and continues what is not.
+    `make demo` is `run`. A second one reuses what is complete and resumes what is not.
     """
     parser = make_parser(demo, prog)
     subparsers = parser.add_subparsers(dest="command", required=True)

@@ -23,7 +23,7 @@ def evaluate(argv: Sequence[str], prog: str) -> int:
         %(prog)s --checkpoint CHECKPOINT --perplexity --data PREPARED_FOLDER
         %(prog)s --sweep SWEEP_DIR [--perplexity] [--jobs N]      # every finished run, into SWEEP_DIR/eval
 
-    Without --data-dir the questions come from the Hugging Face hub. What is stored already is not computed again. --perplexity
+    Without --data-dir the questions come from the Hugging Face hub. Stored results are not computed again. --perplexity
     measures the validation perplexity of each domain instead of the tasks.
     """
     options = parse(describe(evaluate, prog), argv, prog)
@@ -53,9 +53,11 @@ def generate(argv: Sequence[str], prog: str) -> None:
     parser.add_argument("prompt")
     parser.add_argument("--max-new-tokens", type=positive, default=100, metavar="N")
     parser.add_argument(
-        "--temperature", type=_not_negative, default=0.0, help="0 (default): the likeliest token each time"
+        "--temperature", type=_not_negative, default=0.0, help="0 (default): always the most likely token"
     )
-    parser.add_argument("--top-p", type=share, default=1.0, help="sample from the likeliest tokens of this mass")
+    parser.add_argument(
+        "--top-p", type=share, default=1.0, help="sample from the most likely tokens of this probability mass"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the sampling")
     add_load_options(parser)
     arguments = parser.parse_args(argv)
@@ -84,10 +86,10 @@ def prefetch(argv: Sequence[str], prog: str) -> int:
     """Downloads the questions of the ten tasks from the Hugging Face hub into the layout that --data-dir reads, with hashes.
 
         %(prog)s DIR [--tasks sciq,mmlu ...]       # on a machine with a network; continues where it stopped
-        %(prog)s DIR --verify                      # after copying: is every file whole?
+        %(prog)s DIR --verify                      # after copying: is every file intact?
         mohd eval --checkpoint CHECKPOINT --data-dir DIR
 
-    DIR/manifest.json names each file's rows, hash and source. A task that is not to be had is named with the reason (exit code 1).
+    DIR/manifest.json lists each file's rows, hash and source. An unavailable task is reported with the reason (exit code 1).
     """
     parser = make_parser(prefetch, prog)
     parser.add_argument("folder", type=Path, metavar="DIR")
@@ -102,5 +104,5 @@ def prefetch(argv: Sequence[str], prog: str) -> int:
     if not args.verify:
         return fetching.prefetch(args.folder, load_suite(), names, lambda text: print(text, flush=True))
     problems, remarks = fetching.verify(args.folder, load_suite(), names)
-    print("\n".join([*remarks, *problems, f"{len(problems)} problem(s)" if problems else "every file is whole"]))
+    print("\n".join([*remarks, *problems, f"{len(problems)} problem(s)" if problems else "every file is intact"]))
     return 1 if problems else 0

@@ -115,7 +115,7 @@ def export(argv: Sequence[str], prog: str) -> None:
     """
     parser = make_parser(export, prog)
     parser.add_argument("checkpoint", type=path_or_uri, help="a checkpoint in its run folder, here or s3://...")
-    parser.add_argument("out_dir", type=Path, help="the folder to write; it must not hold anything")
+    parser.add_argument("out_dir", type=Path, help="the folder to write; it must be empty or not exist")
     parser.add_argument("--llama", action="store_true", help="write a dense model as LlamaForCausalLM")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of the weights")
     parser.add_argument("--no-check", action="store_true", help="don't load the folder and compare its logits")
@@ -147,7 +147,7 @@ def export(argv: Sequence[str], prog: str) -> None:
 
 
 def _scores(results: Path, checkpoint: str | Path) -> dict[str, str]:
-    """What the evaluations of this checkpoint found, as a model card shows it.
+    """The scores of this checkpoint as a model card shows them.
 
     Raises:
         UserError: no results there, or none of this checkpoint.
@@ -183,7 +183,7 @@ def import_(argv: Sequence[str], prog: str) -> None:
     """
     parser = make_parser(import_, prog)
     parser.add_argument("hf_dir", type=Path, help="a Hugging Face folder with its tokenizer")
-    parser.add_argument("out_dir", type=Path, help="the folder to write; it must not hold anything")
+    parser.add_argument("out_dir", type=Path, help="the folder to write; it must be empty or not exist")
     parser.add_argument(
         "--mohd",
         metavar="YAML",

@@ -33,7 +33,7 @@ def observe(argv: Sequence[str], prog: str) -> None:
 
 
 def _task_score(subject: Subject, options: ObserveOptions, cache: str) -> Score:
-    """A function that scores the model as it stands on the tasks that were asked for."""
+    """A function that scores the model in its current state on the requested tasks."""
     import logging
     from pathlib import Path
 
@@ -47,7 +47,7 @@ def _task_score(subject: Subject, options: ObserveOptions, cache: str) -> Score:
     from mohd_train.results.suite import load_suite
 
     if subject.tokenizer is None:
-        raise UserError(f"--tasks: {options.model} comes with no tokenizer; give it with --tokenizer")
+        raise UserError(f"--tasks: {options.model} has no tokenizer; give one with --tokenizer")
     datasets.disable_progress_bars()
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     suite = load_suite()

@@ -10,7 +10,7 @@ from mohd_train.storage import path_or_uri
 
 
 def tables(argv: Sequence[str], prog: str) -> None:
-    """The paper's tables with our numbers, the paper's beside them, and the difference.
+    """The paper's tables with our numbers, the paper's next to them, and the difference.
 
         %(prog)s SWEEP_DIR --table 4 [--format md|latex|csv|html] [--output FILE]
         %(prog)s eval/results                           # Table 2 from results of mohd eval
@@ -19,7 +19,7 @@ def tables(argv: Sequence[str], prog: str) -> None:
 
     SWEEP_DIR is the folder of a launched sweep. Our scores have standard errors: over seeds in a sweep that has several, else over
     questions. In Table 2 a row of ours is matched with the paper's by the model's name (355m-x2: MoHD-710M) and marked if its
-    parameter counts differ. Missing numbers are shown as a dash, in CSV as nothing.
+    parameter counts differ. Missing numbers are shown as a dash, in CSV as an empty cell.
     """
     parser = make_parser(tables, prog)
     parser.add_argument(
@@ -88,7 +88,7 @@ def report(argv: Sequence[str], prog: str) -> None:
 
         %(prog)s SWEEP_DIR [--output FILE]                 # default: SWEEP_DIR/report.html
 
-    Figures are written beside it. The page includes Fig. 11 once `mohd figures --router` has drawn it.
+    Figures are written next to it. The page includes Fig. 11 once `mohd figures --router` has drawn it.
     """
     parser = make_parser(report, prog)
     parser.add_argument("sweep", type=Path, metavar="SWEEP_DIR")

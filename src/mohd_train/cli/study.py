@@ -11,7 +11,7 @@ from mohd_train.cli import make_parser
 def study(argv: Sequence[str], prog: str) -> None:
     """What a sweep has shown: differences paired by seed with 95% intervals, curves over tokens, and a record. See docs/study.md.
 
-    %(prog)s status runs/sweep/study-small              # how its runs stand, and every comparison so far
+    %(prog)s status runs/sweep/study-small              # the state of its runs, and every comparison so far
     %(prog)s figures runs/sweep/study-small --output DIR
     %(prog)s record runs/sweep/study-small              # benchmarks/DATE-study-small.{json,md} and figures
     %(prog)s status runs/sweep/study-small --records benchmarks/DATE-study-small.json    # with runs of another machine

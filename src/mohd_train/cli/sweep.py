@@ -29,7 +29,7 @@ def sweep(argv: Sequence[str], prog: str) -> int | None:
 
 
 def parse(argv: Sequence[str], prog: str) -> tuple[str, Request]:
-    """The command and what it is asked for. Leaves through argparse, with 2, for a usage error."""
+    """Parses the command line. A usage error exits through argparse, with 2."""
     parser = make_parser(sweep, prog)
     parser.add_argument("command", choices=COMMANDS, help="run: one run of a launched sweep (what cluster jobs call)")
     parser.add_argument(
@@ -53,16 +53,16 @@ def parse(argv: Sequence[str], prog: str) -> tuple[str, Request]:
     options = vars(parser.parse_args(argv))
     refuse_remote(options["out"], "--out", "then copy it (aws s3 sync OUT s3://...)")
     overrides = list(options["overrides"])
-    for name in ("only", "seeds"):  # they take every word that follows, key=value too
-        words = options[name] or []
-        overrides += [word for word in words if "=" in str(word)]
-        options[name] = tuple(word for word in words if "=" not in str(word))
+    for name in ("only", "seeds"):  # these options take every argument that follows, key=value too
+        given = options[name] or []
+        overrides += [one for one in given if "=" in str(one)]
+        options[name] = tuple(one for one in given if "=" not in str(one))
     options |= {"overrides": tuple(overrides), "seeds": options["seeds"] or None}
     return options.pop("command"), Request(**options)
 
 
 def _seed(text: str) -> int | str:
-    """A number; a key=value word that follows is passed on."""
+    """A number; a key=value one that follows is passed on."""
     if "=" not in text and not text.isdigit():
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number, 0 or more")
     return text if "=" in text else int(text)

@@ -1,6 +1,6 @@
 """The range of every number in a config. A number outside it would crash, hang or train on nothing much later.
 
-A bound is where a value stops making sense, not where it stops being wise.
+A bound is where a value stops making sense, not where it stops being sensible practice.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ class Bounds:
 
     Attributes:
         open: ``low`` or ``high``: that end is left out.
-        other: values outside the range that are taken too.
-        rule: the rule in words, where the range alone would not say it.
+        other: values outside the range that are accepted too.
+        rule: the rule in words, if the range alone doesn't express it.
     """
 
     low: float

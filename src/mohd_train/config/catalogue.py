@@ -1,4 +1,4 @@
-"""The models of the paper's Tables 1, 2 and 5, composed from ``configs/`` and set beside the paper's own figures."""
+"""The models of the paper's Tables 1, 2 and 5, composed from ``configs/``, with the paper's own figures."""
 
 from __future__ import annotations
 

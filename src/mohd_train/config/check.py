@@ -38,7 +38,7 @@ DURATIONS = {
 }
 PATHS = ("run_folder", "save_folder", "load_path", "data.local", "data.remote")  # `~` may begin them
 FILE_NAME_BYTES = 255
-# Names that a domain can't have: Composer's label for training, ours for the total over domains, and what lies beside
+# Names that a domain can't have: Composer's label for training, ours for the total over domains, and what lies next to
 # the domains in a data folder.
 RESERVED_DOMAINS = ("train", "eval", "manifest.json", "tokenizer", "bad_rows.jsonl")
 
@@ -59,7 +59,7 @@ def _check_duration(key: str, value: str, units: tuple[str, ...]) -> None:
 
 
 def _check_warmup(config: Config) -> None:
-    """Compares the warm-up with the run in one unit. Epochs with batches: only once the data is there (train/data.py)."""
+    """Compares the warm-up with the run in one unit. Epochs are compared with batches once the data is known (train/data.py)."""
     key, warmup, whole = "scheduler.t_warmup", config.scheduler.t_warmup, config.max_duration
     matches = DURATION.fullmatch(warmup), DURATION.fullmatch(whole)
     assert all(matches), "both were checked to be durations"
@@ -76,7 +76,7 @@ def _check_warmup(config: Config) -> None:
 
 
 def check_names(config: Config) -> None:
-    """Raises :class:`UserError` for a name that can't be a folder's: before folders are named after it."""
+    """Raises :class:`UserError` for a name that can't be a folder's, before folders are named after it."""
     plain_name(config.model.name, "model.name")
     plain_name(config.mohd.name, "mohd.name")
     name = str(config.run_name)

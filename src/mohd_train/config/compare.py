@@ -37,7 +37,7 @@ DEFAULTS = {key: value for key, value in _flatten(dataclasses.asdict(Config())).
 
 
 def _settled(value: dict[str, Any]) -> dict[str, Any]:
-    """Flat, under today's names. Through JSON, so that a tuple and a list, or an int and a float of one value, are the same.
+    """Flattened, under today's names. Through JSON, so that a tuple equals a list, and an int the float of the same value.
 
     A key that an earlier version didn't have takes its default, which is what that version did.
     """

@@ -40,7 +40,7 @@ KNOWN_KEYS = all_keys(Config)
 
 
 def is_text(annotation: Any) -> bool:
-    """Whether a value of this type is text and nothing else."""
+    """Whether a value of this type is always text."""
     return options(annotation) == (str,)
 
 

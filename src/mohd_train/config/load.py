@@ -31,12 +31,12 @@ __all__ = ["load_config", "load_model_plan", "split_arguments", "to_yaml"]
 log = logging.getLogger(__name__)
 
 RUN_CONFIG, RUN_RECORD = "config.yaml", "run.json"  # of a run folder
-# A later source's mapping replaces these whole (a mix is one thing); other mappings merge key by key.
-REPLACED_WHOLE = ("data.domains",)
+# A later source's mapping replaces these entirely (a mix is one thing); other mappings merge key by key.
+REPLACED = ("data.domains",)
 
 
 def _refuse_unknown(value: Any, source: str, prefix: str = "") -> None:
-    """Raises for the first key that the schema does not have."""
+    """Raises for the first key that the schema lacks."""
     for key, child in value.items():
         name = f"{prefix}{key}"
         if name not in KNOWN_KEYS:
@@ -51,7 +51,7 @@ def _refuse_unknown(value: Any, source: str, prefix: str = "") -> None:
 
 
 def _pop(mapping: dict[str, Any], dotted: str) -> Any:
-    """Takes a nested value out of ``mapping``; None where it is not there."""
+    """Removes and returns a nested value of ``mapping``; None if it is missing."""
     *parents, last = dotted.split(".")
     for parent in parents:
         mapping = mapping.get(parent) or {}
@@ -60,8 +60,10 @@ def _pop(mapping: dict[str, Any], dotted: str) -> Any:
 
 def _merge(config: DictConfig, value: dict[str, Any], source: str, *, replace: bool) -> None:
     try:
-        whole = {key: _pop(value, key) for key in REPLACED_WHOLE} if replace else {}
-        config.merge_with(value)  # in place: OmegaConf.merge copies the whole config for every word of a command line
+        whole = {key: _pop(value, key) for key in REPLACED} if replace else {}
+        config.merge_with(
+            value
+        )  # in place: OmegaConf.merge copies the whole config for every argument of a command line
         for key, mapping in whole.items():
             if mapping is not None:
                 OmegaConf.update(config, key, mapping, merge=False)
@@ -91,7 +93,7 @@ def _resolve(config: Config) -> Config:
 
 
 def _follow(config: Config) -> Config:
-    """Sets what follows another key unless it is given; after the checks, which name the key that the user set."""
+    """Fills in keys that follow another key unless given; after the checks, so that errors name the key that the user set."""
     if config.optimizer.router_lr is None:
         config.optimizer.router_lr = config.optimizer.lr
     if config.data.shuffle_seed is None:
@@ -114,7 +116,7 @@ def _path(key: str, text: str, **values: str) -> str:
 
 
 def _home_expanded(key: str, path: str) -> str:
-    """A local path with ``~`` or ``~user`` expanded. Raises UserError for a user that is not known here."""
+    """A local path with ``~`` or ``~user`` expanded. Raises UserError for an unknown user."""
     assert key in PATHS
     if is_remote(path) or not path.startswith("~"):
         return path
@@ -141,16 +143,16 @@ def _of_run_folder(path: str) -> bool:
 
 
 def _refuse_moved(config: Config, source: str) -> None:
-    """Raises if ``source``, which set ``run_folder``, is the config of a run folder that lies elsewhere by now.
+    """Raises if ``source``, which set ``run_folder``, is the config of a run folder that has moved.
 
-    Training would start anew in the old place, and not resume what lies beside the file.
+    Training would start over in the old place instead of resuming the run next to the file.
     """
     if _of_run_folder(source):
         here = Path(source).expanduser().parent
         if Path(config.run_folder).resolve() != here.resolve():
             raise UserError(
                 f"{source} lies beside a run, but its run_folder is {config.run_folder}: the run was moved or copied, or "
-                f"was started from another folder; add run_folder={here} to go on with it"
+                f"was started from another folder; add run_folder={here} to resume it"
             )
 
 
@@ -161,7 +163,7 @@ def _merge_all(files: list[str], overrides: list[str]) -> tuple[DictConfig, dict
     sources = [(path, _following(path, read_file(path)), True) for path in files]
     for text in overrides:
         value, key = read_override(text)
-        sources.append((f"override {text!r}", value, key in REPLACED_WHOLE))
+        sources.append((f"override {text!r}", value, key in REPLACED))
     for source, value, replace in sources:
         _refuse_unknown(value, source)
         origin |= dict.fromkeys(_leaves(value), source)
@@ -181,7 +183,7 @@ def _leaves(value: dict[str, Any], prefix: str = "") -> list[str]:
 
 @contextlib.contextmanager
 def _naming_the_source(origin: dict[str, str]) -> Iterator[None]:
-    """Adds to an error that begins with a key where that key was set."""
+    """Adds where a key was set to an error that begins with that key."""
     try:
         yield
     except UserError as error:
@@ -217,7 +219,7 @@ def load_config(files: list[str], overrides: list[str] | None = None) -> Config:
 
 
 def load_model_plan(files: list[str], overrides: list[str] | None = None) -> ModelPlan:
-    """The model alone, from files that need not hold a whole run (``configs/model/355m.yaml configs/mohd/x2.yaml``).
+    """Only the model, from files that need not hold a whole run (``configs/model/355m.yaml configs/mohd/x2.yaml``).
 
     Raises:
         UserError: as :func:`load_config`.
@@ -236,7 +238,7 @@ def load_model_plan(files: list[str], overrides: list[str] | None = None) -> Mod
 
 
 def load_mohd(files: list[str], overrides: list[str] | None = None) -> MoHDSettings:
-    """The MoHD settings alone, from files that need not hold a model (``configs/mohd/75.yaml``).
+    """Only the MoHD settings, from files that need not hold a model (``configs/mohd/75.yaml``).
 
     Raises:
         UserError: as :func:`load_config`.

@@ -1,4 +1,4 @@
-"""From ratios to numbers: the base model and the MoHD settings give one checked plan that the model is built from."""
+"""From ratios to numbers: base model and MoHD settings become one checked plan, from which the model is built."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ class SubDimPlan:
 
 @dataclass(frozen=True)
 class ModelPlan:
-    """Everything that decides a model's parameters and its function. Readings have the schema's names and defaults."""
+    """Everything that determines a model's parameters and its function. Readings have the schema's names and defaults."""
 
     name: str
     base_hidden_size: int  # d0
@@ -139,10 +139,12 @@ class ModelPlan:
                     values[part] = SubDimPlan(**values[part])
             return cls(**values)
         except TypeError as error:
-            raise UserError(f"this is no plan of a MoHD model ({error}); it was written by another version") from None
+            raise UserError(
+                f"this is not a plan of a MoHD model ({error}); it was written by another version"
+            ) from None
 
     def check(self) -> ModelPlan:
-        """This plan, whoever wrote it, if a model can be built from it.
+        """This plan, wherever it came from, if a model can be built from it.
 
         Raises:
             UserError: what :func:`make_plan` refuses, and sub-dimensions that don't fit the hidden size.
@@ -176,7 +178,7 @@ class ModelPlan:
         return self
 
     def differences(self, other: ModelPlan) -> list[str]:
-        """``["hidden_size: 1024 here, 2048 there", ...]``: what keeps the weights of one out of the other.
+        """``["hidden_size: 1024 here, 2048 there", ...]``: why the weights of one don't fit the other.
 
         The context length doesn't: rotary embeddings hold no weights.
         """
@@ -245,7 +247,7 @@ def _check_experts(section: str, experts: SubDimPlan | None, ffn: SubDimPlan | N
 def _check_heads(section: str, heads: int, key_value_heads: int, head_dim: int) -> None:
     if heads % key_value_heads:
         raise UserError(
-            f"{section}num_attention_heads is {heads}, no multiple of {section}num_key_value_heads = {key_value_heads}; each "
+            f"{section}num_attention_heads is {heads}, not a multiple of {section}num_key_value_heads = {key_value_heads}; each "
             "key/value head serves a whole number of query heads"
         )
     if head_dim % 2:
@@ -256,7 +258,7 @@ def make_plan(model: ModelConfig, mohd: MoHDSettings, max_seq_len: int) -> Model
     """Checks the base model and the MoHD settings against each other and works out the numbers (Tables 1 and 3).
 
     Raises:
-        UserError: an impossible combination, with the key and what would do.
+        UserError: an impossible combination; the message names the key and what would fit.
     """
     check_numbers(model, "model")
     check_numbers(mohd, "mohd")

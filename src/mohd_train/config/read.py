@@ -1,4 +1,4 @@
-"""One source of a config, a YAML file or a ``key=value`` word, as nested plain data. Text stays text.
+"""One source of a config, a YAML file or a ``key=value`` argument, as nested plain data. Text stays text.
 
 YAML would read the name ``1.10`` as the number 1.1, ``007`` as 7, ``1:30`` as 90 and ``on`` as true. The schema says which
 keys hold text, so scalars at those keys are quoted before OmegaConf reads them. Null stays null.
@@ -68,7 +68,7 @@ def _packaged(path: str) -> str:
 def read_override(text: str) -> tuple[dict[str, Any], str]:
     """``key=value`` as a nested mapping, and its dotted key.
 
-    The value of a key that holds text is taken as it stands; only ``null``, nothing at all and a quoted value are YAML's.
+    The value of a key that holds text is taken literally; only ``null``, an empty value and a quoted one are parsed as YAML.
 
     Raises:
         UserError: it isn't of that form, or its value is broken YAML.
@@ -95,9 +95,9 @@ def read_override(text: str) -> tuple[dict[str, Any], str]:
 
 
 def split_arguments(arguments: list[str]) -> tuple[list[str], list[str]]:
-    """The words of a command line as (YAML files, key=value overrides).
+    """The arguments of a command line as (YAML files, key=value overrides).
 
-    A word with ``=`` is an override, unless there is a file of that name and no key.
+    An argument with ``=`` is an override, unless there is a file of that name and no such key.
 
     Raises:
         UserError: it could be both.
@@ -150,7 +150,7 @@ def _load_with_text(content: str) -> Any:
         return _load(quoted)
     except yaml.YAMLError:
         if quoted != content:
-            _load(content)  # its error names the line in the file
+            _load(content)  # raises the error that names the line in the file
         raise
 
 

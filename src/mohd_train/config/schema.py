@@ -1,4 +1,4 @@
-"""The typed schema of a run. One default, one place: every key a YAML file may hold stands here, with its default.
+"""The typed schema of a run. One default, one place: every key that a YAML file may hold is declared here, with its default.
 
 Key names are Composer's and llm-foundry's where they have one, the paper's (arXiv:2412.05644) for MoHD.
 Types are those OmegaConf checks; cross-field rules live in :mod:`mohd_train.config.plan` and :mod:`mohd_train.config.check`.
@@ -87,7 +87,7 @@ class DataConfig:
     domains: dict[str, float] = field(default_factory=dict)  # proportions; they are normalized to sum to 1
     optional_domains: list[str] = field(
         default_factory=list
-    )  # may be absent from the data: the rest is renormalized, and said
+    )  # may be absent from the data: the rest is renormalized, with a note
     shuffle: bool = True
     shuffle_seed: Optional[int] = None  # default: the run's seed
     shuffle_block_size: Optional[int] = None
@@ -96,7 +96,7 @@ class DataConfig:
     num_workers: int = 2
     download_retry: int = 2
     download_timeout: float = 120.0
-    worker_timeout: float = 600.0  # seconds a batch may take to come from a worker; 0: for ever
+    worker_timeout: float = 600.0  # seconds that a batch may take to arrive from a worker; 0: no limit
     verify: bool = True  # check every shard's size and hash against the manifest before the first step
 
 
@@ -156,14 +156,14 @@ class Config:
     save_folder: str = "{run_folder}/checkpoints"
     save_interval: str = "1000ba"
     save_num_checkpoints_to_keep: int = -1  # the last K; -1: all
-    save_keep_every: Optional[str] = None  # beside the last K, such as "10000ba": every checkpoint of these batches
+    save_keep_every: Optional[str] = None  # besides the last K, such as "10000ba": every checkpoint of these batches
     save_overwrite: bool = False
     autoresume: bool = False
     load_path: Optional[str] = None
     load_weights_only: bool = False
 
     # Faults while running (docs/faults.md)
-    nonfinite_loss: str = "stop"  # a NaN or infinite loss or gradient: stop | skip (leaves the batch's update out)
+    nonfinite_loss: str = "stop"  # a NaN or infinite loss or gradient: stop | skip (skips the batch's update)
     loss_spike_factor: Optional[float] = 1.5  # warns of a loss above this multiple of the recent median; null: off
     router_collapse: str = "warn"  # warn | stop | ignore
     router_collapse_share: float = 0.98  # one specialized sub-dimension is active for this share of the tokens...
@@ -173,6 +173,6 @@ class Config:
     loggers: dict[str, Any] = field(default_factory=dict)  # name -> keyword arguments of Composer's logger
     callbacks: dict[str, Any] = field(default_factory=dict)  # name -> keyword arguments of Composer's callback
     progress_bar: bool = True
-    console_log_interval: Optional[str] = None  # e.g. "100ba": plain lines beside or instead of the bar
+    console_log_interval: Optional[str] = None  # e.g. "100ba": plain lines besides or instead of the bar
     routing_log_interval: str = "10ba"  # routing statistics per layer and component
     python_log_level: str = "info"

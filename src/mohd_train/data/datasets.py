@@ -45,7 +45,7 @@ log = logging.getLogger(__name__)
 UNPACKING = 60.0  # seconds; one shard takes about one
 SHM = Path("/dev/shm")
 SHM_ADVICE = "enlarge it (docker run --shm-size=8g; mount -o remount,size=8g /dev/shm), or lower data.num_workers"
-START_NOTICE = 5.0  # seconds that a start waits for another one before it says so
+START_NOTICE = 5.0  # seconds that a start waits for another one before it reports that
 START_PATIENCE = 30.0  # seconds that a start waits for another one
 GRACE = 60  # seconds that a data worker keeps working after SIGTERM
 _held: int | None = None  # descriptor of the lock that says this run is alive
@@ -376,7 +376,7 @@ def _start_lock() -> Lock | None:
         except UserError as busy:
             holder = str(busy)
     state = "is stopped (kill -CONT resumes it)" if _is_stopped(holder) else "is still starting"
-    print(f"warning: {holder} {state}; starting beside it ({path})", file=sys.stderr, flush=True)
+    print(f"warning: {holder} {state}; starting anyway ({path})", file=sys.stderr, flush=True)
     return None
 
 

@@ -25,14 +25,14 @@ from mohd_train.utils.jobs import (
     yaml_text,
 )
 
-WORKERS = 16  # of a task, and the cores it asks for
+WORKERS = 16  # of a task, and the cores it requests
 
 
 def launch(request: Request, launcher: str, tasks: int, options: ClusterOptions) -> str:
-    """Submits ``tasks`` tasks, each a part of the raw files, and what finishes when they have ended. Returns what was submitted.
+    """Submits ``tasks`` tasks, each for a part of the raw files, and a job that finishes after them. Returns a description.
 
-    The job's file and the logs are in ``OUT.jobs``. Submitting again does no harm: a part that is at work refuses a second
-    process, and one that is tokenized is left alone.
+    The job's file and the logs are in ``OUT.jobs``. Submitting again does no harm: a running part refuses a second
+    process, and a tokenized one is left alone.
 
     Raises:
         UserError: what :func:`mohd_train.data.prepare.prepare` refuses at its start; no sbatch or kubectl, or they refuse.
@@ -75,10 +75,10 @@ def launch(request: Request, launcher: str, tasks: int, options: ClusterOptions)
 
 
 def _command(request: Request) -> list[str]:
-    """The same preparation as a command line that means the same in any folder."""
+    """The same preparation as a command line that works from any folder."""
     tokenizer = Path(request.tokenizer)
-    words: list[object] = ["--raw", Path(request.raw).resolve(), "--out", Path(request.out).resolve(), "--tokenizer"]
-    words += [tokenizer.resolve() if tokenizer.exists() else request.tokenizer]
-    words += ["--seq-len", request.seq_len, "--val-tokens", request.val_tokens, "--workers", request.workers]
-    words += ["--max-bad-rows", request.max_bad_rows, *(["--domains", *request.domains] if request.domains else [])]
-    return verb_command("prepare", *words)
+    args: list[object] = ["--raw", Path(request.raw).resolve(), "--out", Path(request.out).resolve(), "--tokenizer"]
+    args += [tokenizer.resolve() if tokenizer.exists() else request.tokenizer]
+    args += ["--seq-len", request.seq_len, "--val-tokens", request.val_tokens, "--workers", request.workers]
+    args += ["--max-bad-rows", request.max_bad_rows, *(["--domains", *request.domains] if request.domains else [])]
+    return verb_command("prepare", *args)

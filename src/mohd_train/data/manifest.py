@@ -23,7 +23,7 @@ MANIFEST = "manifest.json"
 TOKENIZER_FOLDER = "tokenizer"
 BAD_ROWS = "bad_rows.jsonl"
 SPLITS = ("train", "val")
-# Names that a domain can't have: other files of the folder; words that mean a split, in raw file names and in the logs.
+# Names that a domain can't have: other files of the folder; words for a split, in raw file names and in the logs.
 RESERVED_DOMAINS = (MANIFEST, TOKENIZER_FOLDER, BAD_ROWS, "train", "val", "valid", "validation", "test", "eval")
 HASH = "xxh3_128"  # of shards; streaming checks the same hash when it unpacks one
 

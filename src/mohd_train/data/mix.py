@@ -77,7 +77,7 @@ def mixture(data: DataConfig, manifest: Manifest) -> tuple[list[str], NDArray[np
         if name not in data.optional_domains:
             raise UserError(
                 f"data.domains has {name!r}, which {data.local} lacks (it has {', '.join(sorted(manifest.domains))}); "
-                "prepare it, take it out, or list it in data.optional_domains"
+                "prepare it, remove it, or list it in data.optional_domains"
             )
     names = sorted(name for name in asked if name in manifest.domains)
     if not names:
@@ -113,4 +113,4 @@ def epoch_samples(data: DataConfig, manifest: Manifest, global_batch_size: int) 
 
 
 def _no_samples(data: DataConfig, manifest: Manifest, name: str) -> str:
-    return f"{data.local}: domain {name!r} has less text than one sample of {manifest.seq_len} tokens; take it out, or add text"
+    return f"{data.local}: domain {name!r} has less text than one sample of {manifest.seq_len} tokens; remove it, or add text"

@@ -55,7 +55,7 @@ def _due(shares: NDArray[np.float64], start: int, stop: int) -> tuple[Int64s, In
 def walk(
     shard_samples: Int64s, start: int, stop: int, *, name: str, seed: int, block_size: int, shuffle: bool
 ) -> Int64s:
-    """Samples start..stop-1 of an endless walk over one domain: every sample once, then all again in another order.
+    """Samples start..stop-1 of an endless walk over one domain: every sample once, then all of them again in another order.
 
     Each pass permutes the shards, cuts their concatenation into blocks of `block_size` samples and shuffles each block. So
     only a block's worth of shards is in use at a time, and only the blocks in the window are computed.

@@ -52,7 +52,7 @@ WORK = ".work"
 PLAN = "plan.json"  # in WORK: the settings of the preparation
 TOKENIZED = "tokenized"  # in WORK: a file for each shard that is
 SHARDS = "shards"  # in WORK: the locks of the machines that tokenize
-LOCK = ".lock"  # not in WORK, which goes before the lock is given back
+LOCK = ".lock"  # not in WORK, which is removed before the lock is released
 LOCK_WAIT, SHARD_WAIT = 15.0, 300.0  # seconds
 
 
@@ -122,7 +122,7 @@ def prepare_shard(request: Request, number: int, count: int) -> tuple[int, int]:
         How many files it has, and how many bytes.
 
     Raises:
-        UserError: as :func:`prepare`; or the same part, or the finishing, is at work already.
+        UserError: as :func:`prepare`; or the same part, or the finishing, is already running.
     """
     if not 0 <= number < count:
         raise UserError(f"--shard {number}/{count}: shards are numbered from 0 to {count - 1}")
@@ -141,7 +141,7 @@ def prepare_shard(request: Request, number: int, count: int) -> tuple[int, int]:
             preparation.open_work()
             for name in (SHARDS, TOKENIZED):
                 (preparation.work / name).mkdir(exist_ok=True)
-            busy = f"shard {number} of {count} is at work in {preparation.out} already ({{holder}})"
+            busy = f"shard {number} of {count} is already running in {preparation.out} ({{holder}})"
             lock = Lock(preparation.work / SHARDS / f"{number}-of-{count}", busy)
         finally:
             start.release()
@@ -155,7 +155,7 @@ def prepare_shard(request: Request, number: int, count: int) -> tuple[int, int]:
                 f"shard {number} of {count} stopped at {rows.bad:,} bad rows among {rows.bad + rows.documents:,}; the same command "
                 "without --shard names them, or raise --max-bad-rows"
             )
-        if preparation.work.is_dir():  # not so once the finishing has made the rest
+        if preparation.work.is_dir():  # unless the finishing call has made the rest
             (preparation.work / TOKENIZED / f"{number}-of-{count}").touch()
     except OSError as error:
         raise _full(error, preparation.out) from error
@@ -163,7 +163,7 @@ def prepare_shard(request: Request, number: int, count: int) -> tuple[int, int]:
 
 
 def wait_for_shards(request: Request, count: int, every: float = 5.0) -> None:
-    """Returns when each of ``count`` parts is tokenized, or the folder is finished. Says how many are, when that changes."""
+    """Returns when each of ``count`` parts is tokenized, or the folder is finished. Reports how many are whenever that changes."""
     out, said = Path(request.out), -1
     while not (out / MANIFEST).exists() and said < count:
         done = sum((out / WORK / TOKENIZED / f"{number}-of-{count}").exists() for number in range(count))
@@ -187,14 +187,16 @@ def _prepare_alone(preparation: Preparation) -> Prepared:
     out.mkdir(parents=True, exist_ok=True)
     lock = preparation.lock()
     try:
-        finished = preparation.finished()  # perhaps since the first look, while this process waited for the lock
+        finished = (
+            preparation.finished()
+        )  # perhaps finished since the first check, while this process waited for the lock
         manifest = finished
         if manifest is None:
             preparation.open_work()
             preparation.check_shards()
             manifest = preparation.run()
         shutil.rmtree(preparation.work, ignore_errors=True)
-        # Whoever waits for it, or makes another one, will find the manifest and do nothing: two locks do no harm now.
+        # Whoever waits for it, or creates another one, will find the manifest and do nothing: two locks do no harm now.
         (out / LOCK).unlink(missing_ok=True)
         return Prepared(manifest, finished is not None)
     finally:
@@ -233,7 +235,7 @@ class Preparation:
 
     def lock(self, wait: float = LOCK_WAIT) -> Lock:
         """The folder's lock. Raises UserError if another preparation holds it."""
-        busy = f"another preparation is at work in {self.out} ({{holder}}); wait for it, or choose another --out"
+        busy = f"another preparation is running in {self.out} ({{holder}}); wait for it, or choose another --out"
         return Lock(self.out / LOCK, busy, wait)
 
     def part(self, number: int, count: int) -> list[tuple[str, int]]:
@@ -250,10 +252,10 @@ class Preparation:
         return mine
 
     def check_shards(self) -> None:
-        """Raises UserError while a shard is at work."""
+        """Raises UserError while a shard is running."""
         for path in sorted((self.work / SHARDS).glob("*-of-*")):
             busy = (
-                f"shard {path.name.replace('-', ' ')} is at work in {self.out} ({{holder}}); finish when all are done"
+                f"shard {path.name.replace('-', ' ')} is running in {self.out} ({{holder}}); finish when all are done"
             )
             Lock(path, busy, 0).release()
 

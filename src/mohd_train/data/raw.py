@@ -38,7 +38,7 @@ ALIASES = {name: name for name in LLAMA_SHARES} | {
     "books": "book",
     "stack_exchange": "stackexchange",
 }
-# RedPajama-1T: which files of a folder are data (c4 carries validation files of its own, for one).
+# RedPajama-1T: which files of a folder are data (c4, for example, has validation files of its own).
 REDPAJAMA_GLOBS = {
     "arxiv": "arxiv*",
     "c4": "c4-train*",
@@ -160,7 +160,7 @@ def find_sources(raw: str | Path, domains: Iterable[str] | None = None) -> RawDa
 
 
 class _Scan:
-    """A walk over the raw folder that remembers what it leaves out, and why."""
+    """A walk over the raw folder that records what it leaves out, and why."""
 
     def __init__(self, raw: Path) -> None:
         self._raw = raw

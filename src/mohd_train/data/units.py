@@ -147,7 +147,7 @@ def load_info(path: Path) -> UnitInfo:
 def _opened(path: Path) -> Iterator[Any]:
     """The arrays of a unit. One that can't be read is removed, so that the next run makes it again.
 
-    Raises UserError if the file, which was whole when it was written, is corrupt now.
+    Raises UserError if the file, which was complete when it was written, is now corrupt.
     """
     try:
         with np.load(path, allow_pickle=False) as file:

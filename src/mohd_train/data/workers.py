@@ -78,7 +78,9 @@ def worker_tokenizer() -> Tokenizer:
 
 
 def _start_worker(parent: int) -> None:
-    if sys.platform == "linux":  # at once: by the time a killed preparation's lock is free, none of its workers writes
+    if (
+        sys.platform == "linux"
+    ):  # at once: by the time a killed preparation's lock is free, none of its workers is writing
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
     threading.Thread(target=_exit_with_parent, args=(parent,), daemon=True).start()

@@ -1,1 +1,1 @@
-"""The way in: a corpus and a tokenizer made of what any Python installation carries, and the whole path run on them."""
+"""The demo: a corpus and a tokenizer made from what any Python installation contains, and the whole path run on them."""

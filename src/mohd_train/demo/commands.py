@@ -19,18 +19,18 @@ def run(**given: str | int | None) -> None:
         if isinstance(path, str) and not find(path).exists():
             raise UserError(f"--{name.replace('_', '-')}: there is no {path}")
     limit = given.get("limit")
-    if isinstance(limit, int) and limit < 2:  # as mohd eval would, half an hour later
+    if isinstance(limit, int) and limit < 2:  # mohd eval would refuse it too, half an hour later
         raise UserError(f"--limit is {limit}; it must be 2 or more")
     run_demo(Options(**{name: value for name, value in given.items() if value is not None}))  # type: ignore[arg-type]
 
 
 def corpus(folder: Path) -> None:
-    """Writes the corpus, unless it is there and whole, and says what it holds."""
+    """Writes the corpus, unless it is already complete, and prints what it holds."""
     from mohd_train.demo.corpus import build_corpus, read_corpus
 
     index = read_corpus(folder)
     if index is not None:
-        print(f"{folder}: there already")
+        print(f"{folder}: already there")
     for domain, entry in (index or build_corpus(folder)).items():
         print(f"{domain:<8} {entry['documents']:>5} documents {entry['bytes'] / 1e6:6.2f} MB  {folder / domain}")
 
@@ -54,7 +54,7 @@ def curves(runs: list[Path], output: Path) -> None:
 def _texts(raw: Path) -> Iterator[str]:
     """Documents below ``raw``, one of each file in turn, so that any prefix holds every domain.
 
-    Bad rows are passed over: mohd prepare, which comes next, names them.
+    Bad rows are skipped: mohd prepare, which comes next, reports them.
     """
     from mohd_train.data.raw import Source, find_sources, parse_rows, range_lines, unpacked_units
 

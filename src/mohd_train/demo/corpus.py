@@ -74,7 +74,7 @@ def _readme() -> Documents:
     found: dict[str, str] = {}
     for package in metadata.distributions():
         name = (package.metadata["Name"] or "").lower()
-        if name == "mohd_train":  # else the corpus would change with this project's own README
+        if name == "mohd_train":  # otherwise the corpus would change with this project's README
             continue
         body = package.metadata.get_payload()  # type: ignore[attr-defined]  # an email.message.Message
         found[f"description of {name} {package.version}"] = str(body)
@@ -113,21 +113,21 @@ def build_corpus(folder: Path, *, domain_bytes: int = DOMAIN_BYTES) -> dict[str,
     """Writes ``folder/<domain>/<domain>.jsonl`` for every domain, and an index of them last.
 
     Args:
-        folder: made if it is not there; files of an earlier call are replaced.
+        folder: created if missing; files of an earlier call are replaced.
         domain_bytes: at most this much text in each domain.
 
     Returns:
         domain -> ``{"documents", "bytes", "sha256"}`` of its file, as :func:`read_corpus` gives.
 
     Raises:
-        UserError: this Python carries no sources of its standard library (a stripped installation).
+        UserError: this Python lacks the sources of its standard library (a stripped installation).
     """
     index: dict[str, dict[str, Any]] = {}
     for domain, documents in DOMAINS.items():
         rows = _rows(documents(), domain, domain_bytes)
         if not rows:
             raise UserError(
-                f"this Python ({sysconfig.get_path('stdlib')}) carries no text for the domain {domain!r}; "
+                f"this Python ({sysconfig.get_path('stdlib')}) has no text for the domain {domain!r}; "
                 "use a full installation, or give your own text with RAW=..."
             )
         text = "\n".join(rows) + "\n"
@@ -139,13 +139,13 @@ def build_corpus(folder: Path, *, domain_bytes: int = DOMAIN_BYTES) -> dict[str,
 
 
 def read_corpus(folder: Path) -> dict[str, dict[str, Any]] | None:
-    """The index of a corpus that :func:`build_corpus` finished, or None if any file lacks or differs from it."""
+    """The index of a corpus that :func:`build_corpus` finished, or None if any file is missing or differs from it."""
     try:
         index = json.loads((folder / INDEX).read_text("utf-8"))
         for domain, entry in index.items():
             data = (folder / domain / f"{domain}.jsonl").read_bytes()
             if hashlib.sha256(data).hexdigest() != entry["sha256"]:
                 return None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # not there, or not ours: it is made anew
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # missing, or not ours: it is rebuilt
         return None
     return index

@@ -1,4 +1,4 @@
-"""The loss curves of a few runs as one picture, readable in black and white and by the colour-blind."""
+"""The loss curves of a few runs in one figure, readable in black and white and by the colour-blind."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from mohd_train.run_folder.metrics import read_metrics
 from mohd_train.run_folder.paths import METRICS
 from mohd_train.utils.files import atomic_path
 
-# Okabe and Ito's colours; dashes and marks tell the runs apart where colour does not.
+# Okabe and Ito's colours; dashes and markers distinguish the runs where colour does not.
 STYLES = (
     ("#000000", "-", "o"),
     ("#0072B2", "--", "s"),

@@ -1,6 +1,6 @@
 """The demo: the whole path as commands in sequence, each printed, run and logged.
 
-Every command can be typed by itself, and by itself goes on where it was cut off or leaves alone what it has finished: a
+Every command can be typed by itself; it resumes where it was interrupted, and skips what it has finished. A
 second demo runs the same commands again.
 """
 
@@ -23,7 +23,7 @@ from mohd_train.run_folder.paths import latest_checkpoint
 from mohd_train.utils.files import write_atomic, write_json
 from mohd_train.utils.processes import Command, Every, Job, SharedLock, Supervisor
 
-PROGRAMS = {  # of this environment, also where its folder is not on the PATH
+PROGRAMS = {  # of this environment, even if its folder is not on the PATH
     "python": [sys.executable],
     "mohd": [sys.executable, "-m", "mohd_train.cli"],
     "composer": [sys.executable, "-m", "composer.cli.launcher"],
@@ -34,7 +34,7 @@ VAL_TOKENS = 40_000
 DEMO_QUESTIONS = "eval/demo_questions"
 REAL_LIMIT = 5  # examples a task (a subject, in MMLU) with EVAL_DATA: minutes, not hours, on two cores
 REAL_BATCHES = 50  # a large vocabulary makes a step of the tiny model several times as slow
-SILENCE = 60.0  # seconds without output after which a line says that a step is at work, where there is no terminal
+SILENCE = 60.0  # seconds without output after which, without a terminal, a line says that a step is running
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class Step:
     name: str  # of its log
     title: str
     command: tuple[str, ...]  # `mohd` and `composer` are those of the environment
-    leaves: Path  # what is there once it has succeeded
+    leaves: Path  # what exists once it has succeeded
     before: Callable[[], None] = lambda: None
 
     @property
@@ -177,7 +177,7 @@ def run_demo(options: Options) -> None:
     began = time.monotonic()
     claim(options)
     sequence = steps(options)
-    # A step that outlives a killed demo goes on holding the lock
+    # A step that outlives a killed demo keeps holding the lock
     with SharedLock(options.folder / ".lock").holding(
         f"another demo, or a step of one that was killed, is running in {options.out}; "
         "wait for it, end it, or choose another OUT"
@@ -202,32 +202,32 @@ def run_step(step: Step, log: Path, number: str, *keep: int) -> None:
         keep: file descriptors that the command inherits.
 
     Raises:
-        UserError: it fails, or leaves nothing.
+        UserError: it fails, or leaves nothing behind.
     """
-    words = [*PROGRAMS.get(step.command[0], [step.command[0]]), *step.command[1:]]
+    command = [*PROGRAMS.get(step.command[0], [step.command[0]]), *step.command[1:]]
     codes: list[int] = []
     line = Every(SILENCE)
 
     def look(command: Command) -> None:
         if not sys.stdout.isatty() and command.silent_for > SILENCE and line.due():
-            print(f"[{number}] {step.title}: at work for {_clock(time.monotonic() - command.began)}", flush=True)
+            print(f"[{number}] {step.title}: running for {_clock(time.monotonic() - command.began)}", flush=True)
 
     job = Job(
         step.name,
-        lambda slot: Command(words, log, keep=keep, echo=True, shown=step.line),
-        lambda command, code: codes.append(code),
+        lambda slot: Command(command, log, keep=keep, echo=True, shown=step.line),
+        lambda done, code: codes.append(code),
     )
     with Supervisor() as supervisor:
         try:
             supervisor.run(job, look)
         except KeyboardInterrupt:
             show_cursor = "\x1b[?25h" if sys.stdout.isatty() else ""  # a bar may have hidden it
-            print(f"{show_cursor}\ninterrupted: ending this step; run the demo again to go on", flush=True)
+            print(f"{show_cursor}\ninterrupted: ending this step; run the demo again to resume", flush=True)
             raise
     if codes[0] != 0:
         raise UserError(
             f"step {number} ({step.title}) failed with exit code {codes[0]}: `{step.line}`; its output is in {log}; "
-            "once mended, run the demo again: it goes on from here"
+            "once fixed, run the demo again: it resumes here"
         )
     if not step.leaves.exists():
         raise UserError(

@@ -1,4 +1,4 @@
-"""Text from a checkpoint of any kind, as it is written."""
+"""Generates text from a checkpoint of any kind, streaming it."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ def generate(
     """Prints prompt and continuation token by token, then tokens/s on stderr. Returns the continuation.
 
     Args:
-        temperature: 0 takes the likeliest token each time.
-        top_p: sample from the likeliest tokens of this probability mass.
+        temperature: 0 always takes the most likely token.
+        top_p: sample from the most likely tokens of this probability mass.
         seed: of the sampling.
 
     Raises:
@@ -42,9 +42,9 @@ def generate(
         checkpoint.open(path), tokenizer=tokenizer, device=device, dtype=dtype, trust_remote_code=trust_remote_code
     )
     model: Any = loaded.model
-    words: Any = loaded.tokenizer
-    text = (words.bos_token or "") + prompt if loaded.ours else prompt
-    ids = words(text, return_tensors="pt", add_special_tokens=not loaded.ours)["input_ids"].to(model.device)
+    tok: Any = loaded.tokenizer
+    text = (tok.bos_token or "") + prompt if loaded.ours else prompt
+    ids = tok(text, return_tensors="pt", add_special_tokens=not loaded.ours)["input_ids"].to(model.device)
     context = getattr(model.config, "max_position_embeddings", None)
     if ids.shape[1] == 0:
         raise UserError("the prompt is empty and this tokenizer has no BOS to start from: give a few words")
@@ -56,13 +56,13 @@ def generate(
     sampling = (
         {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature > 0 else {"do_sample": False}
     )
-    clock = _Clock(words)
+    clock = _Clock(tok)
     with torch.inference_mode():
         out = model.generate(
             ids,
             attention_mask=torch.ones_like(ids),
             max_new_tokens=max_new_tokens,
-            pad_token_id=words.pad_token_id if words.pad_token_id is not None else words.eos_token_id,
+            pad_token_id=tok.pad_token_id if tok.pad_token_id is not None else tok.eos_token_id,
             streamer=clock,
             **sampling,
         )
@@ -70,11 +70,11 @@ def generate(
     rate = f"{(new - 1) / (clock.last - clock.first):.1f} tokens/s" if new > 1 else "one token"
     first = clock.first - clock.started
     print(f"{new} tokens, {rate} after the first, which took {first:.2f} s ({loaded.info['name']})", file=sys.stderr)
-    return str(words.decode(out[0, ids.shape[1] :], skip_special_tokens=True))
+    return str(tok.decode(out[0, ids.shape[1] :], skip_special_tokens=True))
 
 
 class _Clock(TextStreamer):
-    """A streamer that notes when the first and the last token came."""
+    """A streamer that records when the first and the last token arrived."""
 
     def __init__(self, tokenizer: Any) -> None:
         super().__init__(tokenizer, skip_special_tokens=True)

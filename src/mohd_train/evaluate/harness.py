@@ -39,7 +39,7 @@ class Truncation:
 
     requests: int = 0
     of: int = 0
-    tokens: int = 0  # cut in all
+    tokens: int = 0  # requests cut
     longest: int = 0  # tokens of the longest request, before the cut
 
 
@@ -48,11 +48,11 @@ class Joined:
     """Requests in which one token holds both the end of the question and the beginning of the answer.
 
     lm-eval encodes both together and splits after as many tokens as the question alone has. With such a token, an answer loses
-    its beginning; if it loses everything, lm-eval crashes. Here such an answer is encoded by itself.
+    its beginning; if it loses everything, lm-eval crashes. Here such an answer is encoded separately.
     """
 
     requests: int = 0
-    alone: int = 0  # of these, answers encoded by themselves
+    alone: int = 0  # of these, answers encoded separately
 
 
 class HarnessLM(HFLM):
@@ -152,8 +152,8 @@ class HarnessLM(HFLM):
 
 
 class _ProgressHook(CacheHook):
-    """lm-eval reports each answer to its cache; here that is progress. It begins with the longest requests, so the first ones say
-    little about the rest."""
+    """lm-eval reports each answer to its cache; here that drives the progress bar. It starts with the longest requests, so the
+    first ones say little about the rest."""
 
     def __init__(self, progress: Report | None, total: int, longest: int) -> None:
         super().__init__(None)

@@ -41,7 +41,7 @@ def pick_device(device: str) -> torch.device:
         raise UserError(f"unknown device {device!r}; give auto, cpu, cuda or cuda:N") from None
     if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
         raise UserError(
-            f"device {device!r} is not there ({torch.cuda.device_count()} GPUs seen); give --device cpu or another"
+            f"device {device!r} does not exist ({torch.cuda.device_count()} GPUs found); give --device cpu or another"
         )
     return chosen
 
@@ -71,7 +71,7 @@ def load(
     where = pick_device(device)
     folder = tokenizer or found.tokenizer_folder
     loaded_tokenizer = read_tokenizer(folder, "give the folder with --tokenizer", trust_remote_code=trust_remote_code)
-    if found.plan is not None:  # refuse before gigabytes are read
+    if found.plan is not None:  # refuse before reading gigabytes
         _check_tokenizer(found, loaded_tokenizer, folder, found.plan.vocab_size)
         name = name or _plan_name(found, found.plan)
     model = load_model(found, trust_remote_code=trust_remote_code)
@@ -120,7 +120,7 @@ def _check_tokenizer(found: Checkpoint, tokenizer: PreTrainedTokenizerBase, fold
 
 
 def _unfinished(found: Checkpoint) -> str | None:
-    """How far the run of a native checkpoint has come, if it has not ended; None also if there is no record of a run."""
+    """The progress of a native checkpoint's run, if it has not ended; None also if there is no record of a run."""
     record = found.run_folder / RECORD
     if not found.is_native or not record.is_file():
         return None

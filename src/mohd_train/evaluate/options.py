@@ -49,7 +49,7 @@ class SweepEvalOptions:
 
     sweep: Path  # folder of a launched sweep
     jobs: int | None  # checkpoints at once; None: one a GPU
-    words: list[str]  # for each checkpoint's own command
+    arguments: list[str]  # of each checkpoint's own command
 
 
 def parse(
@@ -59,19 +59,19 @@ def parse(
     sweep = Parser(prog=prog, add_help=False, allow_abbrev=False)
     sweep.add_argument("--sweep", type=Path)
     sweep.add_argument("--jobs", type=int)
-    found, words = sweep.parse_known_args(arguments)
+    found, rest = sweep.parse_known_args(arguments)
     if found.sweep is None and found.jobs is None:
-        return _parse_one(description, words, prog)
+        return _parse_one(description, rest, prog)
     if found.sweep is None or (found.jobs is not None and found.jobs < 1):
         sweep.error(
             "--jobs goes with --sweep" if found.sweep is None else f"argument --jobs: {found.jobs} is not positive"
         )
     for option in ("--checkpoint", "--name", "--output", "--tokenizer"):
-        if any(word.partition("=")[0] == option for word in words):
+        if any(argument.partition("=")[0] == option for argument in rest):
             sweep.error(f"{option} does not go with --sweep, which sets it for each run")
-    checked = ["--data", "given"] if "--perplexity" in words and "--data" not in words else []
-    _parse_one(description, [*words, *checked, "--checkpoint", "each"], prog)  # usage errors once, before any process
-    return SweepEvalOptions(found.sweep, found.jobs, words)
+    checked = ["--data", "given"] if "--perplexity" in rest and "--data" not in rest else []
+    _parse_one(description, [*rest, *checked, "--checkpoint", "each"], prog)  # usage errors once, before any process
+    return SweepEvalOptions(found.sweep, found.jobs, rest)
 
 
 def _parse_one(description: str | None, arguments: Sequence[str], prog: str | None) -> EvalOptions | PerplexityOptions:
@@ -121,7 +121,7 @@ def _parse_one(description: str | None, arguments: Sequence[str], prog: str | No
 
 
 def _refuse_mixed(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Options of the tasks with --perplexity, or the other way round, would have no effect: refuse them."""
+    """Refuses options of the tasks with --perplexity, and vice versa: they would have no effect."""
     if args.perplexity:
         for_tasks = [key for key in ("tasks", "data_dir", "seed") if getattr(args, key) not in (None, [])]
         for_tasks += ["bos"] if args.bos != "auto" else []

@@ -72,7 +72,7 @@ class Likelihood:
 
 @torch.inference_mode()
 def likelihood(model: nn.Module, batches: Any, eos_id: int | None = None) -> Likelihood:
-    """Over batches of `{"input_ids": int64 [B,T]}`: each token after a sample's first is predicted from those before it.
+    """Measures over batches of `{"input_ids": int64 [B,T]}`: each token after a sample's first is predicted from those before it.
 
     Args:
         eos_id: ends each document; given, losses are kept for each document too. The samples must be the split's, in order: a
@@ -132,7 +132,7 @@ def run_perplexity(options: PerplexityOptions, console: Console | None = None) -
         "domains": sorted(data.domains),
         "limit": options.limit,
         "dtype": loaded.info["dtype"],
-        # a limit is in batches: their size decides which samples are measured
+        # a limit counts batches, so their size decides which samples are measured
         **({"batch_size": options.batch_size} if options.limit is not None else {}),
     }
     parts = None if options.overwrite else _stored(path, settings, found.fingerprint, console)
@@ -212,7 +212,7 @@ def _stored(path: Path, settings: dict[str, Any], fingerprint: str, console: Con
     differing = [key for key in settings if before.get(key) != settings[key]]
     if differing:
         raise UserError(
-            f"{path} was made with other {', '.join(differing)}; choose another --output or say --overwrite"
+            f"{path} was made with other {', '.join(differing)}; choose another --output or give --overwrite"
         )
     return parts
 

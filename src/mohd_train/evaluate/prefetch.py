@@ -65,7 +65,7 @@ class Hub:
             try:
                 info = huggingface_hub.HfApi().dataset_info(dataset, revision=branch)
                 self._revisions[key] = str(info.sha)
-            except Exception as error:  # the network and the hub have exceptions of their own
+            except Exception as error:  # the network and the hub raise exceptions of their own
                 self._revisions[key] = UserError(f"{dataset}: {_line(error)}")
         known = self._revisions[key]
         if isinstance(known, UserError):
@@ -101,12 +101,14 @@ class Hub:
         listed = huggingface_hub.HfApi().list_repo_files(source.dataset, repo_type="dataset", revision=commit)
         names = sorted(name for name in listed if name.endswith(".parquet") and name.count("/") == 2)
         configs = sorted({name.split("/")[0] for name in names})
-        config = configs[0] if len(configs) == 1 else source.config or "default"  # an only one is named `default` there
+        config = (
+            configs[0] if len(configs) == 1 else source.config or "default"
+        )  # a single one is named `default` there
         files = {}
         for split in source.splits:  # not `partial-<split>`, which holds the first rows only
             parts = [name for name in names if name.startswith(f"{config}/{split}/")]
             if not parts:
-                raise UserError(f"it has no whole split {split} of {config}")
+                raise UserError(f"it has no complete split {split} of {config}")
             files[split] = [
                 huggingface_hub.hf_hub_download(source.dataset, name, repo_type="dataset", revision=commit)
                 for name in parts
@@ -146,7 +148,7 @@ def prefetch(folder: Path, suite: Suite, names: list[str], say: Callable[[str], 
             say(f"{place}: – ({said})")
         known.save(folder)
     if len(failed) == len(wanted):
-        raise UserError(f"nothing can be had from the hub; the first answer was: {next(iter(failed.values()))}")
+        raise UserError(f"nothing is available from the hub; the first answer was: {next(iter(failed.values()))}")
     return 1 if failed else 0
 
 
@@ -155,7 +157,7 @@ class _NotHad(Exception):
 
 
 def _fetch(folder: Path, source: Source, hub: Hub, known: RowsManifest) -> str:
-    """Writes every split of one source and enters it in ``known``. Returns a message about it."""
+    """Writes every split of one source and adds it to ``known``. Returns a message about it."""
     try:
         pinned = {e.revision for e in known.files.values() if e.dataset == source.dataset and not e.conversion}
         rows, commit, conversion = hub.rows(source, pinned.pop() if len(pinned) == 1 else None)
@@ -182,9 +184,9 @@ def _write(folder: Path, name: str, text: str, digest: str, task: str, known: Ro
     path = folder / name
     if path.exists() and name not in known.files and _sha256(path) != digest:
         raise UserError(
-            f"{path} is there, was not fetched into this folder, and differs from the hub's; choose another DIR"
+            f"{path} exists, was not fetched into this folder, and differs from the hub's; choose another DIR"
         )
-    fresh = path.with_name(f".{path.name}.new")  # checked before it gets the name that is read
+    fresh = path.with_name(f".{path.name}.new")  # checked before it gets its final name
     try:
         write_output(fresh, text)
         try:
@@ -193,7 +195,7 @@ def _write(folder: Path, name: str, text: str, digest: str, task: str, known: Ro
             raise _NotHad(str(error).replace(str(fresh), f"rows of {name}")) from error
         fresh.replace(path)
     except OSError as error:
-        raise UserError(f"cannot write {path} ({error.strerror}); what is whole stays, fetch again") from None
+        raise UserError(f"cannot write {path} ({error.strerror}); complete files stay, fetch again") from None
     finally:
         fresh.unlink(missing_ok=True)
 

@@ -1,4 +1,4 @@
-"""Local questions, `DIR/<task>/<split>.jsonl`: read, and checked against what lm-eval's task expects of a row.
+"""Reads local questions, `DIR/<task>/<split>.jsonl`, and checks them against what lm-eval's task expects of a row.
 
 A row that lacks a field, or holds a value that the task can't use, would otherwise end in a traceback from inside a
 template, or worse, in a prompt that says "None". `DIR/manifest.json` says where mohd prefetch took the rows from.

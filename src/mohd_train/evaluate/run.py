@@ -28,7 +28,7 @@ from mohd_train.results.suite import Suite, TaskSpec, load_suite
 from mohd_train.utils.environment import hardware
 from mohd_train.utils.progress import progress
 
-DEMO_MARK = "DEMO"  # a file of this name in a folder of rows says that they are not the tasks' own
+DEMO_MARK = "DEMO"  # a file of this name in a folder of rows marks them as not the tasks' own
 
 
 def run_eval(options: EvalOptions, suite: Suite | None = None, console: Console | None = None) -> int:
@@ -89,7 +89,7 @@ def _check(options: EvalOptions, suite: Suite) -> None:
 def _build(
     specs: list[TaskSpec], options: EvalOptions, cache: Path, console: Console
 ) -> tuple[list[BuiltTask], dict[str, str]]:
-    """The tasks, and why others are unavailable from the hub, or were for mohd prefetch.
+    """The tasks, and why others are unavailable from the hub, or were when mohd prefetch ran.
 
     A local file that is wrong, or missing for another reason, is an error instead.
     """
@@ -107,7 +107,7 @@ def _build(
             failed[spec.name] = why
             console.print(f"skipped {spec.name}: {why}", markup=False, soft_wrap=True)
     if not built:
-        raise UserError(f"none of the tasks can be had; the first said: {next(iter(failed.values()))}")
+        raise UserError(f"none of the tasks is available; the first reason: {next(iter(failed.values()))}")
     return built, failed
 
 

@@ -18,19 +18,23 @@ from mohd_train.utils.processes import Command, Every, Job, Slot, Supervisor
 from mohd_train.utils.text import duration
 
 
-def commands(folder: SweepFolder, words: list[str]) -> dict[str, list[str]]:
+def commands(folder: SweepFolder, arguments: list[str]) -> dict[str, list[str]]:
     """Run -> the command that evaluates it, for the finished runs."""
-    data = [] if "--perplexity" not in words or "--data" in words else ["--data", str(folder.source.place(folder.path))]
+    data = (
+        []
+        if "--perplexity" not in arguments or "--data" in arguments
+        else ["--data", str(folder.source.place(folder.path))]
+    )
     program = verb_command("eval", "--output", folder.path / RESULTS)
     return {
-        name: [*program, "--checkpoint", str(latest_checkpoint(folder.path / name)), "--name", name, *words, *data]
+        name: [*program, "--checkpoint", str(latest_checkpoint(folder.path / name)), "--name", name, *arguments, *data]
         for name in folder.runs
         if folder.finished(name)
     }
 
 
 def run_sweep(options: SweepEvalOptions) -> int:
-    """Evaluates, ``jobs`` checkpoints at a time, with a log for each. Returns 1 if one failed; it is named, the others go on.
+    """Evaluates ``jobs`` checkpoints at a time, with a log for each. Returns 1 if one failed; it is named, the others continue.
 
     Raises:
         UserError: no launched sweep, no finished run in it, or fewer GPUs than ``jobs``.
@@ -38,10 +42,10 @@ def run_sweep(options: SweepEvalOptions) -> int:
     if not (options.sweep / RECORD).is_file():
         raise UserError(f"{options.sweep} is not the folder of a launched sweep (it has no {RECORD})")
     folder = SweepFolder(options.sweep)
-    todo = commands(folder, options.words)
+    todo = commands(folder, options.arguments)
     for name in folder.runs:
         if not folder.finished(name):
-            print(f"{name}: {run_status(folder, name).state}, passed over", flush=True)
+            print(f"{name}: {run_status(folder, name).state}, skipped", flush=True)
     if not todo:
         raise UserError(f"{options.sweep} has no finished run; mohd sweep resume {options.sweep}")
     failed, ended, total = [], 0, len(todo)
@@ -67,10 +71,10 @@ def run_sweep(options: SweepEvalOptions) -> int:
 
     def look() -> None:
         if line.due():
-            print(f"{ended} of {total} evaluated; at work for {duration(time.monotonic() - began)}", flush=True)
+            print(f"{ended} of {total} evaluated; running for {duration(time.monotonic() - began)}", flush=True)
 
     places = slots(1, options.jobs or max(1, len(visible_gpus())), on_cpu=False)
-    with Supervisor() as supervisor:  # interrupted: tasks that are done are stored
+    with Supervisor() as supervisor:  # interrupted: finished tasks are stored
         supervisor.run_all([job(*one) for one in todo.items()], places, refused=refused, look=look)
     return 1 if failed else 0
 

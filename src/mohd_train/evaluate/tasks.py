@@ -31,7 +31,7 @@ _GROUP_KEYS = {entry.name for entry in dataclasses.fields(GroupConfig)}
 
 @dataclass
 class BuiltTask:
-    """A task (or a group of tasks) with its questions, and where these came from."""
+    """A task (or a group of tasks) with its questions and their source."""
 
     spec: TaskSpec
     item: Task | Group
@@ -77,10 +77,10 @@ def build_task(spec: TaskSpec, manager: TaskManager, data_dir: Path | None, cach
 def _from_hub(spec: TaskSpec, manager: TaskManager) -> BuiltTask:
     try:
         loaded = manager.load([spec.name])
-    except Exception as error:  # the hub, the network and `datasets` have exceptions of their own
+    except Exception as error:  # the hub, the network and `datasets` raise exceptions of their own
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise UserError(
-            f"the rows of task {spec.name} cannot be had from the hub: {reason}; give them with --data-dir"
+            f"the rows of task {spec.name} are not available from the hub: {reason}; give them with --data-dir"
         ) from error
     return BuiltTask(spec, loaded.get("groups", {}).get(spec.name) or loaded["tasks"][spec.name])
 
@@ -125,7 +125,7 @@ def _local_task(
         )
     for key in ("training_split", "validation_split", "test_split", "fewshot_split"):
         if config.get(key) and config[key] not in splits:
-            config[key] = None  # not read for these shots; lm-eval would open it all the same
+            config[key] = None  # not read for these shots, but lm-eval would open it anyway
     config.pop("dataset_name", None)
     config["dataset_path"] = "json"
     config["dataset_kwargs"] = {"data_files": {split: str(files[split].path) for split in splits}}

@@ -74,7 +74,7 @@ class MoHDConfig(PretrainedConfig):
             setattr(self, key, kwargs.pop(key, DEFAULTS.get(field.name, field.default)))
         for key, only in LLAMA_ONLY.items():
             if (value := kwargs.pop(key, only)) not in (only, None):
-                raise ValueError(f"{key} is {value!r}, which MoHD doesn't have: leave it out, or give {only!r}")
+                raise ValueError(f"{key} is {value!r}, which MoHD doesn't support: leave it out, or give {only!r}")
         kwargs.setdefault("tie_word_embeddings", False)
         super().__init__(**kwargs)
         try:

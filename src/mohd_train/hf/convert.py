@@ -1,4 +1,4 @@
-"""Between native checkpoints, Hugging Face folders, and ``LlamaForCausalLM``."""
+"""Conversion between native checkpoints, Hugging Face folders, and ``LlamaForCausalLM``."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ LLAMA_NAMES = {
     **{f"blocks.{{}}.attention.{x}_proj.weight": f"model.layers.{{}}.self_attn.{x}_proj.weight" for x in "qkvo"},
     **{f"blocks.{{}}.ffn.{x}_proj.weight": f"model.layers.{{}}.mlp.{x}_proj.weight" for x in ("gate", "up", "down")},
 }
-# What a plan and a LlamaConfig call by the same name
+# Names that a plan and a LlamaConfig share
 LLAMA_SIZES = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
     "rope_theta", "rms_norm_eps", "initializer_range",
@@ -84,7 +84,7 @@ def from_hf_llama(hf_model: LlamaForCausalLM, kernels: str = "auto") -> Transfor
 
 
 def llama_sizes(plan: ModelPlan) -> dict[str, Any]:
-    """The arguments of a ``LlamaConfig``, or of one like it, of a plan's sizes; embedding and head are two matrices."""
+    """A plan's sizes as arguments of a ``LlamaConfig`` or a similar one; embedding and head are two matrices."""
     return {name: getattr(plan, name) for name in LLAMA_SIZES} | {
         "max_position_embeddings": plan.max_seq_len,
         "tie_word_embeddings": False,

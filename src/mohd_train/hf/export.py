@@ -32,7 +32,7 @@ from mohd_train.utils.encoding import append_nothing
 
 LOSS = "metrics/eval/LanguageCrossEntropy"
 CARD, TRAINING_CONFIG = "README.md", "training_config.yaml"
-# The largest relative difference in norm of the logits between the two codes: sums in another order, in the weights' dtype
+# The largest relative difference in norm between the two implementations' logits: sums in another order, in the weights' dtype
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 CITATION = """@article{mohd2024,
   title={Mixture of Hidden-Dimensions Transformer},
@@ -60,14 +60,14 @@ def export(
     Args:
         path: a checkpoint file or sharded folder, a link to one, on object storage too (``s3://...``). Its tokenizer is read
             from ``tokenizer/`` beside the folder the checkpoint lies in.
-        folder: where to write; it must not exist, or be empty. It appears whole or not at all.
+        folder: where to write; it must not exist, or be empty. It appears complete or not at all.
         llama: as ``LlamaForCausalLM`` (a dense model only), which needs no code of this project's.
         dtype: of the weights: float32, bfloat16 or float16.
         check: load the folder in a process without this package, and compare its logits and choices.
         scores: for the model card, as shown: ``{"piqa, acc": "63.20%"}``.
 
     Raises:
-        UserError: an unreadable checkpoint, no tokenizer or another than the model's, a folder that holds something, or one that
+        UserError: an unreadable checkpoint, no tokenizer or another than the model's, a folder that isn't empty, or one that
             doesn't give the checkpoint's logits.
     """
     folder = Path(folder)
@@ -76,7 +76,7 @@ def export(
     found = checkpoint.open_native(path)
     native = load_native(found)
     nn.Module.to(native, getattr(torch, dtype))
-    tokenizer = read_tokenizer(found.tokenizer_folder, "keep a checkpoint in its run folder, which holds it")
+    tokenizer = read_tokenizer(found.tokenizer_folder, "keep a checkpoint in its run folder, which has it")
     check_tokenizer(
         found.tokenizer_sha256,
         tokenizer,
@@ -155,7 +155,7 @@ def check_folders(exported: Mapping[Path, MoHDForCausalLM]) -> None:
     """Compares folders, loaded in a process where this package can't be imported, with the models they were written from.
 
     Raises:
-        UserError: one doesn't load, or its logits or choices are others.
+        UserError: one doesn't load, or its logits or choices differ.
     """
     asked = []
     for native in exported.values():
@@ -171,7 +171,7 @@ def check_folders(exported: Mapping[Path, MoHDForCausalLM]) -> None:
         if done.returncode:
             last = (done.stderr.strip().splitlines() or ["no message"])[-1]
             raise UserError(
-                f"the exported folder can't be loaded without mohd_train ({last}); --no-check writes it all the same"
+                f"the exported folder can't be loaded without mohd_train ({last}); --no-check writes it anyway"
             )
         loaded = torch.load(data)
     for native, ids, got in zip(exported.values(), asked, loaded, strict=True):
@@ -181,7 +181,7 @@ def check_folders(exported: Mapping[Path, MoHDForCausalLM]) -> None:
 def _compare(native: MoHDForCausalLM, ids: Tensor, got: dict[str, Any]) -> None:
     parts = [part for part in native.modules() if isinstance(part, SubDimensions)]
     kernels = [part.kernels for part in parts]
-    try:  # the same mathematics on both sides: another backend's rounding may flip a choice that is nearly a tie
+    try:  # the same backend on both sides: another one's rounding may flip a choice that is nearly a tie
         for part in parts:
             part.kernels = "reference"
         out = native.transformer(ids)
@@ -196,8 +196,8 @@ def _compare(native: MoHDForCausalLM, ids: Tensor, got: dict[str, Any]) -> None:
     same = "indices" not in got or all(map(torch.equal, got["indices"], chosen))
     if not error <= limit or not same:
         raise UserError(
-            f"the exported folder computes something else than the checkpoint: logits differ by {error:.1e} (limit {limit:.0e}), "
-            f"choices are {'the same' if same else 'others'}; --no-check writes it all the same"
+            f"the exported folder doesn't compute what the checkpoint does: logits differ by {error:.1e} (limit {limit:.0e}), "
+            f"choices {'agree' if same else 'differ'}; --no-check writes it anyway"
         )
 
 
@@ -237,7 +237,7 @@ def card(
         data = record.data
         config = data["config"]
         rows = _logged(record.folder / METRICS, batch)
-        # As they were counted: the batch size may have changed between sessions
+        # As counted in training: the batch size may have changed between sessions
         tokens = next((int(row["tokens"]) for row in reversed(rows) if row["batch"] == batch), None)
         if tokens is None:
             tokens = (batch or 0) * config["global_train_batch_size"] * config["max_seq_len"]
@@ -287,7 +287,7 @@ print(tokenizer.decode(model.generate(**ids, max_new_tokens=50)[0]))
 
     lm_eval --model hf --model_args pretrained={name}{trust.replace(", ", ",")} --tasks arc_easy
 
-The code in this folder is the mathematics alone; mohd_train has faster kernels, and reads this folder too.
+The code in this folder is a plain PyTorch implementation; mohd_train has faster kernels, and reads this folder too.
 
 ## Citation
 
@@ -298,7 +298,7 @@ The code in this folder is the mathematics alone; mohd_train has faster kernels,
 
 
 def _record(found: Checkpoint) -> RunRecord | None:
-    """The record of the run that the checkpoint is of, where it lies in its folder."""
+    """The record of the checkpoint's run, if it is in its run folder."""
     record = read_record(found.path.parent.parent)
     return record if record is not None and record.data.get("run_name") == found.metadata.get("run_name") else None
 
@@ -324,6 +324,4 @@ def push(folder: Path, repository: str, *, private: bool = False) -> str:
         return str(hub.upload_folder(repo_id=repository, folder_path=folder))
     except (HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise UserError(
-            f"--push {repository}: {reason} (log in with `hf auth login`); {folder} is written and whole"
-        ) from None
+        raise UserError(f"--push {repository}: {reason} (log in with `hf auth login`); {folder} is complete") from None

@@ -1,4 +1,4 @@
-"""A run's start from a pretrained model: a Llama-shaped Hugging Face model as a native checkpoint, dense or MoHD.
+"""Imports a Llama-shaped Hugging Face model as a native checkpoint to train on, dense or MoHD.
 
 A MoHD of the same width (compression) keeps all weights, in another order of the hidden dims: the residual stream of a model
 with RMSNorm may be permuted without changing its function, so the dims that matter most go into the shared sub-dimensions.
@@ -37,7 +37,7 @@ from mohd_train.run_folder.paths import CHECKPOINTS, TOKENIZER
 from mohd_train.utils.encoding import append_nothing, encode_text
 
 CHECKPOINT, CONFIG = "ep0-ba0-rank0.pt", "model.yaml"
-ROUTER_STD = 0.02  # of a router's logits at the start: the scores of 16 sub-dimensions then differ by some 2%
+ROUTER_STD = 0.02  # std of a router's logits at the start: the scores of 16 sub-dimensions then differ by about 2%
 CALIBRATION = 16, 512  # sequences, and tokens of each
 
 
@@ -52,7 +52,7 @@ def import_llama(
         calibration: text by which the hidden dims are ordered; None keeps their order.
 
     Raises:
-        UserError: not Llama-shaped, settings that don't fit, text that is too short, or a folder that holds something.
+        UserError: not Llama-shaped, settings that don't fit, text that is too short, or a folder that isn't empty.
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} exists and is not empty; choose another folder")
@@ -103,14 +103,16 @@ def as_mohd(dense: Transformer, settings: MoHDSettings, order_D: Tensor | None =
     if settings.experts is not None:
         raise UserError(
             "mohd.experts: a mixture of experts has more intermediate dims than the dense model has weights for; import into the "
-            "settings of configs/mohd, or train it from the start"
+            "settings of configs/mohd, or train it from scratch"
         )
     base = dense.plan
     sizes = {
         field.name: getattr(base, field.name) for field in dataclasses.fields(ModelConfig) if hasattr(base, field.name)
     }
     sizes["name"] = base.name.partition("-")[0]
-    sizes["rms_norm_eps"] = base.rms_norm_eps / settings.expansion  # beside a mean square that is as much smaller
+    sizes["rms_norm_eps"] = (
+        base.rms_norm_eps / settings.expansion
+    )  # to match a mean square that is smaller by the same factor
     plan = make_plan(ModelConfig(**sizes), settings, base.max_seq_len)
     if plan.router_init_std is None:
         plan = dataclasses.replace(plan, router_init_std=ROUTER_STD)
@@ -125,7 +127,7 @@ def as_mohd(dense: Transformer, settings: MoHDSettings, order_D: Tensor | None =
     model.load_state_dict({name: value.float().clone() for name, value in weights.items()}, strict=False, assign=True)
     fill = initializer(model, plan, seed=0)
     for module in model.modules():
-        if isinstance(module, Router | GroupFusion):  # all that the dense model has no weights for
+        if isinstance(module, Router | GroupFusion):  # everything that the dense model has no weights for
             fill(module.to_empty(device="cpu"))
     if settings.expansion > 1:
         _fuse_into_copies(model, layout)

@@ -29,19 +29,19 @@ from mohd_train.hf.configuration import MoHDConfig
 from mohd_train.model.init import fill_parameter
 from mohd_train.model.llama import IGNORE_INDEX, Transformer
 
-# What tokenizers return for any model, and what changes nothing here
+# What tokenizers return for any model, and what has no effect here
 IGNORED = ("token_type_ids",)
 
 
 @dataclass
 class MoHDCausalLMOutput(CausalLMOutputWithPast):
-    """``loss`` is cross-entropy plus balance loss; ``balance_loss`` shows the latter alone. Both want ``labels``."""
+    """``loss`` is cross-entropy plus balance loss; ``balance_loss`` is the latter alone. Both need ``labels``."""
 
     balance_loss: Tensor | None = None
 
 
 class _CacheAt(NamedTuple):
-    """A cache of transformers with where the new tokens go, which some kinds need to be told."""
+    """A transformers cache together with the positions of the new tokens, which some kinds require."""
 
     cache: Any
     cache_position: Tensor
@@ -74,7 +74,7 @@ class MoHDPreTrainedModel(PreTrainedModel):
         self.transformer = Transformer(config.to_plan(), kernels=config.kernels)
 
     def _init_weights(self, module: nn.Module) -> None:
-        """For the modules that a loaded folder leaves without weights."""
+        """Initializes the modules for which a loaded folder has no weights."""
         if isinstance(module, nn.Linear) and module is getattr(self, "score", None):
             nn.init.normal_(module.weight, std=self.config.initializer_range)
             return
@@ -108,7 +108,7 @@ class MoHDPreTrainedModel(PreTrainedModel):
         self.transformer.gradient_checkpointing = True
 
     def gradient_checkpointing_disable(self) -> None:
-        """Keeps the blocks' activations again."""
+        """Turns recomputation off again."""
         self.transformer.gradient_checkpointing = False
 
     @property
@@ -226,7 +226,7 @@ class MoHDForCausalLM(MoHDPreTrainedModel, GenerationMixin):  # type: ignore[mis
         self.transformer.head = value  # type: ignore[assignment]
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """As transformers', with the weights laid out for one token at a time (``Transformer.lay_out_for_decoding``)."""
+        """As transformers', with the weights laid out for decoding token by token (``Transformer.lay_out_for_decoding``)."""
         if not self.training:
             self.transformer.lay_out_for_decoding()
         return super().generate(*args, **kwargs)
@@ -297,7 +297,7 @@ class MoHDModel(MoHDPreTrainedModel):
 
 
 class MoHDForSequenceClassification(MoHDPreTrainedModel):
-    """A score for each label from the last token that is no padding."""
+    """A score for each label from the last token that isn't padding."""
 
     _keys_to_ignore_on_load_unexpected: Any = [r"^transformer\.head\."]
 

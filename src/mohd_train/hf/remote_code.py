@@ -28,7 +28,7 @@ FILES = {
         "model/init.py", "model/llama.py", "hf/modeling.py",
     ),
 }  # fmt: skip
-LEFT_OUT = {"make_plan", "_PLAN_FIELDS"}  # they read configs of this package's own kind
+LEFT_OUT = {"make_plan", "_PLAN_FIELDS"}  # they read this package's own configs
 STAND_INS = {
     CONFIGURATION: '''class UserError(ValueError):
     """Bad input."""
@@ -68,7 +68,7 @@ def assemble(name: str) -> str:
     text = "\n".join([head, "from __future__ import annotations", "", *_merged(imports, body), "", "", body, ""])
     defined = Counter(_names(ast.parse(text)))
     twice = [key for key, count in defined.items() if count > 1]
-    if twice:  # the later one would silently take the place of the earlier
+    if twice:  # the later definition would silently replace the earlier one
         raise RuntimeError(
             f"{name}.py would define {', '.join(twice)} twice; rename it in one of {', '.join(FILES[name])}"
         )
@@ -83,7 +83,7 @@ def _parts(text: str) -> tuple[list[str], str]:
     kept, start = [f"# {'=' * 100}\n{title}"], 0
     for node in tree.body:
         first, start = start, node.end_lineno or 0
-        piece = "\n".join(lines[first:start]).strip("\n")  # comments and decorators in front of it too
+        piece = "\n".join(lines[first:start]).strip("\n")  # with its comments and decorators
         if isinstance(node, ast.Import | ast.ImportFrom):
             module = getattr(node, "module", None) or ""
             if not module.startswith(("mohd_train", "__future__")):

@@ -1,4 +1,4 @@
-"""MoHD's sparse execution as an exported folder's code has it: the mathematics alone, behind the names of kernels.ops.
+"""MoHD's sparse execution in an exported folder's code: the plain mathematics, under the names of kernels.ops.
 
 The reference's masks work on any device and in any float dtype. The project's own kernels are several times faster.
 """
@@ -15,7 +15,7 @@ from torch import Tensor
 from mohd_train.kernels import reference
 
 
-class ops:  # in place of a module
+class ops:  # stands in for a module
     """What :mod:`mohd_train.model.mohd` calls."""
 
     class Selection(NamedTuple):
@@ -40,7 +40,7 @@ class ops:  # in place of a module
 
     @staticmethod
     def make_selection(indices_TK: Tensor, *, sub_dims: int, shared: int, backend: str) -> ops.Selection:
-        """The choice as it is."""
+        """The choice, unchanged."""
         return ops.Selection(indices_TK, sub_dims)
 
     @staticmethod

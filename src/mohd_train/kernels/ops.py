@@ -1,4 +1,4 @@
-"""The one door to MoHD's sparse execution: every product of a component, on the backend that the caller names.
+"""The entry point of MoHD's sparse execution: every product of a component, on the backend that the caller names.
 
 A backend is resolved once at the start (`resolve_backend`) and passed to every call: ``reference`` is the mathematics, ``grouped``
 runs on a CPU and any GPU, ``triton`` on newer NVIDIA GPUs. A component calls `norm_router` and `make_selection` once, then
@@ -55,7 +55,7 @@ def resolve_backend(
     return "grouped" if name == "auto" else name
 
 
-@torch.compiler.assume_constant_result  # a layer asks at every call; traced code keeps the answer
+@torch.compiler.assume_constant_result  # every layer asks at every call; traced code keeps the answer
 def _triton_refusal(device: torch.device, dtype: torch.dtype, width: int | None, choices: int | None) -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed"
@@ -68,13 +68,13 @@ TRITON = "mohd_train.kernels.triton."
 
 
 def chosen_sizes() -> dict[str, Any]:
-    """The block sizes that `triton` has chosen in this process, as plain data for `use_sizes` in another one; empty without."""
+    """The block sizes that `triton` has chosen in this process, as plain data for `use_sizes` in another one; empty if none."""
     launch = sys.modules.get(f"{TRITON}launch")
     return launch.chosen() if launch else {}
 
 
 def use_sizes(stored: dict[str, Any]) -> str | None:
-    """Has `triton` run with the block sizes of an earlier process, and so round as it did, instead of choosing anew.
+    """Makes `triton` use the block sizes of an earlier process, and so round as it did, instead of choosing again.
 
     Returns:
         Why some of them can't be used, in one line; None if all can.

@@ -1,4 +1,4 @@
-"""Counts as a table for people."""
+"""Counts as a readable table."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def _against(value: int, shown: str | None) -> str:
 
 
 def render_counts(rows: list[tuple[ModelPlan, Counts, dict[str, str] | None]]) -> Table:
-    """A row a model; the paper's figure stands in brackets where there is one."""
+    """One row per model; the paper's figure is in brackets where there is one."""
     table = Table(title="Parameters (in brackets: the paper's figure)", title_justify="left")
     for heading in (
         "model",

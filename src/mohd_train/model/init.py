@@ -1,4 +1,4 @@
-"""Initial weights. The paper doesn't name them, and they decide the sign of its largest effect: a reading
+"""Initial weights. The paper doesn't specify them, and they decide the sign of its largest effect: a reading
 (docs/mohd.md).
 
 ``model.init: normal`` draws every matrix from N(0, initializer_range^2); ``torch`` leaves torch's defaults, as
@@ -32,7 +32,7 @@ def initialize(model: nn.Module, plan: ModelPlan, seed: int | None = None) -> No
 
 
 def initializer(model: nn.Module, plan: ModelPlan, seed: int) -> Callable[[nn.Module], None]:
-    """A function that fills the parameters which one module of ``model`` holds itself, whatever they lie on by then.
+    """A function that fills the parameters that one module of ``model`` holds directly, on whatever device they are by then.
 
     For models built on the meta device: FSDP calls it (as ``param_init_fn``) for each module it has just given memory,
     so that no process ever holds the whole model.

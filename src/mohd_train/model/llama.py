@@ -65,7 +65,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.empty(size))
 
     def forward(self, x: Tensor) -> Tensor:
-        """``x / rms(x) * weight``, any leading shape."""
+        """``x / rms(x) * weight``, for any leading shape."""
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 

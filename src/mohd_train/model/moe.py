@@ -76,7 +76,7 @@ class Experts(nn.Module):
             y_TD = ops.expert_ffn(
                 x_TD, gate.weight, up_proj.weight, down.weight, selection, routing.weights, backend=backend
             )
-        else:  # adapters and the like are called, at the cost of all experts
+        else:  # adapters and the like are called as modules, at the cost of all experts
             h_TNE = inner(*(linear(x_TD) for linear in up)).unflatten(1, (self.plan.sub_dims, -1))
             gates_TN = torch.zeros_like(routing.scores).scatter(1, routing.indices, routing.weights)
             y_TD = down((h_TNE * gates_TN.unsqueeze(-1)).to(h_TNE.dtype).flatten(1))

@@ -14,7 +14,7 @@ top to bottom:
 
 and :func:`balance_loss` keeps the router from always picking the same ones (eq. 13). Where the paper is silent or
 contradicts itself, the reading is a key of the config: docs/mohd.md lists them with their reasons. How the sparse
-products run is the business of :mod:`mohd_train.kernels.ops`, whose reference backend is the mathematics spelled out.
+products run is up to :mod:`mohd_train.kernels.ops`, whose reference backend spells out the mathematics.
 
 Shape letters: T tokens (batch and sequence flattened), D hidden size, N sub-dimensions, K active ones a token, S shared
 ones, C = D / N the width of one, F width between the projections (attention width or intermediate size).
@@ -41,9 +41,9 @@ class ForwardContext(NamedTuple):
         rope: cosine and sine [B, 1, T, head_dim] of the positions.
         mask: bool [B or 1, 1, T, S], True where a query may look; None: plain causal attention.
         token_mask_T: bool [B*T], False for padding; None: no padding.
-        token_keys_T: int64 [B*T], what random routing goes by; None for a learned router.
+        token_keys_T: int64 [B*T], the keys for random routing; None for a learned router.
         cache: key/value cache with ``update(k, v, layer)``; None while training.
-        balance: whether the balance loss is wanted.
+        balance: whether to compute the balance loss.
     """
 
     rope: tuple[Tensor, Tensor]
@@ -61,7 +61,7 @@ class Routing(NamedTuple):
         indices: int64 [T, K], active sub-dimensions: columns 0 .. S-1 hold 0 .. S-1, the rest the chosen ones, ascending.
         scores: [T, N] ``s = softmax(E x)`` over all N, float32 (float64 for float64 input).
         weights: [T, K] ``alpha * g`` of the active ones, in the scores' dtype.
-        balance_loss: scalar, already multiplied by its weight (eq. 13); 0 where it was not asked for.
+        balance_loss: scalar, already multiplied by its weight (eq. 13); 0 where it was not requested.
     """
 
     indices: Tensor
@@ -71,7 +71,7 @@ class Routing(NamedTuple):
 
 
 class Normed(NamedTuple):
-    """What the RMSNorm before a component computes along with the normalized x.
+    """What the RMSNorm before a component computes besides the normalized x.
 
     Attributes:
         logits_TN: the router's logits, float32 or wider.
@@ -136,7 +136,7 @@ class Router(nn.Module):
 
         Args:
             x_TD: [T, D] tokens.
-            ranks_TN: [T, N] what the choice goes by in place of the logits (random routing); the scores still weigh it.
+            ranks_TN: [T, N] what the choice is based on instead of the logits (random routing); the scores still weight it.
             logits_TN: [T, N] ``E x``, where the norm has computed it already.
         """
         logits_TN = self.logits(x_TD) if logits_TN is None else logits_TN
@@ -372,7 +372,7 @@ class SubDimensions(nn.Module):
             ranks = random_ranks(keys_T, self.plan.sub_dims, self.component)
         logits, scores, indices = self.router(x_TD, ranks, None if normed is None else normed.logits_TN)
         weights = activation_weights(scores, indices, readings.scaling)
-        # A random choice isn't the router's: there is nothing for the balance loss to teach it.
+        # A random choice isn't the router's: the balance loss could not change it.
         wanted = context is not None and context.balance and ranks is None
         loss = balance_loss(
             logits,

@@ -1,4 +1,4 @@
-"""Random routing, the control of the routing sweep: a draw that depends on nothing learned, and is the same every time.
+"""Random routing, the control of the routing sweep: a choice that depends on nothing learned, and is reproducible.
 
 A draw from a random generator would change on recomputation, between training and decoding, and with the batch. Here it is a
 hash of the token's id and position and of the layer's component: integer arithmetic, so every device and kernel agrees; causal
@@ -53,6 +53,6 @@ def random_ranks(keys_T: Tensor, sub_dims: int, component: int) -> Tensor:
         int64 [T, N].
     """
     streams_N = torch.arange(1, sub_dims + 1, device=keys_T.device) + component * sub_dims
-    # The zeros keep torch 2.11's compiler from working out the products itself: it refuses integers beyond 64 bits
+    # The zeros keep torch 2.11's compiler from computing the products itself: it refuses integers beyond 64 bits
     streams_TN = streams_N + (keys_T[:, None] & 0)
     return _mix(keys_T[:, None] + streams_TN * _GOLDEN)

@@ -33,7 +33,7 @@ FIG8 = (("495m", "dense"), ("495m", "x3"), ("495m", "75"), ("495m", "50"))
 
 
 def draw_all(folder: Path, output: Path) -> tuple[list[Path], list[str]]:
-    """Draws every figure that the sweep has the runs for. Returns the PNG and PDF files, and which figures lack runs.
+    """Draws every figure for which the sweep has runs. Returns the PNG and PDF files, and which figures lack runs.
 
     Raises:
         UserError: no sweep was launched in ``folder``.
@@ -95,7 +95,7 @@ def draw_scores(found: SweepResults, output: Path) -> list[Path]:
     tasks = list(suite.tasks.values())
     by_name: dict[str, dict[str, float]] = {}
     sizes: dict[str, tuple[int, int]] = {}
-    apart: dict[str, list[str]] = {}  # what sets a model's scores apart from the paper's
+    apart: dict[str, list[str]] = {}  # why a model's scores can't be compared with the paper's
     for one in merged_tasks(found):
         value = one.scores.get(suite.tasks[one.settings.task].metric)
         if value is not None and not settings_mismatch(suite, one.settings):
@@ -160,7 +160,7 @@ def _dagger(point: Mean | None) -> str:
 
 
 def _dagger_note(points: list[Mean]) -> str:
-    """For below the axis, if a point is of unfinished runs."""
+    """A note for the axis label, if a point is of unfinished runs."""
     return "\n† not finished" if any(point.unfinished for point in points) else ""
 
 
@@ -218,7 +218,7 @@ def _line(
     key: Callable[[RunResult], Any],
     output: Path,
     name: str,
-    words: tuple[str, str],
+    labels: tuple[str, str],
     best: tuple[str, float],
     log: bool,
 ) -> list[Path]:
@@ -239,13 +239,13 @@ def _line(
     if log:
         axis.set_xscale("log", base=2)
     axis.set_xticks(x, [f"{value:g}{_dagger(point)}" for value, point in points.items()])
-    finish(axis, found.titled(words[0]), words[1] + _dagger_note(list(points.values())), "validation perplexity")
+    finish(axis, found.titled(labels[0]), labels[1] + _dagger_note(list(points.values())), "validation perplexity")
     axis.legend(frameon=False, fontsize=8)
     return save(figure, output, name)
 
 
 def _x2(run: RunResult) -> bool:
-    """Whether a run differs from x2 by nothing but N, K and S."""
+    """Whether a run differs from x2 only in N, K and S."""
     return run.setting == "x2" or bool(re.fullmatch(r"x2-(shared|n)\d+", run.setting))
 
 
@@ -256,8 +256,8 @@ def draw_shared(found: SweepResults, output: Path) -> list[Path]:
         part = run.plan.ffn
         return part.shared / part.top_k if part and _x2(run) and part.sub_dims == 8 else None
 
-    words = ("Share of shared sub-dimensions (MoHD x2)", "shared / active")
-    return _line(found, key, output, "fig12a_shared_share", words, ("best in the paper", 0.75), False)
+    labels = ("Share of shared sub-dimensions (MoHD x2)", "shared / active")
+    return _line(found, key, output, "fig12a_shared_share", labels, ("best in the paper", 0.75), False)
 
 
 def draw_sub_dims(found: SweepResults, output: Path) -> list[Path]:
@@ -267,8 +267,8 @@ def draw_sub_dims(found: SweepResults, output: Path) -> list[Path]:
         part = run.plan.ffn
         return part.sub_dims if part and _x2(run) and part.shared * 4 == part.top_k * 3 else None
 
-    words = ("Number of sub-dimensions (MoHD x2)", "sub-dimensions N")
-    return _line(found, key, output, "fig12b_sub_dimensions", words, ("best in the paper: about 16", 16), True)
+    labels = ("Number of sub-dimensions (MoHD x2)", "sub-dimensions N")
+    return _line(found, key, output, "fig12b_sub_dimensions", labels, ("best in the paper: about 16", 16), True)
 
 
 def draw_load(found: SweepResults, output: Path) -> list[Path]:
@@ -328,7 +328,7 @@ def draw_balance(found: SweepResults, output: Path) -> list[Path]:
 
 
 def draw_throughput(found: SweepResults, output: Path) -> list[Path]:
-    """Tokens a second of one device over time."""
+    """Tokens per second of one device over time."""
     runs = [run for run in _one_a_setting(found) if run.series(THROUGHPUT)[0]]
     return _curves(found, runs, THROUGHPUT, "Throughput of one device", "tokens / s", output, "throughput")
 

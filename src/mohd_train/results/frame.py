@@ -162,7 +162,7 @@ def _missing_row(suite: Suite, one: Missing) -> Row:
     return _model(one.model) | {
         "task": one.task,
         "metric": metric,
-        "notes": f"{one.task} could not be had: {one.reason}",
+        "notes": f"{one.task} was unavailable: {one.reason}",
     }
 
 

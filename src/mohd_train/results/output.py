@@ -56,11 +56,11 @@ class Output:
             self._storage.upload(path.relative_to(self.folder).as_posix(), path)
         except UserError as error:
             self._unsent = path
-            raise UserError(f"{error}; the result is whole in {path}, copy it from there") from None
+            raise UserError(f"{error}; the result is complete in {path}, copy it from there") from None
 
 
 def local_copy(source: Path | str) -> Path:
-    """A local file or folder of results as it is; a download of one on object storage. Raises UserError if that fails."""
+    """A local file or folder of results unchanged; a download of one on object storage. Raises UserError if that fails."""
     if not is_remote(source):
         return Path(source)
     output = Output(source)

@@ -56,7 +56,7 @@ def load_paper(path: Path = DEFAULT_PAPER) -> dict[str, PaperRow]:
     """The rows of Table 2: name -> row, in the paper's order.
 
     Raises:
-        UserError: the file is missing or isn't what this reads.
+        UserError: the file is missing or malformed.
     """
     data = load_numbers(path)
     try:

@@ -120,7 +120,7 @@ def _differences(found: SweepResults) -> str:
     settings = load_numbers()["training"]
     configs = [run.record["config"] for run in found.runs if run.record]
     if not configs:
-        return "<p>No run has begun.</p>"
+        return "<p>No run has started.</p>"
     config, world = configs[0], _processes(found)
     theirs = {
         "steps": (settings["steps"], config["max_duration"].removesuffix("ba")),
@@ -139,7 +139,7 @@ def _differences(found: SweepResults) -> str:
 
 def _against_paper(found: SweepResults) -> Table:
     """Every number that both we and the paper have: perplexity changes of Tables 4 and 5."""
-    table = Table("By how much: changes in perplexity", ["", "Ours", "Paper", "Difference"])
+    table = Table("Changes in perplexity", ["", "Ours", "Paper", "Difference"])
     paper = load_numbers()
     for number in (4, 5):
         printed = TABLES[number](paper, found)
@@ -148,7 +148,7 @@ def _against_paper(found: SweepResults) -> Table:
             if row[difference] != MISSING:
                 table.add(f"Table {number}: {row[0]}", row[ours], row[theirs], row[difference])
     if not table.rows:
-        table.notes.append("No run yet that a number of Table 4 or 5 belongs to; Table 2's differences stand in it.")
+        table.notes.append("No run yet for a number of Table 4 or 5; Table 2 shows its own differences.")
     return table
 
 
@@ -191,7 +191,7 @@ def _hardware(found: SweepResults) -> str:
             commit or None,
             run.record.get("versions", {}).get("torch"),
         )
-    table.notes.append(f"{total:.3g} device hours together, training and its validation.")
+    table.notes.append(f"{total:.3g} device hours in total, training and validation.")
     return table.to_html()
 
 
@@ -207,7 +207,7 @@ def _images(images: list[Path]) -> str:
 
 
 def _configs(found: SweepResults) -> str:
-    """The first run's whole config; how the others differ from it."""
+    """The first run's full config; how the others differ from it."""
     folder = SweepFolder(found.folder)
     first: dict[str, Any] | None = None
     parts = []

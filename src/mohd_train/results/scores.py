@@ -1,4 +1,4 @@
-"""Table 2 from stored results: our rows, the paper's beside them, the difference, and a mark on whatever can't be compared."""
+"""Table 2 from stored results: our rows next to the paper's, the difference, and a mark on whatever can't be compared."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from mohd_train.results.table import Number, Table
 
 GROUP_NOTE = "Shots in brackets; accuracy in percent."
 Reasons = tuple[tuple[str, str], ...]  # each (reason, detail)
-# How the reasons begin that make a score another measurement than its neighbors', so that it can't be the best of them.
+# Prefixes of the reasons that make a score another kind of measurement than its neighbors', so that it can't be the best of them.
 _PARTIAL = ("run with --limit", "demo questions", "not all", "more questions", "not trained to its end")
 
 
 @dataclass(frozen=True)
 class Score:
-    """A score in percent (None: missing), its standard error, and the reasons that set it apart."""
+    """A score in percent (None: missing), its standard error, and the reasons why it can't be compared."""
 
     value: float | None = None
     reasons: Reasons = ()
@@ -47,9 +47,9 @@ class ScoreRow:
         kind: ours, paper or difference.
         model: the name that matches ours with the paper's.
         cells: in the order of the suite's tasks.
-        reasons: what sets the whole row apart.
+        reasons: why the whole row can't be compared.
         macro: task with subjects -> the mean that gives every subject the same weight.
-        seeds: how many are behind means and standard errors; 0: one model.
+        seeds: how many the means and standard errors are over; 0: one model.
     """
 
     label: str
@@ -111,7 +111,7 @@ class Scores:
         }
 
     def below(self) -> list[str]:
-        """What our numbers are: kinds of standard error, and the other mean of a task with subjects."""
+        """Notes on our numbers: kinds of standard error, and the other mean of a task with subjects."""
         ours = [row for row in self.rows if row.kind == "ours"]
         lines = []
         if any(cell.error is not None for row in ours for cell in row.cells):
@@ -153,7 +153,7 @@ class Scores:
         return table
 
     def _records(self) -> list[list[str]]:
-        """For CSV: identifiers, every number alone, and the reasons for the marks in words."""
+        """For CSV: identifiers, one number per column, and the reasons for the marks spelled out."""
         names = [spec.name for spec in self.tasks]
         with_subjects = [spec.name for spec in self.tasks if spec.subjects]
         header = ["model", "row", "label", "activated", "total", *names, "average"]
@@ -293,7 +293,7 @@ def _other_size(ours: ScoreRow, tasks: Mapping[str, Result], theirs: PaperRow) -
 def _cell(suite: Suite, spec: TaskSpec, result: Result | None, why: str | None) -> Score:
     """A score with other settings than the column's is named below the table, not shown in it."""
     if result is None:
-        return Score(reasons=((f"{spec.name} could not be had", why),) if why else ())
+        return Score(reasons=((f"{spec.name} was unavailable", why),) if why else ())
     value = result.scores.get(spec.metric)
     shown = "" if value is None else f", {result.model['name']}: {100 * value:.1f}"
     if mismatch := settings_mismatch(suite, result.settings):
@@ -305,14 +305,14 @@ def _cell(suite: Suite, spec: TaskSpec, result: Result | None, why: str | None) 
 
 
 def reasons_of(suite: Suite, spec: TaskSpec, result: Result) -> list[tuple[str, str]]:
-    """What sets a score apart from the one in the paper's table, although its settings are the same."""
+    """Why a score can't be compared with the paper's, although its settings are the same."""
     used, found = result.settings, []
     if result.model.get("unfinished"):
         found.append(("not trained to its end", f"{result.model['name']} {result.model['unfinished']}"))
     if result.scores.get(spec.metric) is None:
         found.append((f"the result has no {spec.metric}", spec.name))
     if used.demo:
-        found.append(("demo questions, not the task's own: the number means nothing", ""))
+        found.append(("demo questions, not the task's own: the number is not meaningful", ""))
     elif used.limit is not None:
         found.append(("run with --limit", f"{spec.name} {result.questions} of {spec.questions} questions"))
     elif result.questions < spec.questions:

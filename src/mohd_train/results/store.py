@@ -98,7 +98,7 @@ class Found:
 
 
 def settings_mismatch(suite: Suite, settings: Settings) -> list[tuple[str, str]]:
-    """(reason, detail) why a result can't stand in the suite's column: other shots, another version of the harness."""
+    """(reason, detail) why a result doesn't belong in the suite's column: other shots, another version of the harness."""
     spec, found = suite.tasks[settings.task], []
     if settings.shots != spec.shots:
         found.append(("other shots", f"{settings.task} {settings.shots}, not {spec.shots}"))
@@ -169,7 +169,7 @@ def write(path: Path, data: dict[str, Any], default: Callable[[Any], Any] = str)
 
 
 def check_writable(folder: Path) -> None:
-    """Creates the folder and checks that it is writable: before hours of work, not after. Raises UserError if it isn't."""
+    """Creates the folder and checks that it is writable, before hours of work rather than after. Raises UserError if it isn't."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -210,7 +210,7 @@ def read(path: Path) -> Result:
             subject_scores=subjects,
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"{path} lacks a part of a result ({error}); run the evaluation again") from None
+        raise UserError(f"{path} is an incomplete result ({error}); run the evaluation again") from None
 
 
 def _model(ours: dict[str, Any]) -> dict[str, Any]:
@@ -302,7 +302,7 @@ def set_aside(path: Path) -> str | None:
 
 
 def rename_broken(path: Path, why: str) -> str:
-    """`<name>` -> `<name>.broken`. Returns a message that says so."""
+    """Renames `<name>` to `<name>.broken`. Returns a message about it."""
     broken = path.with_name(f"{path.name}.broken")
     path.replace(broken)
     return f"{why.partition(';')[0]}: set aside as {broken.name}, evaluated again"
@@ -343,7 +343,7 @@ def reusable(path: Path, settings: Settings, fingerprint: str, overwrite: bool) 
     differing = [f"{key}: {before[key]} there, {now[key]} now" for key in now if before[key] != now[key]]
     if differing:
         raise UserError(
-            f"{path} was made with other settings ({'; '.join(differing)}); choose another --output or say --overwrite"
+            f"{path} was made with other settings ({'; '.join(differing)}); choose another --output or give --overwrite"
         )
     return stored
 
@@ -353,10 +353,10 @@ def check_same_checkpoint(path: Path, model: dict[str, Any], fingerprint: str) -
     if is_sampled(model["fingerprint"]):
         raise UserError(
             f"{path} was stored by an earlier version, which did not look at all weights and the tokenizer, so it may be "
-            "another checkpoint's; say --overwrite to measure again"
+            "another checkpoint's; give --overwrite to measure again"
         )
     if model["fingerprint"] != fingerprint:
         raise UserError(
             f"{path} holds the result of another checkpoint ({model['checkpoint']}); "
-            "choose another --output or --name, or say --overwrite"
+            "choose another --output or --name, or give --overwrite"
         )

@@ -82,12 +82,12 @@ class RunResult:
 
     @property
     def base(self) -> str:
-        """The paper's model that it stands for: ``355m``, whatever the scale."""
+        """The paper's model that it represents: ``355m``, at any scale."""
         return paper_name(self.model)
 
     @property
     def unfinished(self) -> str:
-        """How far it is, if it has not ended: ``stopped, batch 30``; else empty."""
+        """Its progress, if it has not ended: ``stopped, batch 30``; else empty."""
         return "" if self.status.state == "finished" else f"{self.status.state}, batch {self.status.batch}"
 
     @property
@@ -112,7 +112,7 @@ class RunResult:
 
 @dataclass
 class SweepResults:
-    """A sweep. ``notes`` say what was set aside, and why."""
+    """A sweep. ``notes`` list what was set aside, and why."""
 
     folder: Path
     name: str
@@ -236,7 +236,11 @@ def merged_tasks(found: SweepResults) -> list[Result]:
             parts[task] = {name: one for name, one in all_of if _alike(one, first)}
             for _, other in all_of:
                 if not _alike(other, first):
-                    how = "is not of a finished run" if other.settings == first.settings else "was asked in another way"
+                    how = (
+                        "is not of a finished run"
+                        if other.settings == first.settings
+                        else "was evaluated with other settings"
+                    )
                     found.notes.append(f"{other.path} {how}, unlike {first.path}; left out of the mean")
         seeds = max(map(len, parts.values()), default=0)
         for task, some in parts.items():

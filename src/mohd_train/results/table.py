@@ -30,12 +30,12 @@ class Number:
 
     @property
     def plain(self) -> str:
-        """The value alone, as a parser reads it: ``10.25``, ``-0.18``, ``+0.83``."""
+        """Only the value, as a parser reads it: ``10.25``, ``-0.18``, ``+0.83``."""
         return f"{self.value:{'+' if self.signed else ''}.{self.digits}f}"
 
     @property
     def plain_error(self) -> str:
-        """The standard error alone; empty if there is none."""
+        """Only the standard error; empty if there is none."""
         return "" if self.error is None else f"{self.error:.{self.digits}f}"
 
     def __str__(self) -> str:
@@ -62,14 +62,14 @@ class Table:
 
     Attributes:
         notes: lines below the table; (letter, text) explains a letter of ``marks``.
-        bold: cells to stress.
+        bold: cells to emphasize.
         faint: rows that aren't ours, such as the paper's.
         marks: letters behind a cell (``"a,c"``) that lead to notes.
         groups: (name, number of columns) over all columns, for a line below the headers; no name: no group.
         blocks: rows that begin a block, which LaTeX sets apart with a rule.
         records: what CSV holds, header first, where that isn't the shown columns.
         captioned: whether Markdown and LaTeX show the title; HTML always does.
-        bold_ours: whether Markdown, which has no faint rows, stresses the first cell of the others.
+        bold_ours: whether Markdown, which has no faint rows, emphasizes the first cell of the others.
         minus: of signed numbers in Markdown and HTML.
     """
 
@@ -95,7 +95,7 @@ class Table:
         self.rows.append([MISSING if cell is None else cell for cell in cells])
 
     def stress_least(self, column: int) -> None:
-        """Stresses the smallest number of a column among the rows that are ours and finished, if two or more have one."""
+        """Emphasizes the smallest number of a column among the rows that are ours and finished, if two or more have one."""
         numbers = {
             i: cell.value
             for i, row in enumerate(self.rows)
@@ -126,7 +126,7 @@ class Table:
         return "\n".join([*title, *lines, "", "  \n".join(notes)]).rstrip() + "\n"
 
     def to_csv(self) -> str:
-        """Every number alone in its column: a standard error has the column ``HEADER stderr``, a dagger becomes an entry of the
+        """One number per column: a standard error has the column ``HEADER stderr``, a dagger becomes an entry of the
         last column, ``unfinished``. The notes are left to the other forms."""
         out = io.StringIO()
         records = [[_harmless(cell) for cell in record] for record in self.records or self._records()]

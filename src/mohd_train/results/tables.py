@@ -32,7 +32,7 @@ def table_text(number: int, sources: Sequence[Path | str], form: str) -> str:
     """The text of Table ``number``; the paper's own if there are no sources.
 
     Args:
-        sources: the folder of a launched sweep; for Table 2 also result files and folders, on object storage too.
+        sources: the folder of a launched sweep; for Table 2 also result files and folders, also on object storage.
         form: md, csv, latex or html.
 
     Raises:

@@ -1,4 +1,4 @@
-"""``metrics.jsonl``: every metric of a run, one JSON object a line, one line a batch."""
+"""``metrics.jsonl``: every metric of a run, one JSON object per line, one line per batch."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 from mohd_train.errors import UserError
 from mohd_train.utils.files import write_atomic
 
-SYNC_SECONDS = 1.0  # between two flushes to the disk: a power loss costs at most as much
+SYNC_SECONDS = 1.0  # between two flushes to disk: a power loss costs at most this much
 BLOCK = 1 << 16  # bytes, of reading backwards
 
 
@@ -32,7 +32,7 @@ def read_metrics(path: str | Path, notes: list[str] | None = None) -> list[dict[
     except FileNotFoundError:
         return []
     for number, line in enumerate(lines, 1):
-        line = line.strip(b"\0")  # what a power loss leaves of pages that never reached the disk
+        line = line.strip(b"\0")  # what a power loss leaves in place of pages that never reached the disk
         if line.endswith(b"\n") and line.strip():
             try:
                 record = json.loads(line)
@@ -42,7 +42,7 @@ def read_metrics(path: str | Path, notes: list[str] | None = None) -> list[dict[
             except (ValueError, KeyError, TypeError) as error:
                 if notes is None:
                     raise UserError(
-                        f"{path}, line {number}: no JSON ({error}); take the line out of the file"
+                        f"{path}, line {number}: not JSON ({error}); remove the line from the file"
                     ) from None
                 broken.append(number)
     if notes is not None and broken:
@@ -52,7 +52,7 @@ def read_metrics(path: str | Path, notes: list[str] | None = None) -> list[dict[
 
 
 def lines_backwards(path: Path) -> Iterator[dict[str, Any]]:
-    """The whole lines of a metrics file, the last first. It may be large, so it is read block by block from its end; the run
+    """The complete lines of a metrics file, the last one first. It may be large, so it is read block by block from its end; the run
     may be writing it, so a half-written line is left out."""
     try:
         file = path.open("rb")
@@ -105,14 +105,14 @@ class MetricsWriter:
         self._synced = 0.0
 
     def cut_after(self, batch: int) -> None:
-        """Leaves out the lines after ``batch``: a session that resumes there writes them again."""
+        """Removes the lines after ``batch``: a session that resumes there writes them again."""
         kept = [record for record in read_metrics(self.path) if record["batch"] <= batch]
         write_atomic(self.path, b"".join(_line(record) for record in kept))
         self.last = kept[-1] if kept else {}
         self._last_offset = self.path.stat().st_size - len(_line(self.last)) if kept else 0
 
     def write(self, record: dict[str, Any]) -> None:
-        """Appends a line. What comes for the batch of the last line joins it, in a new file that replaces the old one:
+        """Appends a line. A record for the batch of the last line is merged into it, in a new file that replaces the old one:
         a reader of a line that is being overwritten, or a kill in between, would be left with a broken one."""
         if self.last and self.last["batch"] == record["batch"]:
             record = self.last | record
@@ -125,7 +125,7 @@ class MetricsWriter:
                 try:
                     _write_all(file, _line(record))
                 except OSError:
-                    file.truncate(offset)  # no half line
+                    file.truncate(offset)  # no partial line
                     raise
                 if time.monotonic() - self._synced > SYNC_SECONDS:
                     os.fsync(file.fileno())
@@ -135,7 +135,7 @@ class MetricsWriter:
 
 
 def _write_all(file: FileIO, content: bytes) -> None:
-    """A raw write may take a part only, as on a disk that is about to be full."""
+    """A raw write may accept only a part, as on a disk that is almost full."""
     while content:
         content = content[file.write(content) :]
 

@@ -1,7 +1,7 @@
 """Every file name of a run, once.
 
 ========================  ==============================================================================================
-``run.json``              what the run is, its sessions, how far it has come (record.py)
+``run.json``              what the run is, its sessions, its progress (record.py)
 ``config.yaml``           the resolved config
 ``metrics.jsonl``         every metric, a line a batch (metrics.py)
 ``tokenizer/``            the data's tokenizer

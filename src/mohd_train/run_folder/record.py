@@ -1,4 +1,4 @@
-"""``run.json``: what a run is (config, plan, code, versions, data, hardware) and how far it came; whose a folder is."""
+"""``run.json``: what a run is (config, plan, code, versions, data, hardware), its progress, and which run owns a folder."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class RunRecord:
 
     @property
     def run_id(self) -> str:
-        """W&B's id of the run: the same in all of its sessions, another for another run of the same name."""
+        """W&B's id of the run: the same in all of its sessions, different for another run of the same name."""
         return hashlib.sha256(f"{self.data['run_name']}/{self.data['started']}".encode()).hexdigest()[:16]
 
     def update(self, **values: Any) -> None:
@@ -76,7 +76,7 @@ def read_record(folder: Path) -> RunRecord | None:
 
 
 def _has_trained(record: RunRecord) -> bool:
-    """False for a run that failed before its first batch: its folder is free, so that the mistake can be put right."""
+    """False for a run that failed before its first batch: its folder is free, so that the mistake can be corrected."""
     metrics = record.folder / METRICS
     return (
         record.data["status"] != "failed"
@@ -92,7 +92,7 @@ def check_save_folder(config: Config) -> None:
         owner = json.loads((folder / OWNER).read_text(encoding="utf-8"))
         place, name = Path(owner["run_folder"]), owner["run_name"]
     except (OSError, ValueError, LookupError, TypeError):
-        return  # none, or an unreadable one: checkpoints tell whose they are
+        return  # none, or an unreadable one: the checkpoints name their run
     if name != config.run_name and place != Path(config.run_folder).resolve():
         raise UserError(
             f"save_folder {folder} belongs to the run {name} in {place}; give each run a save_folder of its own"
@@ -100,12 +100,12 @@ def check_save_folder(config: Config) -> None:
 
 
 def check_folder(config: Config, data_sha256: str, stored: dict[str, Any] | None = None) -> RunRecord | None:
-    """Whether this run may use its folder. Returns the record to go on from, or None for a new run.
+    """Checks that this run may use its folder. Returns the record to continue, or None for a new run.
 
     Args:
         config: this run.
         data_sha256: its data.
-        stored: the record in a remote ``save_folder``, judged in place of the local folder's.
+        stored: the record in a remote ``save_folder``, used in place of the local folder's.
 
     Raises:
         UserError: the folder holds another run, or this one while neither autoresume nor save_overwrite is set.
@@ -143,6 +143,6 @@ def check_folder(config: Config, data_sha256: str, stored: dict[str, Any] | None
     if not config.autoresume:
         raise UserError(
             f"{where} already holds this run ({record.data['status']}, at batch {record.data.get('batch', 0)}); "
-            "set autoresume=true to go on with it, save_overwrite=true to start over, or another run_name"
+            "set autoresume=true to resume it, save_overwrite=true to start over, or another run_name"
         )
     return record

@@ -1,4 +1,4 @@
-"""Keeps secrets out of what a run writes and logs. The place for them is the environment, or a file that their library
+"""Keeps secrets out of what a run writes and logs. They belong in the environment, or in a file that their library
 reads."""
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ HIDDEN = "(hidden)"
 
 
 def without_secrets(value: Any) -> Any:
-    """``value`` with every string under a key such as ``api_key`` hidden, and what stands in a URL before ``@``."""
+    """``value`` with every string under a key such as ``api_key`` hidden, and whatever precedes ``@`` in a URL."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return dataclasses.replace(value, **without_secrets(dict(vars(value))))
     if isinstance(value, dict):

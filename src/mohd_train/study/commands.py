@@ -20,7 +20,7 @@ def _read(folder: Path, records: list[Path]) -> Study:
 
 
 def status(folder: Path, records: list[Path]) -> None:
-    """How many runs stand how, and every comparison on what there is so far."""
+    """The number of runs in each state, and every comparison on the results so far."""
     study = _read(folder, records)
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 170)
     states = [run.state for run in study.runs]

@@ -62,7 +62,7 @@ class Difference:
 
     @property
     def verdict(self) -> str:
-        """Whether the paper's sign is found, by the interval over seeds: ``holds``, ``does not hold`` or ``can't be told``; ``so
+        """Whether the paper's sign is confirmed by the interval over seeds: ``holds``, ``does not hold`` or ``can't be told``; ``so
         far`` while no pair is finished."""
         latest = self.latest
         if latest is None or not self.paper or (self.at_end is None and latest.low is None):
@@ -110,7 +110,7 @@ def curve_of(runs: list[StudyRun]) -> Curve | None:
 
 
 def compare(study: Study, comparison: Comparison) -> Compared:
-    """Evaluates one comparison on what there is. Runs that can't be paired are named in the study's notes and left out."""
+    """Evaluates one comparison on the results so far. Runs that can't be paired are named in the study's notes and left out."""
     rows, variants = list(comparison.rows), list(comparison.variants)
     source = _source(study, comparison)
     if comparison.baseline is None:

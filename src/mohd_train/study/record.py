@@ -1,4 +1,4 @@
-"""The record of a study: every run in one file of JSON, and a page of Markdown beside it with tables and figures."""
+"""The record of a study: every run in one JSON file, next to a Markdown page with tables and figures."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def _date(runs: list[StudyRun]) -> str:
 
 
 def flat(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Dotted keys of a config, those left out that decide only where and how a run runs."""
+    """Dotted keys of a config, without those that decide only where and how a run runs."""
     found: dict[str, Any] = {}
     for key, child in value.items():
         name = f"{prefix}{key}"

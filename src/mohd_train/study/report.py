@@ -61,7 +61,7 @@ def cells(one: Difference) -> tuple[str, ...]:
 
 
 def grid_rows(found: Compared, models: list[str]) -> list[tuple[str, ...]]:
-    """Mean losses of a grid; the lowest of a row is marked, and so is one at the edge, beyond which the best may lie."""
+    """Mean losses of a grid. The lowest of a row is marked, with ``(edge)`` where the best may lie beyond the grid."""
     rows = []
     for model in models:
         for setting in found.rows:

@@ -1,4 +1,4 @@
-"""The runs of a launched sweep as a study sees them: curves, losses of documents, and what they were trained on."""
+"""The runs of a launched sweep as a study needs them: curves, losses of documents, and what they were trained on."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ class StudyRun:
 
 @dataclass
 class Study:
-    """A launched sweep; ``notes`` say what was set aside, and why."""
+    """A launched sweep; ``notes`` list what was set aside, and why."""
 
     folder: Path
     name: str
@@ -166,7 +166,7 @@ def read_measured(path: Path, notes: list[str]) -> Measured | None:
 
 
 def _documents(domains: dict[str, Any]) -> Documents | None:
-    """Of all domains, one after another; None where the measurement kept none (results of earlier versions)."""
+    """The documents of all domains, concatenated; None if the measurement kept none (results of earlier versions)."""
     if not all("documents" in entry for entry in domains.values()):
         return None
     tokens, nll, names = [], [], []

@@ -1,4 +1,4 @@
-"""How many bytes of text a validation split stands for, so that losses can be compared across tokenizers."""
+"""The bytes of text in a validation split, so that losses can be compared across tokenizers."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ from mohd_train.config.plan import SubDimPlan
 from mohd_train.config.schema import Config
 from mohd_train.data.manifest import MANIFEST
 from mohd_train.errors import UserError
-from mohd_train.sweep.data import DataSource, check_once, data_words, ensure_data
+from mohd_train.sweep.data import DataSource, check_once, data_overrides, ensure_data
 from mohd_train.sweep.expand import Choice, SweepRun, default_folder, expand, total_batches
 from mohd_train.sweep.file import SweepFile, all_sweeps, read_sweep
 from mohd_train.sweep.folder import RECORD, SweepFolder
@@ -27,7 +27,7 @@ from mohd_train.sweep.launch.jobs import ClusterOptions
 from mohd_train.sweep.launch.local import LocalLauncher
 from mohd_train.sweep.launch.worker import run_one
 from mohd_train.sweep.scale import SCALES
-from mohd_train.sweep.status import GONE_WRONG, RunStatus, job_states, render, run_status
+from mohd_train.sweep.status import FAILED_STATES, RunStatus, job_states, render, run_status
 
 LAUNCHERS = ("local", "slurm", "k8s")
 WATCH = 5.0  # seconds between two updates
@@ -68,7 +68,7 @@ def _target(request: Request) -> Path:
 
 
 def _open(request: Request) -> tuple[SweepFile, SweepFolder, str]:
-    """The sweep's file, its folder and scale; a folder as target brings all three."""
+    """The sweep's file, its folder and scale; a folder as target determines all three."""
     target = _target(request)
     if (target / RECORD).exists():
         folder = SweepFolder(target)
@@ -145,7 +145,7 @@ def _with_data(request: Request, sweep: SweepFile, folder: SweepFolder, scale: s
         return runs, False
     place = source.place(folder.path)
     prepared = place.exists() if source.folder else (place / MANIFEST).exists()
-    words = data_words(place, runs[0].config, scale) if prepared else (f"data.local={place}",)
+    words = data_overrides(place, runs[0].config, scale) if prepared else (f"data.local={place}",)
     return expand(sweep, dataclasses.replace(choice, data=words), folder.path), prepared
 
 
@@ -175,7 +175,7 @@ def launch(request: Request) -> int:
 
 
 def resume(request: Request) -> int:
-    """Goes on with a launched sweep: the same scale, data, seeds and overrides, without repeating them."""
+    """Resumes a launched sweep: the same scale, data, seeds and overrides, without repeating them."""
     folder = _launched(request)
     if request.overrides:
         raise UserError("resume takes no key=value: the runs' configs are fixed; launch another sweep with --out")
@@ -191,13 +191,13 @@ def _launch(
     source, scale = _source(request, folder), choice.scale
     processes = request.processes or SCALES[scale].processes
     folder.refuse_other(sweep, choice, source)
-    first = expand(sweep, choice, folder.path)  # every config, before minutes go into the data
+    first = expand(sweep, choice, folder.path)  # checks every config before spending minutes on the data
     place = ensure_data(source, folder.path, seq_len=_seq_len(first), scale=scale)
-    choice = dataclasses.replace(choice, data=data_words(place, first[0].config, scale))
+    choice = dataclasses.replace(choice, data=data_overrides(place, first[0].config, scale))
     runs = [run for run in expand(sweep, choice, folder.path) if known is None or run.name in known]
     for config in _distinct_data([run.config for run in runs]):
         check_once(config)
-    with folder.locked():  # nobody else decides what to start, or rewrites the record, until ours is in it
+    with folder.locked():  # no other launch decides what to start, or rewrites the record, until ours is in it
         folder.claim(sweep, choice, source, runs)
         todo, states = _todo(folder, runs)
         for name, state in states.items():
@@ -222,7 +222,7 @@ def _seq_len(runs: list[SweepRun]) -> int:
 
 
 def _distinct_data(configs: list[Config]) -> list[Config]:
-    """One config for each vocabulary: all else that the check looks at is the same."""
+    """One config for each vocabulary: everything else that is checked is the same."""
     return list({config.model.vocab_size: config for config in configs}.values())
 
 
@@ -275,7 +275,7 @@ def _submit(request: Request, folder: SweepFolder, names: list[str], processes: 
 
 
 def status(request: Request) -> int:
-    """The table; on a terminal until nothing is under way, unless ``once``. Returns 1 if a run has gone wrong."""
+    """Shows the table; on a terminal until nothing is running, unless ``once``. Returns 1 if a run has failed."""
     folder, console = _launched(request), _console()
 
     def look() -> tuple[list[RunStatus], list[str]]:
@@ -294,7 +294,7 @@ def status(request: Request) -> int:
         console.print(render(folder.record["title"], runs))
     for note in dict.fromkeys(notes):
         console.print(f"note: {note}", markup=False)
-    return 1 if any(run.state in GONE_WRONG for run in runs) else 0
+    return 1 if any(run.state in FAILED_STATES for run in runs) else 0
 
 
 def _chosen(folder: SweepFolder, only: tuple[str, ...]) -> list[str]:

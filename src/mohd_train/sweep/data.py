@@ -30,7 +30,7 @@ class DataSource:
 
     def __post_init__(self) -> None:
         if self.folder and (self.raw or self.tokenizer):
-            raise UserError("--data names prepared data, --raw and --tokenizer make it: give one or the other")
+            raise UserError("--data names prepared data, --raw and --tokenizer prepare it: give one or the other")
         if bool(self.raw) != bool(self.tokenizer):
             raise UserError("--raw and --tokenizer go together: raw rows are prepared with a tokenizer")
 
@@ -61,7 +61,7 @@ def ensure_data(source: DataSource, sweep_folder: Path, *, seq_len: int, scale: 
     from mohd_train.data.prepare import (
         Request,
         prepare,
-    )  # torch and tokenizers: only where there is something to prepare
+    )  # imports torch and tokenizers: only if there is something to prepare
 
     place.parent.mkdir(parents=True, exist_ok=True)
     assert source.tokenizer is not None
@@ -69,7 +69,7 @@ def ensure_data(source: DataSource, sweep_folder: Path, *, seq_len: int, scale: 
     return place
 
 
-def data_words(folder: Path, config: Config, scale: str) -> tuple[str, ...]:
+def data_overrides(folder: Path, config: Config, scale: str) -> tuple[str, ...]:
     """``key=value`` overrides that adapt a config to the prepared data: its folder and, except at the paper's scale, vocabulary
     and mix.
 
@@ -81,7 +81,7 @@ def data_words(folder: Path, config: Config, scale: str) -> tuple[str, ...]:
         UserError: the data lacks a domain of the recipe, and the scale is the paper's.
     """
     manifest = load_manifest(folder)
-    words = [f"data.local={folder}"]
+    overrides = [f"data.local={folder}"]
     missing = [name for name in config.data.domains if name not in (*manifest.domains, *config.data.optional_domains)]
     if not SCALES[scale].fits_data:
         if missing:
@@ -89,27 +89,27 @@ def data_words(folder: Path, config: Config, scale: str) -> tuple[str, ...]:
                 f"{folder} lacks {', '.join(missing)} of the recipe's domains (it has {', '.join(sorted(manifest.domains))}); "
                 "prepare them, or give another mix for all runs: 'data.domains={...}'"
             )
-        return tuple(words)
-    words.append(f"model.vocab_size={manifest.tokenizer.vocab_size}")
+        return tuple(overrides)
+    overrides.append(f"model.vocab_size={manifest.tokenizer.vocab_size}")
     if missing:
-        words.append(f"data.domains={json.dumps(_mix(manifest))}")
-        words.append("data.optional_domains=[]")
-    return tuple(words)
+        overrides.append(f"data.domains={json.dumps(_mix(manifest))}")
+        overrides.append("data.optional_domains=[]")
+    return tuple(overrides)
 
 
 def _mix(manifest: Manifest) -> dict[str, float]:
-    """LLaMA-1's proportions of the domains there are; a domain that LLaMA-1 lacks gets its share of the tokens."""
+    """LLaMA-1's proportions of the domains in the data; a domain that LLaMA-1 lacks gets its share of the tokens."""
     tokens = {name: splits["train"].tokens for name, splits in manifest.domains.items() if splits["train"].samples}
     return {name: round(share, 4) for name, share in shares(sorted(tokens), tokens).items()}
 
 
 def check_once(config: Config) -> None:
-    """Sequence length, vocabulary, domains and the shards' sizes, before the first job rather than in each of them.
+    """Checks sequence length, vocabulary, domains and the shards' sizes before the first job rather than in each of them.
 
     Raises:
         UserError: as training would.
     """
     from mohd_train.data.streaming import check_data
 
-    data = dataclasses.replace(config.data, verify=False)  # each run still checks the hashes where its config says so
+    data = dataclasses.replace(config.data, verify=False)  # each run still checks the hashes if its config says so
     check_data(data, vocab_size=config.model.vocab_size, seq_len=config.max_seq_len)

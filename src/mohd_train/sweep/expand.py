@@ -122,9 +122,9 @@ def select(runs: list[SweepRun], only: Sequence[str]) -> list[SweepRun]:
     for pattern in only:
         matching = {run.name for run in runs if any(fnmatch.fnmatch(word, pattern) for word in _names(run))}
         if not matching:
-            words = sorted({word for run in runs for word in _names(run)})
+            names = sorted({name for run in runs for name in _names(run)})
             raise UserError(
-                f"--only {pattern}: no run, setting or model of that name{nearest(pattern, words)}; "
+                f"--only {pattern}: no run, setting or model of that name{nearest(pattern, names)}; "
                 f"settings: {', '.join(dict.fromkeys(run.setting for run in runs))}"
             )
         chosen |= matching
@@ -158,7 +158,7 @@ def _run(
     try:
         base = bases.get(model) or bases.setdefault(model, load_config(files).model)
         scaled = {f"model.{key}": value for key, value in scaled_model(base, scale).items()}
-        words = _overrides(scaled) + _setting_overrides(setting, files[1])
+        overrides = _overrides(scaled) + _setting_overrides(setting, files[1])
         name = scaled.get("model.name", base.name)
         full = f"{name}-{setting.name}-s{seed}"
         identity = {
@@ -168,11 +168,11 @@ def _run(
             "autoresume": True,
             "save_overwrite": False,
         }
-        words = [*words, *choice.data, *choice.overrides, *_overrides(identity)]
-        config = load_config(files, words)
+        overrides = [*overrides, *choice.data, *choice.overrides, *_overrides(identity)]
+        config = load_config(files, overrides)
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
-    return SweepRun(full, str(name), setting.name, setting.label, seed, tuple(files), tuple(words), config)
+    return SweepRun(full, str(name), setting.name, setting.label, seed, tuple(files), tuple(overrides), config)
 
 
 def _shown(path: Path) -> str:

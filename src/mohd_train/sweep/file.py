@@ -1,4 +1,4 @@
-"""A sweep file: which models x settings x seeds to train with which recipe. It names files of `configs/`, it copies none.
+"""A sweep file: which models x settings x seeds to train with which recipe. It refers to files of `configs/` and copies none.
 
     name: table4
     title: "Table 4: ..."
@@ -125,7 +125,7 @@ class SweepFile:
 
 
 class _Reader:
-    """Reads the parts of one file; every error names the file and the key."""
+    """Parses one file; every error names the file and the key."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -202,7 +202,7 @@ class _Reader:
             name, base, str(mapping.get("label") or name), both, parts["attention"], parts["ffn"], overrides
         )
         if setting.plain and name != base.stem:
-            raise self.fail(key, f"differs from {base.stem} in nothing; give set, both, attention or ffn")
+            raise self.fail(key, f"does not differ from {base.stem}; give set, both, attention or ffn")
         return setting
 
     def config_keys(self, mapping: dict[str, Any], key: str) -> dict[str, Any]:
@@ -211,7 +211,9 @@ class _Reader:
             raise self.fail(f"{key}.set", f"is {values!r}; it must be a mapping of dotted config keys to values")
         for name, found in values.items():
             if name in KNOWN_KEYS and is_text(KNOWN_KEYS[name]) and not isinstance(found, str | None):
-                raise self.fail(f"{key}.set.{name}", f"is {found!r}, which YAML reads as no text; put it in quotes")
+                raise self.fail(
+                    f"{key}.set.{name}", f"is {found!r}, which YAML does not read as text; put it in quotes"
+                )
         return values
 
     def seeds(self, value: Any, key: str = "seeds") -> tuple[int, ...]:

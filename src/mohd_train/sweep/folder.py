@@ -78,7 +78,7 @@ class SweepFolder:
         return SharedLock(self.path / "locks" / name)
 
     def run_record(self, name: str) -> dict[str, Any] | None:
-        """The run's own ``run.json``; None where it has none, or one that :meth:`record_problem` tells of."""
+        """The run's own ``run.json``; None if it has none, or one that :meth:`record_problem` reports."""
         try:
             record = read_record(self.path / name)
         except UserError:
@@ -86,7 +86,7 @@ class SweepFolder:
         return record.data if record else None
 
     def record_problem(self, name: str) -> str | None:
-        """Why a run's ``run.json`` can't be read, in a line. Other runs are none the worse for it."""
+        """Why a run's ``run.json`` can't be read, in one line. Other runs are not affected."""
         try:
             read_record(self.path / name)
         except UserError as error:
@@ -130,8 +130,8 @@ class SweepFolder:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """For one launch at a time: rereads ``sweep.json``, and keeps others from reading it to write it until the end. What is
-        already locked stays so.
+        """For one launch at a time: rereads ``sweep.json``, and keeps other launches from changing it until the end. A lock that is
+        already held is kept.
 
         Raises:
             UserError: another launch has held it for two minutes.
@@ -156,7 +156,7 @@ class SweepFolder:
         write_json(self.path / RECORD, self.record)
 
     def add_launch(self, launcher: str, runs: list[str], **details: Any) -> dict[str, Any]:
-        """Records that runs were handed to a launcher; ``details`` tell its jobs."""
+        """Records that runs were handed to a launcher; ``details`` describe its jobs."""
         launch = {"launcher": launcher, "time": now(), "runs": runs, **details}
         with self.locked():
             self.record["launches"].append(launch)
@@ -193,7 +193,7 @@ class SweepFolder:
                 f"{self.path} was launched with --scale {there['scale']}, not {choice.scale}; choose another --out"
             )
         if self.source != source and any(self.begun(name) for name in self.runs):
-            raise UserError(f"{self.path} was launched with other data ({_words(self.source)}); choose another --out")
+            raise UserError(f"{self.path} was launched with other data ({_shown(self.source)}); choose another --out")
 
     def _refuse_edited(self, runs: list[SweepRun]) -> None:
         for run in runs:
@@ -203,7 +203,7 @@ class SweepFolder:
             if differences:
                 more = f" and {len(differences) - 1} more" if len(differences) > 1 else ""
                 raise UserError(
-                    f"{self.path / run.name} was begun with another config ({differences[0]}{more}); undo the edit, choose "
+                    f"{self.path / run.name} was started with another config ({differences[0]}{more}); undo the edit, choose "
                     "another --out, or remove that folder"
                 )
 
@@ -214,7 +214,7 @@ def _entry(run: SweepRun) -> dict[str, Any]:
     return {key: getattr(run, key) for key in fields} | {"plan": run.plan.to_dict(), "command": command}
 
 
-def _words(source: DataSource) -> str:
+def _shown(source: DataSource) -> str:
     given = {"--data": source.folder, "--raw": source.raw, "--tokenizer": source.tokenizer}
     return " ".join(f"{flag} {value}" for flag, value in given.items() if value)
 
@@ -232,5 +232,5 @@ def _read(path: Path) -> dict[str, Any]:
     if not isinstance(data, dict) or data.get("format") != FORMAT:
         raise UserError(f"{path}: not the record of a sweep that this program reads ({FORMAT})")
     for run in data.get("runs", []):
-        plain_name(str(run.get("name", "")), f"{path}: the name of a run")  # folders are called by it
+        plain_name(str(run.get("name", "")), f"{path}: the name of a run")  # used as a folder's name
     return data

@@ -23,11 +23,11 @@ from mohd_train.sweep.launch import kubernetes, slurm
 from mohd_train.utils.text import duration, first_line
 
 LOSS, PERPLEXITY, CLOCK = "loss/train/cross_entropy", "metrics/eval/LanguagePerplexity", "time/total"
-TAIL = 1 << 16  # bytes of a log that are looked at
+TAIL = 1 << 16  # bytes read from the end of a log
 # waiting: not started · queued: in a scheduler's queue · starting: no batch yet · stopped: by Ctrl-C or a scheduler's notice ·
 # killed: exited without an error message · unreadable: its config or run.json is broken
 STATES = ("waiting", "queued", "starting", "running", "stopped", "killed", "failed", "unreadable", "finished")
-GONE_WRONG = ("failed", "killed", "unreadable")
+FAILED_STATES = ("failed", "killed", "unreadable")
 COLOURS = {
     "finished": "green",
     "failed": "red",
@@ -49,8 +49,8 @@ class RunStatus:
         loss: training cross-entropy of the last batch, nats.
         perplexity: of the last validation, all domains.
         seconds: trained so far, validation included.
-        left: seconds to the end at the pace so far; only for a run under way.
-        error: one line; only for runs that have gone wrong.
+        left: estimated seconds to the end; only for a run in progress.
+        error: one line; only for failed runs.
     """
 
     name: str
@@ -70,7 +70,7 @@ class RunStatus:
 
 
 def last_error(log: Path) -> str | None:
-    """The line of a log that says why: the last one of the form ``error: ...`` or ``SomeError: ...``, else the last line."""
+    """The line of a log that gives the reason: the last of the form ``error: ...`` or ``SomeError: ...``, else the last one."""
     try:
         with log.open("rb") as file:
             file.seek(max(0, file.seek(0, os.SEEK_END) - TAIL))
@@ -78,14 +78,14 @@ def last_error(log: Path) -> str | None:
     except FileNotFoundError:
         return None
     start = max((i for i, line in enumerate(lines) if line.startswith("$ ")), default=-1)
-    lines = lines[start + 1 :]  # of the last start alone
+    lines = lines[start + 1 :]  # of the last start only
     telling = [line for line in lines if re.match(r"(error: |[\w.]*(Error|Exception|Interrupt)\b)", line)]
     found = telling or lines
     return found[-1] if found else None
 
 
 def run_status(folder: SweepFolder, name: str, job_state: str | None = None) -> RunStatus:
-    """The status of one run. A broken file of it affects its own row alone: ``error`` says what is wrong.
+    """The status of one run. A broken file affects only its own row: ``error`` says what is wrong.
 
     Args:
         job_state: ``queued`` or ``running`` where a scheduler says so.

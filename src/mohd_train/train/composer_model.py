@@ -39,7 +39,7 @@ def _detach(routing: Routing | None) -> Routing | None:
 class MoHDComposerModel(ComposerModel):
     """Language modelling with MoHD's two losses (eq. 18).
 
-    The losses are worked out inside ``Transformer.forward``, since FSDP gathers a parameter only around the forward
+    The losses are computed inside ``Transformer.forward``, since FSDP gathers a parameter only around the forward
     pass of the module that holds it, and Composer wraps ``self.model``, not this class.
 
     Args:
@@ -62,7 +62,7 @@ class MoHDComposerModel(ComposerModel):
     def loss(  # type: ignore[override]  # Composer takes a mapping too, and says so in its manual alone
         self, outputs: StepOutput, batch: Batch
     ) -> dict[str, Tensor]:
-        """``total`` is what is minimized. Without that key Composer would minimize the sum of every entry."""
+        """``total`` is minimized. Without that key Composer would minimize the sum of all entries."""
         return {
             "total": outputs.cross_entropy + outputs.balance_loss,
             "cross_entropy": outputs.cross_entropy,

@@ -17,7 +17,7 @@ from mohd_train.utils.distributed import from_first_of_node
 
 
 def check_on_nodes(config: Config) -> Manifest:
-    """Checks the data once a node, where it may be a copy of its own; every process raises what one of them finds.
+    """Checks the data once per node, which may have its own copy; every process raises what any of them finds.
 
     Raises:
         UserError: the folder, a domain, the tokenizer, the sequence length or a shard is wrong.
@@ -38,7 +38,7 @@ class TrainData:
 
 
 def total_steps(max_duration: str, *, batch_size: int, seq_len: int, steps_per_epoch: int) -> int:
-    """Batches until ``max_duration`` is reached; the last batch is whole, so tokens and samples round up."""
+    """Batches until ``max_duration`` is reached; the last batch is a full one, so tokens and samples round up."""
     time = Time.from_timestring(max_duration)
     value = int(time.value)
     if time.unit == TimeUnit.EPOCH:

@@ -20,7 +20,7 @@ from mohd_train.utils.environment import now
 from mohd_train.utils.text import first_line
 
 log = logging.getLogger(__name__)
-KEPT = 50  # notices in run.json: the latest
+KEPT = 50  # the latest notices, kept in run.json
 PLACE = (errno.ENOSPC, errno.EDQUOT, errno.ENOENT, errno.EIO, errno.EROFS, errno.ESTALE, errno.ENOTCONN, errno.EFBIG)
 MEMORY = re.compile(r"out of memory|can't allocate memory|DefaultCPUAllocator", re.IGNORECASE)
 NESTED = re.compile(r"mohd_train\.errors\.UserError: ")  # as a data worker passes it on, after its traceback
@@ -53,12 +53,12 @@ def explain(
 
     Args:
         error: what ended the run.
-        microbatch: samples of a forward pass by then.
-        newest: the last whole checkpoint.
-        stalled: whether the data workers were ended because they gave nothing.
+        microbatch: samples per forward pass at that time.
+        newest: the last complete checkpoint.
+        stalled: whether the data workers were killed because they delivered nothing.
     """
     text = str(error)
-    resume = f"the last whole checkpoint is {newest or 'none yet'}; go on with autoresume=true"
+    resume = f"the last complete checkpoint is {newest or 'none yet'}; resume with autoresume=true"
     if NESTED.search(text):
         return UserError(f"{NESTED.split(text)[-1].strip()} ({resume})")
     if isinstance(error, UserError):
@@ -86,8 +86,8 @@ def explain(
 def end_workers(error: BaseException) -> None:
     """Ends data workers and the threads that fetch shards, so that this process can end too.
 
-    The traceback holds the loader's iterator, whose end torch waits for: else it takes the workers' end for another
-    fault, and raises it anywhere. One that is stopped or hangs in a read is killed.
+    The traceback holds the loader's iterator, and torch waits for its end: otherwise it takes the workers' end for another
+    fault, and raises it at any point. A worker that is stopped or hangs in a read is killed.
     """
     for one in causes(error):
         traceback.clear_frames(one.__traceback__)

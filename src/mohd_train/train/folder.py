@@ -1,4 +1,4 @@
-"""Takes a run's folder: the lock, what a killed session left, the record of this session."""
+"""Claims a run's folder: the lock, the leftovers of a killed session, the record of this one."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 
 class RunLock:
-    """One live run in each of the folders that it writes to.
+    """Only one live run in each of the folders that it writes to.
 
     Args:
         folders: the run folder, and the one for checkpoints; a folder inside another one is covered by that one's lock.
@@ -55,7 +55,7 @@ class RunLock:
         ]
         self._locks: dict[Path, Lock] = {}
 
-    def take_if_there(self) -> None:
+    def take_existing(self) -> None:
         """:meth:`take`, for the folders that exist."""
         self._take([folder for folder in self.folders if folder.is_dir()])
 
@@ -66,21 +66,21 @@ class RunLock:
     def _take(self, folders: list[Path]) -> None:
         for folder in folders:
             if folder not in self._locks:
-                busy = f"{folder} is in use by a run that is alive ({{holder}}); stop it first, or set another run_name"
+                busy = f"{folder} is in use by a live run ({{holder}}); stop it first, or set another run_name"
                 self._locks[folder] = Lock(folder / ".lock", busy)
 
     def release(self) -> None:
-        """Gives back what is held."""
+        """Releases all locks."""
         for lock in self._locks.values():
             lock.release()
         self._locks.clear()
 
 
 def check_shared(folder: Path) -> None:
-    """Makes sure that all nodes mean one folder by ``folder``: into a sharded checkpoint, which is one, all of them
+    """Makes sure that ``folder`` is the same folder on all nodes: a sharded checkpoint is one folder that all of them
     write.
 
-    A file is put beside it for that moment. To be called by every process.
+    A file is put next to it for that moment. To be called by every process.
 
     Raises:
         UserError: on every rank, where a node does not see that file.
@@ -123,14 +123,14 @@ def open_folder(run: Run, lock: RunLock) -> RunRecord:
             probe.unlink()
         lock.take()
         if run.previous_record is None and not config.save_overwrite and _taken_meanwhile(folder):
-            raise UserError(f"{folder} was taken by another run just now; set another run_name")
+            raise UserError(f"{folder} was just taken by another run; set another run_name")
         _clear(save_folder, checkpoints=config.save_overwrite and run.previous_record is None)
         if run.start.checkpoint is not None and run.start.checkpoint.parent == save_folder:
             point_latest(run.start.checkpoint)
         if run.start.metrics is not None:
             shutil.copyfile(run.start.metrics, folder / METRICS)
         _copy_tokenizer(Path(config.data.local) / TOKENIZER_FOLDER, folder / TOKENIZER)
-        if save_folder.parent.resolve() != folder.resolve():  # one a run, even if several save to folders side by side
+        if save_folder.parent.resolve() != folder.resolve():  # one per run, even if several save to sibling folders
             _copy_tokenizer(Path(config.data.local) / TOKENIZER_FOLDER, save_folder / TOKENIZER)
             write_json(save_folder / OWNER, {"run_folder": str(folder.resolve()), "run_name": config.run_name})
     except OSError as error:
@@ -145,7 +145,7 @@ def open_folder(run: Run, lock: RunLock) -> RunRecord:
 
 
 def _copy_tokenizer(source: Path, target: Path) -> None:
-    """A copy that is whole or not there, in place of an older one."""
+    """Copies atomically, replacing an older copy."""
     fresh, old = (target.with_name(f".{target.name}.{kind}") for kind in ("new", "old"))
     for path in (fresh, old):
         shutil.rmtree(path, ignore_errors=True)
@@ -168,13 +168,13 @@ def _open_storage(run: Run) -> None:
 
 
 def _taken_meanwhile(folder: Path) -> bool:
-    """Whether a run came and went between the checks, which need no lock in a folder that isn't there, and now."""
+    """Whether a run came and went since the checks, which hold no lock on a folder that doesn't exist yet."""
     record = read_record(folder)
     return record is not None and record.data["status"] != "failed"
 
 
 def _clear(folder: Path, *, checkpoints: bool) -> None:
-    """Partial saves; and, if a new run replaces one, its checkpoints: autoresume must never find them."""
+    """Removes partial saves and, if a new run replaces an old one, its checkpoints: autoresume must never find them."""
     old = [*folder.glob("ep*-ba*"), folder / LATEST] if checkpoints else []
     for path in [*leftovers(folder), *old]:
         remove(path)
@@ -182,7 +182,7 @@ def _clear(folder: Path, *, checkpoints: bool) -> None:
 
 
 def _new_session(run: Run) -> RunRecord:
-    """``run.json`` with this session at its end: each says by which code, versions and data it was trained."""
+    """``run.json`` with this session appended: each session records its code, versions and data."""
     config = run.config
     record = run.previous_record or RunRecord(
         run.folder, {"run_name": config.run_name, "started": now(), "sessions": []}
@@ -225,7 +225,7 @@ def _new_session(run: Run) -> RunRecord:
 
 
 def changes_between(last: dict[str, Any], session: dict[str, Any]) -> list[str]:
-    """What trains this session otherwise than the last one: ``["torch changed from 2.7.0 to 2.8.0", ...]``."""
+    """What differs from the last session: ``["torch changed from 2.7.0 to 2.8.0", ...]``."""
     found = []
     was, now_is = last.get("code") or {}, session["code"]
     if was and was != now_is:

@@ -1,4 +1,4 @@
-"""Python's own logging: everything into the run folder, errors alone to the terminal."""
+"""Python's logging: everything goes to the run folder, only errors to the terminal."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ def log_to_folder(folder: Path, level: str) -> None:
     """Sends log records of ``level`` and up, and Python warnings, to ``folder/logs/rank{rank}.log``; errors to stderr
     too.
 
-    Composer and torch warn of much that a user can't act on; here it is kept for whoever looks, and the terminal stays
+    Composer and torch warn of much that a user can't act on; it is kept in the file, and the terminal stays
     readable. Composer's own ``logging.basicConfig`` does nothing where the root logger has handlers.
     """
     rank = os.environ.get("RANK", "0")
     path = folder / "logs" / f"rank{rank}.log"
     path.parent.mkdir(parents=True, exist_ok=True)
     root = logging.getLogger()
-    while _handlers:  # of an earlier run in this process
+    while _handlers:  # from an earlier run in this process
         root.removeHandler(_handlers[-1])
         _handlers.pop().close()
     to_file = logging.FileHandler(path, encoding="utf-8")
@@ -37,4 +37,4 @@ def log_to_folder(folder: Path, level: str) -> None:
         root.addHandler(handler)
     logging.getLogger("streaming").propagate = True
     logging.captureWarnings(True)
-    warnings.simplefilter("default")  # each warning once per place, into the file
+    warnings.simplefilter("default")  # each warning once per location, in the file

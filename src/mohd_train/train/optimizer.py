@@ -81,7 +81,7 @@ def build_scheduler(config: SchedulerConfig, max_duration: str) -> ComposerSched
             f"scheduler.t_warmup is {config.t_warmup!r} while max_duration is {max_duration!r}; give both in one unit, "
             f'or the warm-up as a share of the run, such as "0.03dur"'
         )
-    if warmup.value == 0:  # Composer warns of a warm-up of nothing
+    if warmup.value == 0:  # Composer warns of an empty warm-up
         plain: dict[str, ComposerScheduler] = {
             "cosine_with_warmup": CosineAnnealingScheduler(alpha_f=config.alpha_f),
             "linear_decay_with_warmup": LinearScheduler(alpha_i=1.0, alpha_f=config.alpha_f),

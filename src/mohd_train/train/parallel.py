@@ -1,4 +1,4 @@
-"""Device, precision, batch sizes and sharding: how one model is spread over the devices at hand."""
+"""Device, precision, batch sizes and sharding: how a model is spread over the available devices."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def resolve_device(name: str) -> str:
 
 
 def check_precision(precision: str, device: str) -> None:
-    """Composer trains on CPU in fp32 alone, and amp_bf16 needs a GPU that has it."""
+    """Composer trains on a CPU in fp32 only, and amp_bf16 needs a GPU that supports it."""
     if device == "cpu" and precision != "fp32":
         raise UserError(f"precision is {precision}, which Composer does not train in on a CPU; set precision=fp32")
     if device == "gpu" and precision == "amp_bf16" and not torch.cuda.is_bf16_supported():
@@ -64,7 +64,7 @@ def check_precision(precision: str, device: str) -> None:
 
 
 def check_seed(seed: int) -> None:
-    """Each process adds its rank to the seed, and what comes of it must still be one. Raises UserError if it is not."""
+    """Each process adds its rank to the seed, and the sum must still be a valid seed. Raises UserError otherwise."""
     largest = BOUNDS["seed"].high - world_size() + 1
     if seed > largest:
         raise UserError(f"seed is {seed}; with {world_size()} processes it must be at most {largest:.0f}")
@@ -94,7 +94,7 @@ def parallelism_config(config: Config, device: str) -> dict[str, Any] | None:
     """Composer's ``parallelism_config``; None for DDP or one device.
 
     Raises:
-        UserError: an unknown FSDP key (Composer would take it in silence), a value that breaks training, or no GPU.
+        UserError: an unknown FSDP key (Composer would accept it silently), a value that breaks training, or no GPU.
     """
     if config.fsdp_config is None:
         return None
@@ -138,7 +138,7 @@ def _check_mixed_precision(value: Any) -> None:
 
 
 def is_sharded(config: Config) -> bool:
-    """Whether checkpoints are folders in which every rank writes its part."""
+    """Whether checkpoints are folders into which every rank writes its part."""
     return config.fsdp_config is not None and config.fsdp_config.get("state_dict_type") == "sharded"
 
 

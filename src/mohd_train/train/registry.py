@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 
 
 class WandBLogger(composer_loggers.WandBLogger):
-    """Composer's, which W&B's absence or failure doesn't stop."""
+    """Composer's W&B logger, without letting W&B's absence or failure stop the run."""
 
     def init(self, state: State, logger: Logger) -> None:
         """Records offline if W&B can't be reached."""
@@ -177,7 +177,7 @@ def build_loggers(wanted: Mapping[str, Any], run_folder: Path, run_id: str) -> l
     Args:
         wanted: the ``loggers`` section.
         run_folder: where TensorBoard and W&B put their files unless told otherwise.
-        run_id: W&B's id, fixed for a run so that a resumed one goes on in the same place.
+        run_id: W&B's id, fixed for a run so that a resumed session continues the same W&B run.
     """
     destinations: list[LoggerDestination] = []
     for name, kwargs in check_loggers(wanted).items():

@@ -1,4 +1,4 @@
-"""Signals that ask a run to stop: it saves at the end of the batch and leaves.
+"""Signals that ask a run to stop: it saves at the end of the batch and exits.
 
 SIGTERM and SIGUSR1 are what schedulers send before they take a machine away, SIGHUP comes when an ssh connection drops,
 SIGINT is Ctrl-C.
@@ -62,7 +62,7 @@ class StopRequest:
         self.number = self.number or number
 
     def because_of(self, fault: UserError) -> None:
-        """Has the run save and then end with ``fault``."""
+        """Makes the run save and then end with ``fault``."""
         self.fault = self.fault or fault
         self.number = self.number or -1
 
@@ -76,19 +76,19 @@ def stop_request() -> Iterator[StopRequest]:
         yield stop
         return
     follow_launcher()
-    # An ignored SIGHUP stays so: nohup asked for it.
+    # An ignored SIGHUP stays ignored: nohup asked for it.
     handled = [number for number in SIGNALS if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN]
     before = {number: signal.signal(number, stop.handle) for number in handled}
     try:
         yield stop
     finally:
         for number, handler in before.items():
-            # Composer's import makes Ctrl-C a SystemExit, which would pass for a failure.
+            # Importing Composer turns Ctrl-C into a SystemExit, which would look like a failure.
             signal.signal(number, signal.default_int_handler if number == signal.SIGINT else handler)
 
 
 def follow_launcher() -> None:
-    """Has the kernel send SIGTERM to this rank when its launcher dies, so that no rank is left alone (Linux)."""
+    """Makes the kernel send SIGTERM to this rank when its launcher dies, so that no rank is left alone (Linux)."""
     if "LOCAL_WORLD_SIZE" in os.environ and sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
@@ -100,7 +100,7 @@ class Preemption(Callback):  # its state stands in checkpoints under this name
     Args:
         stop: this rank's request.
         saver: the run's saver.
-        recorder: notes the checkpoint.
+        recorder: records the checkpoint.
     """
 
     def __init__(self, stop: StopRequest, saver: CheckpointSaver, recorder: RunRecorder) -> None:
@@ -140,7 +140,7 @@ class Preemption(Callback):  # its state stands in checkpoints under this name
         raise KeyboardInterrupt if number == signal.SIGINT else Preempted(name)
 
     def state_dict(self) -> dict[str, Any]:
-        """Whether the validation of this batch was left out."""
+        """Whether the validation of this batch was skipped."""
         return {"validation_due": self.validation_due}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""What a run is about to do, for people."""
+"""A readable summary of what a run is about to do."""
 
 from __future__ import annotations
 

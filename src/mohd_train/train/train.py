@@ -75,7 +75,7 @@ def train(config: Config) -> None:
     SIGHUP, SIGUSR1: saved, and returns), ``interrupted`` (Ctrl-C: saved) or ``failed``; a killed run stays ``running``.
 
     Raises:
-        UserError: bad input; nothing has been written then, except for what only the first load can find. Or a fault
+        UserError: bad input, in which case nothing has been written, unless only loading could reveal it; or a fault
             while
             training that the user can do something about.
     """
@@ -109,7 +109,7 @@ def dry_run(config: Config) -> None:
 
 @dataclass(frozen=True)
 class Run:
-    """A checked run, nothing of it built yet.
+    """A checked run, before anything is built.
 
     Attributes:
         device: ``cpu`` or ``gpu``.
@@ -132,7 +132,7 @@ class Run:
 
     @property
     def is_finished(self) -> bool:
-        """Whether an earlier session has trained it to its end."""
+        """Whether an earlier session trained it to its end."""
         return self.previous_record is not None and self.previous_record.data["status"] == "finished"
 
 
@@ -166,7 +166,7 @@ def check(config: Config, lock: RunLock) -> Run:
         downloaded = from_first_of_node(lambda: resume.download(config))
 
     def previous_and_start() -> tuple[RunRecord | None, ResumePoint]:
-        lock.take_if_there()
+        lock.take_existing()
         previous = _previous_record(config, manifest, downloaded)
         start = resume.choose(config, downloaded, has_trained=previous is not None)
         _check_nothing_lost(config, previous, start)
@@ -185,7 +185,7 @@ def check(config: Config, lock: RunLock) -> Run:
 
 
 def _previous_record(config: Config, manifest: Manifest, downloaded: ResumePoint) -> RunRecord | None:
-    """The record to go on with, the run folder's or that on storage. Raises UserError if the folder is another
+    """The record to continue, the run folder's or that on storage. Raises UserError if the folder is another
     run's."""
     check_save_folder(config)
     previous = check_folder(config, manifest.sha256())
@@ -197,12 +197,12 @@ def _previous_record(config: Config, manifest: Manifest, downloaded: ResumePoint
 
 
 def _check_nothing_lost(config: Config, previous: RunRecord | None, start: ResumePoint) -> None:
-    """Refuses to start over a run whose record tells of checkpoints that are not there."""
+    """Refuses to restart a run whose record names checkpoints that are not there."""
     saved = 0 if previous is None or previous.data["status"] == "finished" else previous.data.get("batch", 0)
     if saved and not start.is_resuming:
         raise UserError(
             f"{config.run_folder}/{RECORD} says that batch {saved} was saved, but there is no checkpoint in {config.save_folder} "
-            "(a disk that is not mounted, or another save_folder?); bring it back, or set save_overwrite=true and "
+            "(a disk that is not mounted, or another save_folder?); restore it, or set save_overwrite=true and "
             "autoresume=false to start over"
         )
 
@@ -220,7 +220,7 @@ def _train(run: Run, lock: RunLock, stop: StopRequest, watchdog: FirstBatchWatch
         on_rank_zero(lambda: complete(config, run.start.stored_record))
         return
     if "wandb" in registry.check_loggers(config.loggers) and registry.wandb_is_offline():
-        say(f"W&B records offline (no API key): upload later with `wandb sync {run.folder}/wandb/offline-run-*`")
+        say(f"W&B records offline (no API key); upload later with `wandb sync {run.folder}/wandb/offline-run-*`")
     record = on_rank_zero(lambda: open_folder(run, lock))
     built = None
     try:
@@ -259,7 +259,7 @@ def build_model(run: Run) -> MoHDComposerModel:
 
 @dataclass
 class Built:
-    """The Trainer, and those of its callbacks that are asked at the end."""
+    """The Trainer, and those of its callbacks that are needed at the end."""
 
     trainer: Trainer
     saver: CheckpointSaver
@@ -300,7 +300,7 @@ def build_trainer(run: Run, data: TrainData, record: RunRecord | None, stop: Sto
         optimizers=build_optimizer(model, config.optimizer),
         schedulers=build_scheduler(config.scheduler, config.max_duration),
         algorithms=[GradientClipping("norm", clipping)] if clipping is not None else None,
-        # The order counts: a checkpoint is saved, then recorded, then uploaded, and only then may the run be asked to
+        # The order matters: a checkpoint is saved, then recorded, then uploaded, and only then may the run be asked to
         # stop.
         callbacks=[
             *build_callbacks(run, data, notice, saver),
@@ -379,10 +379,10 @@ def build_saver(run: Run) -> CheckpointSaver:
         remote_file_name=None,  # see Uploads
         latest_filename=LATEST.replace("rank0", "rank{rank}"),
         latest_remote_file_name=None,
-        # The folder is this run's by now; what comes after the resumed batch was cut short and is written again.
+        # The folder is this run's now; whatever follows the resumed batch was cut short and is written again.
         overwrite=config.save_overwrite or config.autoresume,
         save_interval=config.save_interval,
-        num_checkpoints_to_keep=config.save_num_checkpoints_to_keep or 1,  # 0: on storage alone; the newest stays here
+        num_checkpoints_to_keep=config.save_num_checkpoints_to_keep or 1,  # 0: on storage only; the newest stays here
     )
     if start.is_resuming and start.scratch is None and start.checkpoint is not None and parallel.is_rank_zero():
         saver.saved_checkpoints[:] = resume.up_to(start.checkpoint)
@@ -413,7 +413,7 @@ def _fit(run: Run, data: TrainData, built: Built) -> None:
 
 
 def _end_early(run: Run, built: Built | None, record: RunRecord | None, error: BaseException) -> UserError | None:
-    """Leaves an unfinished run in order; the line that says what ``error`` means, if a user can do something about
+    """Ends an unfinished run in good order. Returns the line that says what ``error`` means, if a user can do something about
     it."""
     settle_workers(error)
     microbatch: int | float | str = "auto"
@@ -428,7 +428,7 @@ def _end_early(run: Run, built: Built | None, record: RunRecord | None, error: B
         cause = None if status != "failed" else f"{type(fault or error).__name__}: {fault or error}"
         try:
             record.update(status=status, error=cause)
-        except OSError as problem:  # a full disk: what ended the run must not be hidden by this
+        except OSError as problem:  # a full disk: this must not hide what ended the run
             log.error("%s can't be written: %s", record.path, problem.strerror)
     if built is not None:
         built.trainer.engine.close()

@@ -1,1 +1,1 @@
-"""Small tools that every part shares: files that are never half-written, words for people, facts about the machine."""
+"""Small shared tools: atomic files and locks, text for people, facts about the machine, commands and their progress."""

@@ -13,7 +13,7 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse's, with help laid out as its text is, and paths as a shell would give them: it expands ``--out ~/x``, but not
+    """argparse's, with help printed as it is written, and ``~`` expanded in paths: a shell expands ``--out ~/x``, but not
     ``--out=~/x``."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -21,21 +21,21 @@ class Parser(argparse.ArgumentParser):
         self.register("type", Path, lambda text: Path(text).expanduser())
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """Options and other words in any order: ``FILE --gpus 8 key=value``, too."""
+        """Options and positional arguments in any order: ``FILE --gpus 8 key=value``, too."""
         args = _joined(list(sys.argv[1:] if args is None else args))
-        if self._subparsers is not None:  # whose words argparse takes in order
+        if self._subparsers is not None:  # whose arguments argparse takes in order
             return super().parse_args(args, namespace)
         return self.parse_intermixed_args(args, namespace)
 
 
-def _joined(words: list[str]) -> list[str]:
-    """``--submit-args --partition=cpu`` with an equals sign between: argparse would take the second word for an option."""
+def _joined(args: list[str]) -> list[str]:
+    """``--submit-args --partition=cpu`` joined by an equals sign: argparse would take the second argument for an option."""
     joined: list[str] = []
-    for word in words:
+    for arg in args:
         if joined[-1:] == [SUBMIT_ARGS]:
-            joined[-1] += f"={word}"
+            joined[-1] += f"={arg}"
         else:
-            joined.append(word)
+            joined.append(arg)
     return joined
 
 
@@ -55,7 +55,7 @@ class LoadOptions:
 
 def add_cluster_options(parser: argparse.ArgumentParser) -> None:
     """How jobs are submitted to a scheduler: what :class:`mohd_train.utils.jobs.ClusterOptions` is made from."""
-    parser.add_argument(SUBMIT_ARGS, default="", help="more words for sbatch or kubectl apply, in quotes")
+    parser.add_argument(SUBMIT_ARGS, default="", help="more arguments for sbatch or kubectl apply, in quotes")
     parser.add_argument("--template", type=Path, help="of the jobs; default: in scripts/launch")
     parser.add_argument("--image", help="k8s: container image")
     parser.add_argument("--namespace", default="default", help="k8s; default: %(default)s")
@@ -74,5 +74,5 @@ def add_load_options(parser: argparse.ArgumentParser) -> None:
 
 
 def given_load_options(arguments: argparse.Namespace) -> dict[str, Any]:
-    """What was given for them, as keyword arguments."""
+    """Their values, as keyword arguments."""
     return {field.name: getattr(arguments, field.name) for field in fields(LoadOptions)}

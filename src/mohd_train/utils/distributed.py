@@ -1,4 +1,4 @@
-"""One answer for all processes of a run: work on rank 0, and errors that every process raises together."""
+"""One result for all processes of a run: work on rank 0, and errors that every process raises together."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def raise_first(error: str | None) -> None:
 
 
 def _run_if(is_mine: bool, work: Callable[[], T]) -> T | None:
-    """The result of ``work`` where it is this process's to do, None elsewhere; a UserError it raises is raised everywhere."""
+    """The result of ``work`` in the processes that run it, None elsewhere; a UserError it raises is raised everywhere."""
     result, error = None, None
     if is_mine:
         try:

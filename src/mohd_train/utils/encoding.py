@@ -43,7 +43,7 @@ def custom_code_refused(place: str | Path) -> Iterator[None]:
         if "trust_remote_code" not in str(error):
             raise
         raise UserError(
-            f"{place} holds Python code of its own, which is not run; if you trust it and the command has the option, add "
+            f"{place} has its own Python code, which is not run; if you trust it and the command has the option, add "
             "--trust-remote-code"
         ) from None
 
@@ -83,7 +83,7 @@ def added_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]
 
 
 def append_nothing(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Configures the tokenizer to put nothing behind a text (a prompt that ends in EOS asks for another document). What
+    """Configures the tokenizer to append nothing to a text (a prompt that ends in EOS asks for another document). What
     it puts in front stays.
 
     Raises:
@@ -122,7 +122,7 @@ def _without_specials(processor: dict[str, Any] | None) -> dict[str, Any] | None
 
 
 def _with_template(others: Any, tokens: list[str], ids: list[int]) -> Any:
-    """A post-processor that puts ``tokens`` in front of each text, after the ``others`` (offsets)."""
+    """A post-processor that prepends ``tokens`` to each text, after the ``others`` (offsets)."""
     from tokenizers import processors
 
     if not tokens:

@@ -47,9 +47,9 @@ def versions(packages: Iterable[str] = PACKAGES) -> dict[str, str]:
     return found
 
 
-def verb_command(verb: str, *words: object) -> list[str]:
-    """The command line of ``mohd VERB`` in this interpreter, from whatever folder, with or without a checkout."""
-    return [sys.executable, "-m", "mohd_train.cli", verb, *map(str, words)]
+def verb_command(verb: str, *args: object) -> list[str]:
+    """The command line of ``mohd VERB`` in this interpreter, from any folder, with or without a checkout."""
+    return [sys.executable, "-m", "mohd_train.cli", verb, *map(str, args)]
 
 
 def code_version() -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Files that are whole or not there, and locks that end with their process."""
+"""Atomic files, and locks that end with their process."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from filelock import FileLock, Timeout
 from mohd_train.errors import UserError
 
 log = logging.getLogger(__name__)
-# Not every file system has locks. Anywhere else a failure to lock is a failure.
+# errors of file systems without locks; any other failure to lock is a failure
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
 @contextmanager
 def atomic_path(path: str | Path) -> Iterator[Path]:
-    """A temporary path beside ``path`` to write to; on leaving it replaces ``path``, durable even if the machine loses
+    """A temporary path next to ``path`` to write to; on exit it replaces ``path``, durable even if the machine loses
     power.
 
     If the body raises, nothing is left behind and an older file stays. The folder is created. The temporary name keeps
@@ -48,7 +48,7 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
 
 
 def write_atomic(path: str | Path, content: bytes | str) -> None:
-    """Writes a file as a whole: a reader, or a crash of the machine, sees the old one or the new one. Text is UTF-8."""
+    """Writes a file atomically: a reader, or a crash of the machine, sees the old one or the new one. Text is UTF-8."""
     with atomic_path(path) as temporary:
         temporary.write_bytes(content.encode() if isinstance(content, str) else content)
 
@@ -64,7 +64,7 @@ def write_output(path: str | Path, content: bytes | str) -> None:
     try:
         write_atomic(path, content)
     except OSError as error:
-        raise UserError(f"cannot write {path} ({error.strerror}); choose another place with --output") from None
+        raise UserError(f"cannot write {path} ({error.strerror}); choose another path with --output") from None
 
 
 def sync(path: str | Path) -> None:

@@ -1,4 +1,4 @@
-"""Jobs of a cluster, for sweeps and preparation: options, templates, calls of the scheduler's programs."""
+"""Cluster jobs, for sweeps and preparation: options, templates, calls to the scheduler's programs."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class ClusterOptions:
 
 
 class Rendered(str):
-    """A value that is already in the template's language: a command line, a list in JSON."""
+    """A value already in the template's language: a command line, a JSON list."""
 
 
 def shell_word(value: str) -> str:
@@ -49,9 +49,9 @@ def yaml_text(value: str) -> str:
     return json.dumps(value, ensure_ascii=False)[1:-1]
 
 
-def yaml_list(words: list[str]) -> Rendered:
-    """A command as a YAML list. Kubernetes would put a variable in the place of ``$(NAME)``; it reads ``$$(`` as ``$(``."""
-    return Rendered(json.dumps([word.replace("$(", "$$(") for word in words], ensure_ascii=False))
+def yaml_list(args: list[str]) -> Rendered:
+    """A command as a YAML list. Kubernetes would substitute a variable for ``$(NAME)``; it reads ``$$(`` as ``$(``."""
+    return Rendered(json.dumps([arg.replace("$(", "$$(") for arg in args], ensure_ascii=False))
 
 
 def fill(template: Path, values: dict[str, object], quote: Callable[[str], str]) -> str:
@@ -91,20 +91,22 @@ def _quoted(value: object, name: str, quote: Callable[[str], str]) -> str:
 def call(command: list[str]) -> str:
     """Output of a scheduler's program. Raises UserError if it isn't installed here or refuses."""
     if shutil.which(command[0]) is None:
-        raise UserError(f"there is no {command[0]} here; launch from a machine of the cluster, or use --launcher local")
+        raise UserError(
+            f"{command[0]} is not installed here; launch from a machine of the cluster, or use --launcher local"
+        )
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode != 0:
         raise UserError(f"`{shlex.join(command)}` failed: {(done.stderr or done.stdout).strip() or done.returncode}")
     return done.stdout.strip()
 
 
-def sbatch(*words: str) -> str:
+def sbatch(*args: str) -> str:
     """Submits a job to SLURM; returns its number. Raises UserError as :func:`call`."""
-    return call(["sbatch", "--parsable", *words]).splitlines()[-1].partition(";")[0]
+    return call(["sbatch", "--parsable", *args]).splitlines()[-1].partition(";")[0]
 
 
 def claim_of(options: ClusterOptions) -> dict[str, object]:
-    """What a Kubernetes template may name of these options. Raises UserError where image or claim are missing."""
+    """The options that a Kubernetes template may name. Raises UserError if image or claim are missing."""
     if not options.image or not options.claim or ":" not in options.claim:
         raise UserError(
             "--launcher k8s needs --image IMAGE and --claim PVC:MOUNT_PATH (the file system with checkout, data and runs)"

@@ -1,8 +1,8 @@
 """Commands that end with the program that started them: N at a time, each with a log, stopped politely.
 
-A command gets a session of its own: a Ctrl-C on the terminal, or its hang-up, reaches the supervisor alone, which passes on
+A command gets a session of its own: a Ctrl-C on the terminal, or its hang-up, reaches only the supervisor, which passes on
 one SIGTERM, waits until the whole process group is gone (a launcher may die before its ranks have saved), and kills what is
-left. Only kill -9 of the supervisor leaves a command running; a lock that it inherited (``keep``) tells the next one.
+left. Only kill -9 of the supervisor leaves a command running; a lock that it inherited (``keep``) shows that.
 """
 
 from __future__ import annotations
@@ -26,21 +26,21 @@ from mohd_train.errors import UserError
 from mohd_train.utils.terminal import unbreakable_output
 
 GRACE = 60.0  # seconds from SIGTERM to SIGKILL: a run saves its checkpoint in between
-POLL = 0.5  # seconds between two looks at the commands
+POLL = 0.5  # seconds between polls of the commands
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-ESCAPES = re.compile(rb"\x1b\[[0-9;?]*[A-Za-z]")  # colours and cursor moves, which a log is better without
+ESCAPES = re.compile(rb"\x1b\[[0-9;?]*[A-Za-z]")  # colours and cursor moves, which don't belong in a log
 
-Slot = dict[str, str]  # what the environment of a command has otherwise: its GPUs, its share of the cores
+Slot = dict[str, str]  # what differs in a command's environment: its GPUs, its share of the cores
 
 
 class Every:
-    """Tells when so many seconds have gone by."""
+    """A periodic timer."""
 
     def __init__(self, seconds: float) -> None:
         self.seconds, self._last = seconds, time.monotonic()
 
     def due(self) -> bool:
-        """Whether it is time; then the next time is ``seconds`` from now."""
+        """Whether the period has passed; if so, the next one starts now."""
         if time.monotonic() - self._last < self.seconds:
             return False
         self._last = time.monotonic()
@@ -48,8 +48,8 @@ class Every:
 
 
 class Interrupts:
-    """Within it, SIGINT, SIGTERM and SIGHUP are counted instead of raised, so that none falls between a command's start and
-    its being known. Elsewhere than in the main thread they stay as they are."""
+    """Within it, SIGINT, SIGTERM and SIGHUP are counted instead of raised, so that none arrives between a command's start and
+    its registration. Outside the main thread they are left alone."""
 
     def __init__(self) -> None:
         self.signals: list[int] = []
@@ -80,15 +80,15 @@ class Interrupts:
 
 
 class Command:
-    """A command at work, in a session and process group of its own.
+    """A running command, in a session and process group of its own.
 
     Args:
-        words: the program and its arguments.
-        log: its output is appended here, after a line ``$ words``.
-        environment: what its environment has besides, or otherwise than, ours.
-        keep: file descriptors that it inherits: a lock stays held for as long as it lives, also without us.
+        args: the program and its arguments.
+        log: its output is appended here, after a line ``$ args``.
+        environment: what its environment adds to, or changes in, ours.
+        keep: file descriptors that it inherits: a lock stays held as long as it lives, even without us.
         echo: show its output on our stdout too; on a terminal it sees one, so that its progress bars are drawn.
-        shown: the words for the log, where others than ``words``.
+        shown: what the log shows in place of ``args``.
 
     Raises:
         UserError: the log can't be written or the program can't be started.
@@ -96,7 +96,7 @@ class Command:
 
     def __init__(
         self,
-        words: Sequence[str],
+        args: Sequence[str],
         log: Path,
         *,
         environment: Mapping[str, str] | None = None,
@@ -109,11 +109,11 @@ class Command:
         try:
             log.parent.mkdir(parents=True, exist_ok=True)
             with log.open("ab") as file:
-                file.write(f"$ {shown or shlex.join(words)}\n".encode())
+                file.write(f"$ {shown or shlex.join(args)}\n".encode())
                 file.flush()
                 reading, writing = _terminal_or_pipe() if echo else (None, file.fileno())
                 self.process = subprocess.Popen(
-                    words,
+                    args,
                     stdin=subprocess.DEVNULL,
                     stdout=writing,
                     stderr=writing,
@@ -122,7 +122,7 @@ class Command:
                     pass_fds=tuple(keep),
                 )
         except OSError as error:
-            raise UserError(f"can't start `{shown or shlex.join(words)}` with its log in {log}: {error}") from None
+            raise UserError(f"can't start `{shown or shlex.join(args)}` with its log in {log}: {error}") from None
         if reading is not None:
             os.close(writing)
             self._reader = threading.Thread(target=self._copy, args=(reading, log), daemon=True)
@@ -134,7 +134,7 @@ class Command:
         return self.process.pid
 
     def poll(self) -> int | None:
-        """The exit code, or None while it works. What a command that failed leaves behind in its group is stopped."""
+        """The exit code, or None while it runs. Whatever a failed command leaves behind in its group is stopped."""
         code = self.process.poll()
         if code is not None:
             if code != 0 and group_alive(self.pid):
@@ -144,11 +144,11 @@ class Command:
 
     @property
     def silent_for(self) -> float:
-        """Seconds since it last said something, where it is echoed."""
+        """Seconds since its last output, if it is echoed."""
         return time.monotonic() - self._last_output
 
     def silence(self) -> None:
-        """Its output goes to the log alone from here on."""
+        """From here on its output goes only to the log."""
         self._quiet.set()
 
     def _finish_output(self) -> None:
@@ -156,7 +156,7 @@ class Command:
             self._reader.join(timeout=5)  # a helper process that outlives the command may hold the pipe open
 
     def _copy(self, reading: int, path: Path) -> None:
-        """Everything to our stdout at once; to the log whole lines, of a redrawn one the last state."""
+        """Copies everything to our stdout at once; to the log only complete lines, and the last state of a redrawn one."""
         line = b""
         with path.open("ab") as log:
             while True:
@@ -166,7 +166,7 @@ class Command:
                     chunk = b""
                 self._last_output = time.monotonic()
                 if not self._quiet.is_set():
-                    with contextlib.suppress(OSError, ValueError):  # our terminal went away; the command must not stall
+                    with contextlib.suppress(OSError, ValueError):  # our terminal is gone; the command must not stall
                         sys.stdout.buffer.write(chunk)
                         sys.stdout.buffer.flush()
                 *whole, line = (line + chunk).split(b"\n")
@@ -198,7 +198,7 @@ def group_alive(group: int) -> bool:
         os.killpg(group, 0)
     except ProcessLookupError:
         return False
-    except PermissionError:  # the number went to somebody else's
+    except PermissionError:  # the number was reused by another user's process
         return False
     return True
 
@@ -210,7 +210,7 @@ def end_groups(
     impatient: Callable[[], bool] = lambda: False,
     reap: Callable[[], object] = lambda: None,
 ) -> None:
-    """SIGTERM to each process group at once; SIGKILL to what is left after ``grace`` seconds, or once ``impatient``.
+    """Sends SIGTERM to all process groups at once, and SIGKILL to what is left after ``grace`` seconds, or once ``impatient``.
 
     Args:
         reap: collects the exit codes of our own children, which count as members of their group until then.
@@ -239,7 +239,7 @@ class Job:
     Attributes:
         name: of it.
         start: starts it in a slot. A UserError says why it can't be; the others go on.
-        ended: is told the exit code, of a stopped one too.
+        ended: called with the exit code, also of a stopped command.
     """
 
     name: str
@@ -305,9 +305,9 @@ class Supervisor:
         """Runs all jobs, at most one in a slot; one that fails does not stop the others.
 
         Args:
-            refused: is told of a job that could not be started.
-            occupied: slots that commands of somebody else are using, asked before each start and until none is left.
-            look: is called about twice a second, to show progress.
+            refused: called for a job that could not be started.
+            occupied: slots in use by others' commands, polled before each start and until none is left.
+            look: called about twice a second, to show progress.
         """
         todo, used = list(jobs), dict[str, Slot]()
         while True:
@@ -338,7 +338,7 @@ class Supervisor:
     def _stop(self) -> None:
         since = len(self.interrupts.signals)
         for _, command in self._at_work.values():
-            command.silence()  # what its processes say of the interruption is for the log
+            command.silence()  # what its processes print about the interruption is for the log
         processes = [command.process for _, command in self._at_work.values()]
         end_groups(
             [*(process.pid for process in processes), *self.adopted],
@@ -369,15 +369,15 @@ def free_slots(slots: Sequence[Slot], used: Iterable[Slot]) -> list[Slot]:
 
 
 class SharedLock:
-    """A lock file that is held for as long as any process has its descriptor: the one that took it, and the commands that
-    inherited it (``keep``). A kill, even -9, lets it go; a command that outlives its supervisor goes on holding it."""
+    """A lock file that is held as long as any process has its descriptor: the one that took it, and the commands that
+    inherited it (``keep``). A kill, even -9, releases it; a command that outlives its supervisor still holds it."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.descriptor: int | None = None
 
     def take(self, wait: float = 1.0) -> bool:
-        """Whether it could be had. ``wait``: seconds for one that is only looking (:meth:`held`) to be done."""
+        """Takes the lock if it is free, and returns whether it did. ``wait``: seconds for a mere check (:meth:`held`) to finish."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
         end = time.monotonic() + wait
@@ -394,7 +394,7 @@ class SharedLock:
                 return True
 
     def release(self) -> None:
-        """Lets it go in this process; a child that inherited it still holds it."""
+        """Releases it in this process; a child that inherited it still holds it."""
         if self.descriptor is not None:
             os.close(self.descriptor)
             self.descriptor = None
@@ -410,7 +410,7 @@ class SharedLock:
 
     @contextlib.contextmanager
     def holding(self, busy: str) -> Iterator[int]:
-        """Takes it for a while; yields the descriptor. Raises UserError ``busy`` if another process does."""
+        """Holds it within the context; yields the descriptor. Raises UserError ``busy`` if another process holds it."""
         if not self.take():
             raise UserError(busy)
         assert self.descriptor is not None

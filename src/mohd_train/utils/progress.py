@@ -1,4 +1,4 @@
-"""How far long work has come: a bar on a terminal; elsewhere a plain line now and then, so that a log shows that it lives."""
+"""Progress of long work: a bar on a terminal; elsewhere a plain line now and then, so that a log shows signs of life."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from rich.progress import (
 
 from mohd_train.utils.text import duration
 
-LINE_EVERY = 30.0  # seconds between plain lines, the first one after as long: what is quick says nothing
+LINE_EVERY = 30.0  # seconds between plain lines and before the first one: quick work prints nothing
 Report = Callable[..., None]  # report(done, total, note="")
 
 
 @contextmanager
 def progress(console: Console, name: str, total: int | None = None) -> Iterator[Report]:
-    """Shows how far it has come; yields ``report(done, total, note="")``, to be called as often as one likes.
+    """Shows progress; yields ``report(done, total, note="")``, to be called as often as convenient.
 
     Args:
-        name: what is done, in a few words.
-        total: steps, where they are known at the start.
+        name: what the work is, in a few words.
+        total: steps, if known at the start.
     """
     if console.is_terminal:
         columns = (

@@ -1,4 +1,4 @@
-"""Output that can fail without ending anything: a terminal goes away, a log's disk fills up, a pipe takes ASCII
+"""Output whose failure ends nothing: a terminal goes away, a log's disk fills up, a pipe accepts only ASCII
 alone."""
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ class Unbreakable:
     replaced.
 
     Args:
-        stream: everything but writing is left to it.
+        stream: handles everything but writing.
     """
 
     def __init__(self, stream: TextIO) -> None:
@@ -49,7 +49,7 @@ class Unbreakable:
 def unbreakable_output() -> Iterator[None]:
     """Within it, ``sys.stdout`` and ``sys.stderr`` are :class:`Unbreakable`.
 
-    A stream that was lost stays away for good: its descriptor leads to /dev/null from then on, or Python's last flush
+    A lost stream stays lost: its descriptor points to /dev/null from then on, or Python's last flush
     would fail and change the exit code.
     """
     before = sys.stdout, sys.stderr

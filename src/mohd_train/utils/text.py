@@ -1,4 +1,4 @@
-"""Words and numbers for people."""
+"""Text and numbers for people."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def nearest(word: str, known: Iterable[str]) -> str:
 
 
 def first_line(error: object) -> str:
-    """The first line of an error's message, or its type if it has none."""
+    """The first line of an error's message, or its type if the message is empty."""
     return next(iter(str(error).splitlines()), "") or type(error).__name__
 
 
@@ -43,7 +43,7 @@ def duration(seconds: float) -> str:
 
 
 def printable(text: str, what: str) -> str:
-    """``text`` as it is. Raises UserError if it holds a control character, a line break or undecodable bytes."""
+    """``text`` unchanged. Raises UserError if it holds a control character, a line break or undecodable bytes."""
     for character in text:
         if unicodedata.category(character) in _UNPRINTABLE:
             raise UserError(f"{what} is {text!r}; it must not hold control characters such as {character!r}")
@@ -51,15 +51,15 @@ def printable(text: str, what: str) -> str:
 
 
 def plain_name(name: object, what: str) -> str:
-    """``name`` as it is, if it can be one folder or file: nothing in it leads elsewhere, on any file system.
+    """``name`` unchanged, if it can name one folder or file: nothing in it leads elsewhere, on any file system.
 
     To be called wherever a name comes from outside: a command line, a config, a checkpoint, a manifest.
 
     Args:
-        what: says in the error where the name stands, such as ``--name``.
+        what: where the name comes from, for the error, such as ``--name``.
 
     Raises:
-        UserError: it is no text, is empty, ``.`` or ``..``, has a separator, a control character or a space at an end, or is too
+        UserError: it is not text, is empty, ``.`` or ``..``, has a separator, a control character or a space at an end, or is too
             long.
     """
     if not isinstance(name, str):

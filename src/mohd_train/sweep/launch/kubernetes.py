@@ -42,7 +42,7 @@ def submit(folder: SweepFolder, names: list[str], options: ClusterOptions) -> di
     for name, file in files.items():
         launch["runs"].append(name)
         launch["jobs"][name] = jobs[name]
-        folder.save()  # before the job is there: if this fails, nothing runs that nobody knows of
+        folder.save()  # before the job exists: if this fails, no unrecorded job is running
         try:
             call(["kubectl", "apply", "--namespace", options.namespace, *options.arguments, "-f", str(file)])
         except UserError:
@@ -66,7 +66,7 @@ def states(launch: dict[str, Any]) -> dict[str, str]:
     command = ["kubectl", "get", "jobs", "--namespace", launch["namespace"], "--ignore-not-found", "-o", "json", *names]
     output = call(command)
     content = json.loads(output) if output else {"items": []}
-    items = content.get("items", [content])  # kubectl gives one job bare, several as a list
+    items = content.get("items", [content])  # kubectl returns a single job as is, several as a list
     alive = {
         item["metadata"]["name"]: "running" if item.get("status", {}).get("ready") else "queued"
         for item in items
@@ -79,7 +79,7 @@ def states(launch: dict[str, Any]) -> dict[str, str]:
 
 
 def kubernetes_job(
-    words: list[str],
+    args: list[str],
     *,
     name: str,
     image: str,
@@ -93,14 +93,14 @@ def kubernetes_job(
     """An Indexed Job with a pod on each node, and the service through which they find the first.
 
     Args:
-        words: what scripts/train.py is given; autoresume=true is added (scripts/launch/node.sh).
+        args: what scripts/train.py is given; autoresume=true is added (scripts/launch/node.sh).
         name: of the job, the service and, with an index, the pods.
         image: of the container; its PATH has Composer's launcher.
         claim: ``PVC:MOUNT_PATH`` of the file system that all nodes share.
         workdir: the checkout, where the container sees it.
         nodes, gpus: pods, and GPUs of each.
         namespace: Kubernetes's.
-        retries: faults of one node that are made up for by starting all of them again.
+        retries: how many faults of a node are answered by restarting all of them.
 
     Raises:
         UserError: a name that Kubernetes does not take, a claim without its path, a number that can't be.
@@ -117,6 +117,6 @@ def kubernetes_job(
     values: dict[str, object] = {
         "name": name, "namespace": namespace, "image": image, "claim": volume, "mount": mount, "workdir": workdir,
         "nodes": nodes, "gpus": gpus, "world_size": nodes * gpus, "retries": retries * nodes,
-        "command": yaml_list(["bash", "scripts/launch/node.sh", *words]),
+        "command": yaml_list(["bash", "scripts/launch/node.sh", *args]),
     }  # fmt: skip
     return fill(ONE_RUN_TEMPLATE, values, yaml_text)

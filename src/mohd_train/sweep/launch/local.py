@@ -21,8 +21,8 @@ from mohd_train.sweep.status import last_error, render, run_status
 from mohd_train.utils.processes import Command, Every, Job, Slot, Supervisor
 from mohd_train.utils.text import duration
 
-REFRESH = 3.0  # seconds between two drawings of the table
-LINE = 300.0  # seconds between two lines where there is no terminal
+REFRESH = 3.0  # seconds between redraws of the table
+LINE = 300.0  # seconds between two lines without a terminal
 
 
 def visible_gpus() -> list[str]:
@@ -37,7 +37,7 @@ def visible_gpus() -> list[str]:
 
 
 def slots(processes: int, parallel: int, on_cpu: bool, *, share_gpus: bool = False) -> list[dict[str, str]]:
-    """The environment of each of the ``parallel`` places where a run can train: its own GPUs, its share of the cores.
+    """The environment of each of the ``parallel`` slots in which a run can train: its own GPUs, its share of the cores.
 
     Args:
         share_gpus: runs of one process may share a GPU, dealt out in turn: small models don't fill one.
@@ -83,7 +83,7 @@ class LocalLauncher:
     def run(self, names: list[str], shown: list[str]) -> int:
         """Trains ``names``, ``parallel`` at a time; a failure does not stop the others. Returns 1 if any failed.
 
-        Runs that a killed launcher left at work here take up its places until they end, and are waited for.
+        Runs that a killed launcher left running here occupy their slots until they end; this waits for them.
 
         Args:
             shown: every run of the table on a terminal, the finished ones too.
@@ -91,7 +91,7 @@ class LocalLauncher:
         if names:
             self.folder.add_launch("local", names, processes=self.processes, parallel=len(self.slots))
         for name, found in self.orphans.items():
-            self._say(f"{name} is at work since a launcher that was killed (process {found.pid}); waiting for it")
+            self._say(f"{name} is still running from a launcher that was killed (process {found.pid}); waiting for it")
         jobs = [self._job(name, len(names)) for name in names]
         with Supervisor() as supervisor, self._display(shown) as look:
             supervisor.adopted += [one.pid for one in self.orphans.values()]
@@ -99,7 +99,7 @@ class LocalLauncher:
                 supervisor.run_all(jobs, self.slots, refused=self._refused, occupied=self._occupied, look=look)
             except KeyboardInterrupt:
                 self._stopping = True
-                self._say("stopping; `resume` goes on from the last checkpoints (Ctrl-C again: end them at once)")
+                self._say("stopping; `resume` continues from the last checkpoints (Ctrl-C again: end them at once)")
                 raise
         for name in self._failed:
             self._say(f"failed: {name}: {last_error(self.folder.log_path(name))}")
@@ -127,16 +127,16 @@ class LocalLauncher:
         else:
             self._failed.append(name)
             how = f"failed after {took} (exit code {code})" if code is not None else "ended without finishing"
-            self._say(f"{name} {how}; the others go on")
+            self._say(f"{name} {how}; the others continue")
 
     def _refused(self, job: Job, error: UserError) -> None:
-        """It could not be started: another launcher took it since, which is its business; anything else is a failure."""
+        """It could not be started. If another launcher has taken it since, that one reports on it; anything else is a failure."""
         self._say(str(error))
         if not (self.folder.run_lock(job.name).held() or self.folder.finished(job.name)):
             self._failed.append(job.name)
 
     def _occupied(self) -> list[Slot]:
-        """The places of the orphans that are still at work."""
+        """The slots of the orphans that are still running."""
         for name in list(self.orphans):
             if not self.folder.run_lock(name).held():
                 del self.orphans[name]

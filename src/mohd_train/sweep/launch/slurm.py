@@ -40,7 +40,7 @@ def submit(folder: SweepFolder, names: list[str], options: ClusterOptions) -> di
     job = sbatch(*options.arguments, str(script))
     try:
         return folder.add_launch("slurm", names, job=job, script=str(script), processes=options.processes)
-    except OSError as error:  # the disk is full: nothing would know of the job
+    except OSError as error:  # the disk is full: the job would be unknown to later commands
         raise UserError(
             f"SLURM took the runs as job {job}, but {folder.path} can't be written to ({error.strerror}), so that a later "
             f"launch would start them twice: scancel {job}, make room, and launch again"
@@ -52,7 +52,7 @@ def states(launch: dict[str, Any]) -> dict[str, str]:
     try:
         output = call(["squeue", "--noheader", "--array", f"--jobs={launch['job']}", "--format=%K %T"])
     except UserError as error:
-        if "Invalid job id" in str(error):  # how squeue says that the job ended long ago
+        if "Invalid job id" in str(error):  # how squeue reports a job that ended long ago
             return {}
         raise
     found = {}

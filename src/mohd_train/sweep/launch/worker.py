@@ -20,11 +20,11 @@ from mohd_train.utils.processes import Command, Job, Slot, Supervisor
 
 
 def train_command(config: Path, processes: int) -> list[str]:
-    """The command that trains ``config``: under the composer launcher, or plain where one process is all."""
-    python, *words = verb_command("train", config)
+    """The command that trains ``config``: under the composer launcher, or plain for a single process."""
+    python, *args = verb_command("train", config)
     if processes == 1:
-        return [python, "-u", *words]
-    return [python, "-m", "composer.cli.launcher", "-n", str(processes), *words]  # it takes -m MODULE too
+        return [python, "-u", *args]
+    return [python, "-m", "composer.cli.launcher", "-n", str(processes), *args]  # it takes -m MODULE too
 
 
 def threads(processes: int) -> str:
@@ -34,13 +34,13 @@ def threads(processes: int) -> str:
 
 @dataclass(frozen=True)
 class Holder:
-    """Who trains a run, as the file of its lock says; it holds only while the lock is held.
+    """Who trains a run, according to the file of its lock; valid only while the lock is held.
 
     Attributes:
         host: of it.
         pid: of the command, and of its process group.
         launcher: the process that started it.
-        slot: its GPUs, as the environment has them.
+        slot: its GPUs, as set in its environment.
     """
 
     host: str
@@ -50,7 +50,7 @@ class Holder:
 
     @property
     def orphaned(self) -> bool:
-        """Whether it is at work on this machine and its launcher was killed, so that nobody waits for it."""
+        """Whether it is running on this machine and its launcher was killed, so that nobody waits for it."""
         if self.host != socket.gethostname():
             return False
         try:
@@ -60,7 +60,7 @@ class Holder:
 
 
 def holder(folder: SweepFolder, name: str) -> Holder | None:
-    """Who trains a run; None where nobody does, or it isn't known."""
+    """Who trains a run; None if nobody does, or if that isn't known."""
     lock = folder.run_lock(name)
     if not lock.held():
         return None
@@ -71,13 +71,13 @@ def holder(folder: SweepFolder, name: str) -> Holder | None:
 
 
 def orphans(folder: SweepFolder) -> dict[str, Holder]:
-    """The runs that a launcher, killed since, left at work on this machine."""
+    """The runs that a killed launcher left running on this machine."""
     holders = {name: holder(folder, name) for name in folder.runs}
     return {name: found for name, found in holders.items() if found is not None and found.orphaned}
 
 
 def run_job(folder: SweepFolder, name: str, processes: int, ended: Callable[[Command, int], None]) -> Job:
-    """Training of one run, for a supervisor. Its exit code is written down beside its log before ``ended`` is told.
+    """Trains one run under a supervisor. Its exit code is written next to its log before ``ended`` is called.
 
     Starting it raises UserError if another process trains it, or has finished it.
     """
@@ -87,7 +87,7 @@ def run_job(folder: SweepFolder, name: str, processes: int, ended: Callable[[Com
         if not lock.take():
             raise UserError(f"{name} is being trained by another process (it holds {lock.path}); wait for it")
         try:
-            if folder.finished(name):  # by another launcher, since we looked
+            if folder.finished(name):  # by another launcher, in the meantime
                 raise UserError(f"{name} is already finished")
             folder.exit_path(name).unlink(missing_ok=True)
             assert lock.descriptor is not None
@@ -98,7 +98,7 @@ def run_job(folder: SweepFolder, name: str, processes: int, ended: Callable[[Com
                 keep=[lock.descriptor],
             )
             said = Holder(socket.gethostname(), command.pid, os.getpid(), slot)
-            with contextlib.suppress(OSError):  # the disk is full: nobody will be able to say who trains it
+            with contextlib.suppress(OSError):  # the disk is full: others can't tell who trains it
                 os.ftruncate(lock.descriptor, 0)
                 os.pwrite(lock.descriptor, json.dumps(vars(said)).encode(), 0)
             return command
@@ -109,14 +109,14 @@ def run_job(folder: SweepFolder, name: str, processes: int, ended: Callable[[Com
         try:
             write_atomic(folder.exit_path(name), f"{code}\n")
         except OSError as error:
-            print(f"{name}: its exit code {code} can't be written down ({error})", flush=True)
+            print(f"{name}: its exit code {code} can't be recorded ({error})", flush=True)
         ended(command, code)
 
     return Job(name, start, note_exit)
 
 
 def run_one(folder: SweepFolder, name: str, processes: int) -> int:
-    """Trains one run to its end: what a cluster's job calls. A finished one is left alone. Returns the exit code.
+    """Trains one run to its end: what a cluster's job calls. A finished one is skipped. Returns the exit code.
 
     Raises:
         UserError: the sweep has no such run, or another process trains it.
@@ -127,7 +127,7 @@ def run_one(folder: SweepFolder, name: str, processes: int) -> int:
         print(f"{name} is already finished", flush=True)
         return 0
     codes: list[int] = []
-    # a scheduler's notice before the kill: the run saves, and its exit code is ours
+    # a scheduler's warning before the kill: the run saves, and its exit code is ours
     with contextlib.suppress(KeyboardInterrupt), Supervisor() as supervisor:
         supervisor.run(run_job(folder, name, processes, lambda command, code: codes.append(code)))
     return codes[0] if codes else 130

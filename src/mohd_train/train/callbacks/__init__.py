@@ -1,5 +1,5 @@
-"""Callbacks that Composer does not have: file log, progress, realized mix, routing statistics, validation total,
-record, block sizes of kernels; and what watches for faults: the loss, the routers, the first batch."""
+"""Callbacks that Composer lacks: file log, progress, realized mix, routing statistics, validation total, run
+record, kernel block sizes; and those that watch for faults in the loss, the routers and the first batch."""
 
 from mohd_train.train.callbacks.domain_mix import DomainMix
 from mohd_train.train.callbacks.kernel_sizes import KernelSizes

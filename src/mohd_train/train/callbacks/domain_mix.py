@@ -1,4 +1,4 @@
-"""The mix that was really trained on, beside the planned one."""
+"""The data mix that was actually trained on, next to the planned one."""
 
 from __future__ import annotations
 
@@ -39,5 +39,5 @@ class DomainMix(Callback):
         return {"tokens": dict(zip(self.domains, self.tokens.tolist(), strict=True))}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on counting. A domain that the checkpoint does not know starts at 0."""
+        """Continues the counts of the checkpoint. A domain that it lacks starts at 0."""
         self.tokens = torch.tensor([state["tokens"].get(domain, 0) for domain in self.domains], dtype=torch.int64)

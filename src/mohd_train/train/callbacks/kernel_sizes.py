@@ -1,4 +1,4 @@
-"""Keeps the block sizes that the triton kernels chose with each checkpoint, and gives them back to a run that resumes."""
+"""Stores the block sizes that the Triton kernels chose in each checkpoint, and restores them when a run resumes."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from mohd_train.train.faults import Notices
 
 class KernelSizes(Callback):
     """Kernels choose their block sizes by timing them at their first call, and round differently with other sizes: a run that
-    resumed with others would not go on bit for bit. All processes use the same ones, rank 0's where it has chosen.
+    resumed with others would not be bit-exact. All processes use the same ones, rank 0's where it has chosen.
 
     Args:
-        notice: tells why sizes of the checkpoint can't be used on this GPU.
+        notice: reports why the checkpoint's sizes can't be used on this GPU.
     """
 
     def __init__(self, notice: Notices) -> None:
@@ -33,11 +33,11 @@ class KernelSizes(Callback):
             self._agreed = True
 
     def state_dict(self) -> dict[str, Any]:
-        """One text, as in a sharded checkpoint the keys of a mapping must be known beforehand. Called by every process."""
+        """One string, as the keys of a mapping in a sharded checkpoint must be known beforehand. Called by every process."""
         return {"json": json.dumps(self._agree())}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Before anything has run."""
+        """Called before any kernel has run."""
         self._refused = ops.use_sizes(json.loads(state["json"]))
 
     def after_load(self, state: State, logger: Logger) -> None:

@@ -1,4 +1,4 @@
-"""What happens on a NaN or infinite loss, and a warning of a loss that jumps."""
+"""Handles a NaN or infinite loss, and warns of loss spikes."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ from torch import Tensor
 from mohd_train.errors import UserError
 
 WINDOW = 128  # batches whose median is the usual loss
-NEEDED = 16  # of them before a jump can be told
-SKIPS = 10  # batches in a row that may be left out
+NEEDED = 16  # of them before a spike can be recognized
+SKIPS = 10  # consecutive batches that may be skipped
 
 
 class LossGuard(Callback):
     """Looks at every microbatch's loss and at the gradients, on all ranks, before the optimizer's step.
 
-    ``stop``: ends the run with the weights as they were. ``skip``: leaves the batch's update out, at most :data:`SKIPS`
+    ``stop``: ends the run with the weights as they were. ``skip``: skips the batch's update, at most :data:`SKIPS`
     times in a row, and logs ``faults/skipped_batches``. A fp16 gradient scaler deals with infinite gradients itself:
     there losses alone count.
 
     Args:
         action: ``stop`` | ``skip``.
         spike_factor: warns of a loss above this multiple of the median of the last :data:`WINDOW` batches; None: never.
-        notice: takes a line for the user.
-        newest: the last whole checkpoint, or None.
+        notice: reports a line to the user.
+        newest: the last complete checkpoint, or None.
     """
 
     def __init__(
@@ -48,11 +48,11 @@ class LossGuard(Callback):
         self._recent: deque[float] = deque(maxlen=WINDOW)
 
     def before_train_batch(self, state: State, logger: Logger) -> None:
-        """Starts anew: a batch that ran out of memory is tried again from here."""
+        """Resets: a batch that ran out of memory is retried from here."""
         self._bad = None
 
     def after_loss(self, state: State, logger: Logger) -> None:
-        """Notes a microbatch, without waiting for the device."""
+        """Records a microbatch's loss, without waiting for the device."""
         losses: Any = state.loss
         bad = ~torch.isfinite(losses["total"].detach()).reshape(1)
         self._bad = bad if self._bad is None else self._bad | bad
@@ -76,14 +76,14 @@ class LossGuard(Callback):
             often = "" if self.action == "stop" else f" for the {self._in_a_row}th time in a row"
             raise UserError(
                 f"batch {batch}: the loss or a gradient is not a finite number{often}; nothing of this batch is kept. "
-                f"The last good checkpoint is {self.newest() or 'none yet'}: go on from it with autoresume=true, "
+                f"The last good checkpoint is {self.newest() or 'none yet'}: resume from it with autoresume=true, "
                 "with nonfinite_loss=skip if the batch is to blame, or as another run with a lower optimizer.lr"
             )
         self.skipped += 1
         for optimizer in state.optimizers:
             optimizer.zero_grad(set_to_none=True)  # a parameter without a gradient is left alone by the step
         logger.log_metrics({"faults/skipped_batches": self.skipped})
-        self.notice(state, "nonfinite_loss", f"batch {batch}: loss or gradient is not finite; its update is left out")
+        self.notice(state, "nonfinite_loss", f"batch {batch}: loss or gradient is not finite; its update is skipped")
 
     def batch_end(self, state: State, logger: Logger) -> None:
         """Compares the loss with the usual one."""

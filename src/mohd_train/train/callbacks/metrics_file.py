@@ -31,13 +31,13 @@ class MetricsFile(LoggerDestination):
     """Collects what is logged and writes a line once the batch is complete.
 
     ``batch`` and ``tokens`` count what has been trained on, so the losses of the first batch are in line ``batch: 1``.
-    A line is on disk before the checkpoint of its batch is written; on resuming, lines after the checkpoint's batch are
+    A line is on disk before the checkpoint of its batch is written. On resuming, lines after the checkpoint's batch are
     cut, so that no step is ever recorded twice. Written by rank 0.
 
     Args:
         path: ``metrics.jsonl``.
-        failed: called, instead of raising, if a line can't be written: the run is to save first. The line is tried
-            again together with the next.
+        failed: called, instead of raising, if a line can't be written, so that the run can save first. The line is retried
+            together with the next one.
     """
 
     def __init__(self, path: str | Path, failed: Callable[[UserError], None] | None = None) -> None:
@@ -57,22 +57,22 @@ class MetricsFile(LoggerDestination):
         return self._writer.last
 
     def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
-        """Takes metrics for the next line; ``step`` is the line's own batch and not used."""
+        """Collects metrics for the next line; ``step`` is unused: the line has its own batch."""
         if self.enabled:
             self._pending.update({name: _number(value) for name, value in metrics.items() if name not in DROPPED})
 
     def after_load(self, state: State, logger: Logger) -> None:
-        """Cuts what was logged after the batch from which this session resumes."""
+        """Removes what was logged after the batch from which this session resumes."""
         if self.enabled:
             self._writer.cut_after(state.timestamp.batch.value)
 
     def batch_end(self, state: State, logger: Logger) -> None:
-        """Writes the batch's line, after all callbacks of the event: loggers come last. BATCH_CHECKPOINT would be too
+        """Writes the batch's line after all callbacks of the event (loggers come last). BATCH_CHECKPOINT would be too
         late: a run killed between the checkpoint and its line would resume without the line."""
         self._write(state)
 
     def eval_after_all(self, state: State, logger: Logger) -> None:
-        """Adds the validation of this batch, before its checkpoint."""
+        """Adds this batch's validation, before its checkpoint."""
         self._write(state)
 
     def eval_standalone_end(self, state: State, logger: Logger) -> None:
@@ -80,7 +80,7 @@ class MetricsFile(LoggerDestination):
         self._write(state)
 
     def close(self, state: State, logger: Logger) -> None:
-        """Writes what came after the last batch, such as a validation at the end."""
+        """Writes what was logged after the last batch, such as a final validation."""
         self._write(state)
 
     def _write(self, state: State) -> None:
@@ -93,7 +93,7 @@ class MetricsFile(LoggerDestination):
                     raise
                 self.failed(
                     UserError(
-                        f"{self.path} can't be written ({error.strerror}); this batch is saved, if there is room for that: "
+                        f"{self.path} can't be written ({error.strerror}); this batch is saved if there is room for it: "
                         "make room, then resume with autoresume=true"
                     )
                 )

@@ -31,7 +31,7 @@ class Progress(Callback):
         steps: batches of the whole run.
         validation: source of the validation line.
         bar: whether a terminal gets a bar.
-        interval: batches between plain lines; None: 20 lines a run where there is no bar, and none beside one.
+        interval: batches between plain lines; None: 20 lines a run if there is no bar, none if there is one.
         stream: where to write; rank 0 only.
     """
 
@@ -55,7 +55,7 @@ class Progress(Callback):
         self._task: TaskID | None = None
 
     def fit_start(self, state: State, logger: Logger) -> None:
-        """Starts at the batch from which this session goes on."""
+        """Starts at the batch from which this session resumes."""
         self.peak = get_gpu_flops_available(state) or 0.0
         self._history.append((state.timestamp.total_wct.total_seconds(), state.timestamp.token.value))
         if self.enabled and self.peak and (self.bar or self.interval):
@@ -121,7 +121,7 @@ class Progress(Callback):
             )
 
     def close(self, state: State, logger: Logger) -> None:
-        """Leaves the terminal as it was, whatever happened."""
+        """Restores the terminal, whatever happened."""
         if self._progress is not None:
             self._progress.stop()
             self._progress = None

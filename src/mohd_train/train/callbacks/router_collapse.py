@@ -1,4 +1,4 @@
-"""Notices a router that sends nearly every token to one specialized sub-dimension."""
+"""Detects a router that sends nearly every token to one specialized sub-dimension."""
 
 from __future__ import annotations
 
@@ -13,16 +13,17 @@ from mohd_train.train.callbacks.routing_statistics import RoutingStatistics
 
 
 class RouterCollapse(Callback):
-    """One specialized sub-dimension active for at least ``share`` of the tokens, at every look for ``batches`` batches.
+    """A router has collapsed when one specialized sub-dimension is active for at least ``share`` of the tokens, in every check
+    over ``batches`` batches.
 
-    It looks whenever the routing statistics do, and must stand after them. Where every specialized one is active for
-    all tokens by construction there is nothing to collapse.
+    It checks whenever the routing statistics are taken, and must come after them. Where every specialized one is active for all
+    tokens by construction, nothing can collapse.
 
     Args:
         statistics: of this run.
         share, batches: the threshold.
-        stop: ends the run, rather than to warn once per collapse.
-        notice: takes a line for the user.
+        stop: ends the run instead of warning once per collapse.
+        notice: reports a line to the user.
     """
 
     def __init__(
@@ -35,8 +36,8 @@ class RouterCollapse(Callback):
         notice: Callable[[State, str, str], None],
     ) -> None:
         self.statistics, self.share, self.batches, self.stop, self.notice = statistics, share, batches, stop, notice
-        self.since: dict[str, int] = {}  # "routing/layer0/ffn/share/5" -> batch at which it was first seen so
-        self._said: set[str] = set()
+        self.since: dict[str, int] = {}  # "routing/layer0/ffn/share/5" -> batch since which this has held
+        self._reported: set[str] = set()
 
     def batch_end(self, state: State, logger: Logger) -> None:
         """Looks."""
@@ -45,11 +46,11 @@ class RouterCollapse(Callback):
         if not shares:
             return
         self.since = {name: self.since.get(name, batch) for name, share in shares.items() if share >= self.share}
-        self._said &= self.since.keys()
+        self._reported &= self.since.keys()
         for name, first in self.since.items():
-            if batch - first < self.batches or name in self._said:
+            if batch - first < self.batches or name in self._reported:
                 continue
-            self._said.add(name)
+            self._reported.add(name)
             text = f"{name} is {shares[name]:.3f} since batch {first}: this router has collapsed"
             if self.stop:
                 raise UserError(

@@ -54,14 +54,14 @@ class RoutingStatistics(Callback):
 
     def specialized_shares(self, batch: int) -> dict[str, float]:
         """``routing/layer{l}/{component}/share/{i}`` of every specialized sub-dimension that a router may leave out;
-        empty where this batch was not looked at."""
+        empty where this batch was not measured."""
         return self._shares[1] if self._shares[0] == batch else {}
 
     def _due(self, batch: int) -> bool:
         return batch % self.interval == 0
 
     def before_train_batch(self, state: State, logger: Logger) -> None:
-        """Starts anew: a batch that ran out of memory is tried again from here."""
+        """Resets: a batch that ran out of memory is retried from here."""
         self._sums = {}
 
     def after_forward(self, state: State, logger: Logger) -> None:

@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 class RunRecorder(Callback):
     """Writes the batch, the tokens and the newest checkpoint at each checkpoint, and the final metrics at the end.
 
-    It must stand after Composer's CheckpointSaver in ``state.callbacks``, to see the checkpoint of its own batch.
+    It must come after Composer's CheckpointSaver in ``state.callbacks`` to see the checkpoint of its own batch.
 
     Args:
         record: the run's record, on rank 0; None elsewhere.
@@ -39,7 +39,7 @@ class RunRecorder(Callback):
         if self.record is not None and self.saver.last_checkpoint_batch == state.timestamp.batch:
             try:
                 self.record.update(**self._progress(state))
-            except OSError as error:  # the checkpoint is saved, and the next one tells the record again
+            except OSError as error:  # the checkpoint is saved, and the next one writes the record again
                 log.error("%s can't be written: %s", self.record.path, error.strerror)
 
     def finish(self, state: State, *, steps: int) -> None:

@@ -1,4 +1,4 @@
-"""Copies of checkpoints and records on object storage, made beside the training."""
+"""Uploads checkpoints and records to object storage while training continues."""
 
 from __future__ import annotations
 
@@ -27,19 +27,19 @@ STAGED = ".upload-"
 
 
 class TakenOver(UserError):
-    """Another session of the run writes to its ``save_folder`` by now."""
+    """Another session of the run writes to its ``save_folder`` now."""
 
 
 class Uploads(Callback):
-    """Uploads each checkpoint, then ``metrics.jsonl`` and ``run.json``, then the link that makes it the newest, in this
+    """Uploads each checkpoint, then ``metrics.jsonl`` and ``run.json``, then the link that makes it the newest, in that
     order.
 
-    Training goes on meanwhile, and also where the storage fails for longer than the attempts of
-    :mod:`mohd_train.storage`: the checkpoint is on the local disk, a warning says so, and the next checkpoint tries
-    anew. The run only ends well if its last checkpoint has arrived. It must stand after the saver and the recorder in
+    Training continues meanwhile, also when the storage fails for longer than the attempts of
+    :mod:`mohd_train.storage`: the checkpoint is on the local disk, a warning says so, and the next checkpoint retries
+    the upload. The run succeeds only if its last checkpoint has arrived. It must come after the saver and the recorder in
     ``state.callbacks``. Rank 0 alone; of a sharded checkpoint it uploads what every rank has written to the run folder.
 
-    Where another machine has gone on with the run meanwhile, as after a preemption that this one survived, nothing more
+    If another machine has resumed the run meanwhile, as after a preemption that this one survived, nothing more
     is uploaded, and this session stops.
 
     Args:
@@ -55,7 +55,7 @@ class Uploads(Callback):
         self.storage, self.folder, self.saver, self.notice = storage, folder, saver, notice
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="upload")
         self._futures: list[tuple[str, Future[None]]] = []
-        self._queued: str | None = None  # the newest checkpoint that is stored or on its way
+        self._queued: str | None = None  # the newest checkpoint that is stored or being uploaded
         self._session = session_of((folder / RECORD).read_text(encoding="utf-8"))
         self._taken_over: TakenOver | None = None
 
@@ -65,7 +65,7 @@ class Uploads(Callback):
             self._submit_newest()
 
     def batch_end(self, state: State, logger: Logger) -> None:
-        """Says what failed.
+        """Reports what failed.
 
         Raises:
             TakenOver: another session goes on with this run.
@@ -74,7 +74,7 @@ class Uploads(Callback):
         if self._taken_over is not None:
             raise self._taken_over
         for text in problems:
-            self.notice(state, "upload", f"{text}; training goes on, and the next checkpoint will be uploaded")
+            self.notice(state, "upload", f"{text}; training continues, and the next checkpoint will be uploaded")
 
     def finish(self) -> None:
         """Waits until the newest checkpoint, the metrics and the record as it is now are stored.
@@ -84,7 +84,7 @@ class Uploads(Callback):
             TakenOver: another session goes on with this run.
         """
         self._collect(wait=True)
-        self._submit_newest()  # again, where it failed
+        self._submit_newest()  # retry what failed
         problems = self._collect(wait=True)
         if not problems:  # else the storage would call a run finished whose last checkpoint it lacks
             self._submit("the run's records", self._upload_records)
@@ -94,7 +94,7 @@ class Uploads(Callback):
             raise self._taken_over
         if problems:
             raise UserError(
-                f"{problems[0]}; the run's files are whole in {self.folder}: mend the storage and start the run again with "
+                f"{problems[0]}; the run's files are complete in {self.folder}: mend the storage and start the run again with "
                 "autoresume=true, or copy them"
             )
 
@@ -139,8 +139,8 @@ class Uploads(Callback):
         theirs = self._session if text is None else session_of(text)
         if theirs != self._session:
             self._taken_over = TakenOver(
-                f"{self.storage.uri} belongs to another session of this run by now, begun {theirs.get('started')}; this one "
-                f"stops, and what it has trained since its last upload stays in {self.folder} alone"
+                f"{self.storage.uri} now belongs to another session of this run, started {theirs.get('started')}; this one "
+                f"stops, and what it has trained since its last upload remains in {self.folder} only"
             )
             raise self._taken_over
 
@@ -197,6 +197,6 @@ def complete(config: Config, stored_record: dict[str, Any] | None) -> None:
 
 
 def clear_staged(folder: Path) -> None:
-    """Removes what a killed run left of its uploads."""
+    """Removes the partial uploads of a killed run."""
     for path in folder.glob(f"{STAGED}*"):
         remove(path)

@@ -1,4 +1,4 @@
-"""Validation over all domains together, beside Composer's one evaluator per domain."""
+"""Validation loss over all domains together, next to Composer's one evaluator per domain."""
 
 from __future__ import annotations
 

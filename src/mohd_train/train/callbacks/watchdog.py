@@ -1,4 +1,4 @@
-"""A start that hangs (a file system, a collective that one rank never enters, a download) is reported, and ended."""
+"""Reports and ends a start that hangs (a file system, a collective that one rank never enters, a download)."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class FirstBatchWatchdog(Callback):
     """Writes this rank's stacks to ``logs/rank{r}.stacks.txt`` and ends it with 1 when no batch is done within
     ``seconds``.
 
-    The stacks come from a thread of C, so they come even where Python itself is stuck; until they are there, nothing is
+    A C thread writes the stacks, so they appear even if Python itself is stuck. Until then nothing is
     written to the run folder, which may turn out to be another run's.
 
     Args:

@@ -1,4 +1,4 @@
-"""Data workers that are frozen, not just slow: the loader's own timeout does not see them."""
+"""Ends data workers that are frozen, which the loader's own timeout does not notice."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from composer.core import Callback, Event, State
 from composer.loggers import Logger
 
 log = logging.getLogger(__name__)
-SLACK = 5.0  # seconds beyond the loader's own timeout, which ends a wait with less harm where it can
-# A batch is waited for from here on, until it has come or there are no more.
+SLACK = 5.0  # seconds beyond the loader's own timeout, which does less harm where it works
+# From here on the trainer waits for a batch, until it arrives or there are no more.
 WAITS = (Event.BEFORE_DATALOADER, Event.EVAL_START, Event.EVAL_BATCH_END)
 COME = (Event.AFTER_DATALOADER, Event.EPOCH_END, Event.EVAL_BATCH_START, Event.EVAL_END)
 
@@ -20,7 +20,7 @@ class WorkerWatch(Callback):
     """Kills the data workers when a batch does not come within ``seconds`` and :data:`SLACK`.
 
     A worker hands a batch over by a socket and answers there when the batch is taken. Taking it from a worker that has
-    stopped (SIGSTOP, a frozen cgroup) therefore waits for ever: the loader's timeout is over. Once they are killed, the
+    stopped (SIGSTOP, a frozen cgroup) therefore waits forever: the loader's timeout no longer applies. Once they are killed, the
     loader raises.
 
     Args:
@@ -48,7 +48,7 @@ class WorkerWatch(Callback):
         workers = [child for child in multiprocessing.active_children() if child.daemon]
         if workers:
             self.fired = True
-            log.error("no batch for %g s: the data workers are killed", self.seconds + SLACK)
+            log.error("no batch for %g s: killing the data workers", self.seconds + SLACK)
         for worker in workers:
             worker.kill()
 
