@@ -129,7 +129,7 @@ def test_what_is_no_checkpoint(make: Callable[[str], tuple[Path, Transformer]], 
         checkpoint.open(path)
     assert checkpoint.kind_of(path) == "sharded"
     (tmp_path / "hf").mkdir()
-    for config, message in (("{", "is not valid JSON"), ("[]", "no configuration"), ("{}", "no weights")):
+    for config, message in (("{", "is not valid JSON"), ("[]", "is not a model's configuration"), ("{}", "no weights")):
         (tmp_path / "hf" / "config.json").write_text(config)
         with pytest.raises(UserError, match=message):
             checkpoint.open(tmp_path / "hf")

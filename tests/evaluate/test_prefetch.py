@@ -181,7 +181,7 @@ def test_rows_of_a_user_are_never_replaced(hub: FakeHub, suite: Suite, tmp_path:
     mine = tmp_path / "rows" / "sciq" / "test.jsonl"
     mine.parent.mkdir(parents=True)
     mine.write_text("{}\n")
-    with pytest.raises(UserError, match=r"test\.jsonl is there, was not fetched into this folder"):
+    with pytest.raises(UserError, match=r"test\.jsonl exists, was not fetched into this folder"):
         prefetch(tmp_path / "rows", suite, ["sciq"])
     assert mine.read_text() == "{}\n"
     with pytest.raises(UserError, match=r"has no manifest\.json"):

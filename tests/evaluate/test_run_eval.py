@@ -131,7 +131,7 @@ def test_results_stored_before_are_read_and_not_reused(
         stored(options, task).write_text(json.dumps(data), encoding="utf-8")
     assert results.read(stored(options)).settings.tokenizer == ""
     assert table_text(2, [options.output], "csv") == before
-    with pytest.raises(UserError, match=r"sciq\.json was stored by an earlier version.*say --overwrite"):
+    with pytest.raises(UserError, match=r"sciq\.json was stored by an earlier version.*give --overwrite"):
         run_eval(options, suite)
     options.overwrite = True
     assert run_eval(options, suite) == 0
@@ -276,7 +276,7 @@ def test_hub_rows_and_a_task_that_cannot_be_had(
     assert results.read(stored(options)).settings.rows == "hub"
     assert not stored(options, "logiqa").exists()
     shown = capsys.readouterr().out
-    assert "logiqa: – (the rows of task logiqa cannot be had from the hub: Dataset scripts are no longer" in shown
+    assert "logiqa: – (the rows of task logiqa are not available from the hub: Dataset scripts are no longer" in shown
     assert "logiqa could not be had: the rows of task logiqa" in table_text(2, [options.output], "md")
     options.tasks = ["logiqa"]
     with pytest.raises(UserError, match="none of the tasks can be had"):
@@ -339,7 +339,7 @@ def test_checkpoints_that_cannot_be_read(llama: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"without config\.json"):
         open_checkpoint(tmp_path)
     (tmp_path / "weights.npz").write_bytes(b"x")
-    with pytest.raises(UserError, match="of no known kind"):
+    with pytest.raises(UserError, match="is not a checkpoint of a known kind"):
         open_checkpoint(tmp_path / "weights.npz")
     bare = tmp_path / "bare"
     shutil.copytree(llama, bare)
@@ -433,7 +433,7 @@ def test_llama_counts_as_the_paper_counts(llama: Path) -> None:
 def test_unknown_device() -> None:
     with pytest.raises(UserError, match="unknown device 'gpu9'"):
         checkpoints.pick_device("gpu9")
-    with pytest.raises(UserError, match="is not there"):
+    with pytest.raises(UserError, match="does not exist"):
         checkpoints.pick_device(f"cuda:{torch.cuda.device_count()}")
 
 
@@ -492,7 +492,7 @@ def test_results_on_object_storage(
         UserError, match=r"uploading .*arc_easy.json failed .*AccessDenied.*the result is complete in (\S+),"
     ) as caught:
         run_eval(options, suite)
-    path = Path(re.search(r"whole in (\S+),", str(caught.value))[1])
+    path = Path(re.search(r"complete in (\S+),", str(caught.value))[1])
     assert results.read(path).settings.task == "arc_easy"
     shutil.rmtree(path.parent.parent)
 

@@ -46,7 +46,7 @@ def test_report_is_one_self_contained_page(tmp_path: Path) -> None:
     assert page.seen.count("img") >= 4
     assert all(source.startswith("data:image/png;base64,") for source in page.sources)
     assert "http" not in text.replace("https://www.w3.org", "")
-    for words in ("abacus", "+0.17", "prefers-color-scheme: dark", "x2-no-scaling", "1,", "device hours together"):
+    for words in ("abacus", "+0.17", "prefers-color-scheme: dark", "x2-no-scaling", "1,", "device hours in total"):
         assert words in text
     # 300 batches / 3000 per hour on 2 devices, five runs
     assert "1 device hours in total" in text
