@@ -47,9 +47,9 @@ def dense_masked(x: Tensor, weight_in: list[nn.Linear], weight_out: nn.Linear, s
             "subdims": plan.sub_dims,
             "gate_mass": plan.sub_dims * g.sum(),
             "none": 1.0,
-        }[sub.readings.scaling]
+        }[sub.model_plan.scaling]
         mask = (g > 0).to(x.dtype)
-        sparse = (x[t].view(plan.sub_dims, plan.width) * (g if sub.readings.gate_input else mask)[:, None]).flatten()
+        sparse = (x[t].view(plan.sub_dims, plan.width) * (g if sub.model_plan.gate_input else mask)[:, None]).flatten()
         h = inner([linear.weight @ sparse for linear in weight_in])
         y = (weight_out.weight @ h).view(plan.sub_dims, plan.width)
         z = y * (alpha * g)[:, None]

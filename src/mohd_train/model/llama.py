@@ -1,6 +1,6 @@
 """The transformer: LLaMA, with MoHD components (:mod:`mohd_train.model.mohd`) where the plan has them.
 
-Single-device code: it knows no parallelism, config file or logger.
+Single-device code, without parallelism, config files or loggers.
 
 Shape letters: B batch, T positions, S positions with the cached ones, H heads, E head_dim, A = H*E attention width, D
 hidden size, F intermediate size, V vocabulary, L layers.
@@ -44,8 +44,8 @@ class TransformerOutput:
         logits: [B, T, V], or None where they were not asked for.
         cross_entropy: mean over the predicted tokens in float32, where labels were given.
         routing: one entry a layer.
-        hidden_states: L + 1 of [B, T, D] where they were asked for: the embeddings, then after each block, the last one after
-            the final norm.
+        hidden_states: where they were asked for, L + 1 of [B, T, D]: the embeddings, then each block's output, of which the
+            last one is after the final norm.
     """
 
     hidden: Tensor
@@ -70,8 +70,7 @@ class RMSNorm(nn.Module):
 
 
 def rotary_table(position_ids_BT: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Cosine and sine [B, 1, T, E] of LLaMA's rotary embeddings, in float32 (float64 for a float64 model); once a
-    step."""
+    """Cosine and sine [B, 1, T, E] of LLaMA's rotary embeddings, in float32 (float64 for a float64 model)."""
     work = torch.promote_types(dtype, torch.float32)
     steps = torch.arange(0, head_dim, 2, dtype=torch.int64, device=position_ids_BT.device).to(work)
     inverse_frequency = 1.0 / (theta ** (steps / head_dim))
@@ -81,7 +80,7 @@ def rotary_table(position_ids_BT: Tensor, head_dim: int, theta: float, dtype: to
 
 
 def rotate(x_BHTE: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotates queries or keys; the result keeps their dtype."""
+    """Queries or keys [B, H, T, E] with rotary embeddings applied, in their own dtype."""
     cos, sin = table
     first, second = x_BHTE.chunk(2, dim=-1)
     rotated = torch.cat([-second, first], dim=-1)
@@ -89,8 +88,8 @@ def rotate(x_BHTE: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
 
 
 def attention_mask(padding_BS: Tensor | None, queries: int, keys: int, device: torch.device) -> Tensor | None:
-    """Bool mask [B or 1, 1, T, S], True where a query may look; None where plain causality (T = S) or one query says it
-    all.
+    """Bool mask [B or 1, 1, T, S], True where a query may look; None where none is needed: plain causal attention (T = S),
+    or a single query.
 
     Args:
         padding_BS: [B, S] non-zero for real tokens, or None.
@@ -125,47 +124,41 @@ class Attention(nn.Module):
 
     @property
     def up_projections(self) -> tuple[nn.Linear, ...]:
-        """What reads the hidden dims."""
+        """The projections that read the hidden dims."""
         return self.q_proj, self.k_proj, self.v_proj
 
     def forward(
         self, x_BTD: Tensor, residual_BTD: Tensor, context: ForwardContext, normed: Normed | None = None
     ) -> tuple[Tensor, Routing | None]:
         """The new residual stream [B, T, D], and the routing (None for a dense layer)."""
+        batch, queries, _ = x_BTD.shape
 
-        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            q, k, v = (part.view(*x_BTD.shape[:2], -1) for part in (q, k, v))
-            return self._attend(q, k, v, context)
+        def attend(*qkv: Tensor) -> Tensor:
+            """From q, k and v to what ``o_proj`` reads: [B, T, A], or [B*T, A] from flattened ones."""
+            q, k, v = (part.view(batch, queries, -1, self.plan.head_dim).transpose(1, 2) for part in qkv)
+            y_BHTE = self._attend(q, k, v, context)
+            return y_BHTE.transpose(1, 2).reshape(qkv[0].shape)
 
         if self.sub_dimensions is None:
             x_BTD = x_BTD.to(product_dtype(x_BTD))  # once, not for each weight
             return residual_BTD + self.o_proj(attend(*(linear(x_BTD) for linear in self.up_projections))), None
         stream_TD, routing = self.sub_dimensions(
-            x_BTD.flatten(0, 1),
-            residual_BTD.flatten(0, 1),
-            self.up_projections,
-            lambda *qkv: attend(*qkv).flatten(0, 1),
-            self.o_proj,
-            context,
-            normed,
+            x_BTD.flatten(0, 1), residual_BTD.flatten(0, 1), self.up_projections, attend, self.o_proj, context, normed
         )
         return stream_TD.view_as(residual_BTD), routing
 
-    def _attend(self, q_BTA: Tensor, k: Tensor, v: Tensor, context: ForwardContext) -> Tensor:
-        batch, queries, _ = q_BTA.shape
-        q, k, v = (part.view(batch, queries, -1, self.plan.head_dim).transpose(1, 2) for part in (q_BTA, k, v))
-        q, k = rotate(q, context.rope), rotate(k, context.rope)
+    def _attend(self, q_BHTE: Tensor, k: Tensor, v: Tensor, context: ForwardContext) -> Tensor:
+        q, k = rotate(q_BHTE, context.rope), rotate(k, context.rope)
         if context.cache is not None:
             k, v = context.cache.update(k, v, self.layer)
-        y_BHTE = F.scaled_dot_product_attention(
+        return F.scaled_dot_product_attention(
             q,
             k,
             v,
             attn_mask=context.mask,
-            is_causal=context.mask is None and queries == k.shape[2],
+            is_causal=context.mask is None and q.shape[2] == k.shape[2],
             enable_gqa=self.plan.num_key_value_heads != self.plan.num_attention_heads,
         )
-        return y_BHTE.transpose(1, 2).reshape(batch, queries, -1)
 
 
 class FeedForward(nn.Module):
@@ -185,7 +178,7 @@ class FeedForward(nn.Module):
 
     @property
     def up_projections(self) -> tuple[nn.Linear, ...]:
-        """What reads the hidden dims."""
+        """The projections that read the hidden dims."""
         return self.gate_proj, self.up_proj
 
     def forward(
@@ -228,25 +221,25 @@ class Block(nn.Module):
 
 
 def _normalize(x_BTD: Tensor, norm: RMSNorm, sub: SubDimensions | None) -> tuple[Tensor, Normed | None]:
-    """The normalized x, with the router's logits for a MoHD component."""
+    """The normalized x, and for a MoHD component what the norm computed along with it."""
     if sub is None:
         return norm(x_BTD), None
     if not (is_plain(norm, RMSNorm) and is_plain(sub.router, Router)):
         n_BTD = norm(x_BTD)
-        read_BTD = x_BTD if sub.readings.router_input == "residual" else n_BTD
+        read_BTD = x_BTD if sub.model_plan.router_input == "residual" else n_BTD
         return n_BTD, Normed(sub.router(read_BTD.flatten(0, 1))[0], None)
     n_TD, normed = sub.normalize(x_BTD.flatten(0, 1), norm.weight, norm.eps)
     return n_TD.view_as(x_BTD), normed
 
 
 class Transformer(nn.Module):
-    """Token embedding, L blocks, final norm and an untied head, all dense over D but the blocks' MoHD components.
+    """Token embedding, L blocks, final norm and an untied head; only the blocks' MoHD components are not dense over D.
 
     Args:
-        plan: sizes and readings (:func:`mohd_train.config.plan.make_plan`).
+        plan: what to build (:func:`mohd_train.config.plan.make_plan`).
         kernels: ``auto``, ``reference``, ``grouped`` or ``triton``: what runs the sparse layers.
-        seed: of the initial weights; None draws one from torch's global generator. Built under ``torch.device("meta")``
-            the model has no weights until :func:`mohd_train.model.init.initialize` fills them.
+        seed: of the initial weights; None draws one from torch's global generator. A model built under
+            ``torch.device("meta")`` has no weights until :func:`mohd_train.model.init.initializer`'s function fills them.
     """
 
     def __init__(self, plan: ModelPlan, kernels: str = "auto", seed: int | None = None) -> None:
@@ -275,20 +268,20 @@ class Transformer(nn.Module):
         built_mask: bool = False,
         hidden_states: bool = False,
     ) -> TransformerOutput:
-        """Runs the model.
+        """The hidden states, the balance loss and the routing, and what else is asked for.
 
         Args:
             input_ids_BT: int64 [B, T] tokens.
             attention_mask_BS: [B, S] non-zero for real tokens, over the cached positions too; None: no padding.
-            position_ids: int64 [B or 1, T]; default: counted on from what the cache holds.
+            position_ids: int64 [B or 1, T]; default: those that follow what the cache holds.
             cache: key/value cache with ``get_seq_length()`` and ``update(k, v, layer)``, as transformers' DynamicCache.
-            labels_BT: int64 [B, T], equal to the input where it counts, -100 elsewhere; position t is predicted at
-                t - 1.
+            labels_BT: int64 [B, T], the input's tokens where they count in the loss, -100 elsewhere; the label at position t
+                is predicted from position t - 1.
             logits: whether to return the logits.
-            balance: whether to compute the balance loss, 0 otherwise; default: unless there is a cache.
-            embeddings_BTD: [B, T, D] in place of the tokens' own.
-            mask: what attention uses with ``built_mask``, instead of one built from ``attention_mask_BS``: bool, True where a
-                query may look, or added to the scores; [B, 1, T, S]. None: plain causal attention.
+            balance: whether to compute the balance loss, which is 0 otherwise; default: if there is no cache.
+            embeddings_BTD: [B, T, D] instead of the tokens' own embeddings.
+            mask: with ``built_mask``, the mask that attention uses instead of one built from ``attention_mask_BS``: [B, 1, T, S],
+                bool (True where a query may look) or added to the scores. None: plain causal attention.
             hidden_states: whether to return them.
         """
         balance = cache is None if balance is None else balance
@@ -302,7 +295,7 @@ class Transformer(nn.Module):
         keys = None
         if self.plan.routing == "random":
             if input_ids_BT is None:
-                raise ValueError("random routing goes by the tokens: give input_ids, not embeddings alone")
+                raise ValueError("random routing depends on the tokens: give input_ids, not embeddings alone")
             keys = token_keys(input_ids_BT, position_ids)
         context = ForwardContext(
             rope=rotary_table(position_ids, self.plan.head_dim, self.plan.rope_theta, x.dtype),
@@ -337,7 +330,8 @@ class Transformer(nn.Module):
 
     def _cross_entropy(self, hidden_BTD: Tensor, labels_BT: Tensor) -> Tensor:
         """Mean next-token loss; position t of the labels is predicted from position t - 1."""
-        targets = F.pad(labels_BT[:, 1:], (0, 1), value=IGNORE_INDEX)  # shifts these: hidden states would be copied
+        # The labels are shifted, since shifted hidden states would be a copy
+        targets = F.pad(labels_BT[:, 1:], (0, 1), value=IGNORE_INDEX)
         if not is_plain(self.head):
             logits_TV = self.head(hidden_BTD).flatten(0, 1)
             wide = torch.promote_types(logits_TV.dtype, torch.float32)
@@ -356,11 +350,10 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def lay_out_for_decoding(self) -> None:
-        """Lays the MoHD up-projections' weights out by input dim, in place: shapes, names and values stay.
+        """Transposes the memory of the MoHD up-projections' weights, in place: shapes, names and values stay.
 
         A sub-dimension's slice is then one piece of memory instead of a piece of every row: on a CPU one token's x4
-        projections take 1.1 instead of 1.5 times LLaMA's (docs/kernels.md). On other devices nothing is done: not
-        measured.
+        projections take 1.1 instead of 1.5 times LLaMA's (docs/kernels.md). Only on a CPU; it was not measured elsewhere.
         """
         for block in self.blocks:
             for part in (block.attention, block.ffn):

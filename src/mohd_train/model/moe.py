@@ -6,9 +6,9 @@ For every token S shared experts are active and a router picks K - S of the N - 
     y = sum_i w_i E_i(x),    E_i(x) = W_down[:, i] (silu(W_gate[i] x) * W_up[i] x)
 
 with w = 1 for a shared expert and the scaled softmax over the others for a chosen one. Token-choice and dropless: every
-token gets the experts that it chose, with no capacity and no padding. Attention and the residual stream are LLaMA's.
+token gets the experts that it chose, without capacity limits or padding. Attention and the residual stream are LLaMA's.
 
-Shape letters: as in :mod:`mohd_train.model.mohd`; N experts, K active ones a token, S shared ones, M = N - S and P = K - S.
+Shape letters: as in :mod:`mohd_train.model.mohd`, with N experts, K active per token, S shared, and P = K - S chosen.
 """
 
 from __future__ import annotations
@@ -21,8 +21,7 @@ from torch import Tensor, nn
 
 from mohd_train.config.plan import ModelPlan, SubDimPlan
 from mohd_train.kernels import ops
-from mohd_train.model.mohd import ForwardContext, Router, Routing, activation_weights, balance_loss, is_plain
-from mohd_train.model.random_routing import random_ranks
+from mohd_train.model.mohd import ForwardContext, Router, Routing, is_plain
 
 
 class Experts(nn.Module):
@@ -33,7 +32,7 @@ class Experts(nn.Module):
 
     Args:
         plan: N, K, S and the width F / K of an expert.
-        model: the whole model's plan.
+        model: the plan of the model that it is part of.
         kernels: ``auto``, ``reference``, ``grouped`` or ``triton``.
         component: the component's number in the model, for random routing.
     """
@@ -41,11 +40,10 @@ class Experts(nn.Module):
     def __init__(self, plan: SubDimPlan, model: ModelPlan, kernels: str = "auto", component: int = 0) -> None:
         super().__init__()
         self.plan = plan
-        self.readings = model
         self.kernels = kernels
-        self.component = component
+        self.reads_residual = model.router_input == "residual"
         choice = SubDimPlan(plan.sub_dims - plan.shared, plan.top_k - plan.shared, 0, plan.width)
-        self.router = Router(choice, model.hidden_size)
+        self.router = Router(choice, model, component)
 
     def forward(
         self,
@@ -64,7 +62,7 @@ class Experts(nn.Module):
             up: gate and up, [N * width, D] each; ``down`` is [D, N * width].
             inner: :func:`~mohd_train.model.mohd.swiglu`.
         """
-        routing = self.route(residual_TD if self.readings.router_input == "residual" else x_TD, context)
+        routing = self.route(residual_TD if self.reads_residual else x_TD, context)
         if all(is_plain(linear) for linear in (*up, down)):
             backend = ops.resolve_backend(
                 self.kernels, x_TD.device, x_TD.dtype, width=self.plan.width, choices=self.plan.choices
@@ -72,11 +70,9 @@ class Experts(nn.Module):
             selection = ops.make_selection(
                 routing.indices, sub_dims=self.plan.sub_dims, shared=self.plan.shared, backend=backend
             )
-            gate, up_proj = up
-            y_TD = ops.expert_ffn(
-                x_TD, gate.weight, up_proj.weight, down.weight, selection, routing.weights, backend=backend
-            )
-        else:  # adapters and the like are called as modules, at the cost of all experts
+            weights = [linear.weight for linear in (*up, down)]
+            y_TD = ops.expert_ffn(x_TD, *weights, selection, routing.weights, backend=backend)
+        else:  # adapters and the like are called, at the cost of all experts
             h_TNE = inner(*(linear(x_TD) for linear in up)).unflatten(1, (self.plan.sub_dims, -1))
             gates_TN = torch.zeros_like(routing.scores).scatter(1, routing.indices, routing.weights)
             y_TD = down((h_TNE * gates_TN.unsqueeze(-1)).to(h_TNE.dtype).flatten(1))
@@ -84,24 +80,12 @@ class Experts(nn.Module):
 
     def route(self, x_TD: Tensor, context: ForwardContext) -> Routing:
         """The experts of T tokens and their weights. In ``scores`` [T, N] a shared expert, which has none, counts 1."""
-        readings, choice, ranks = self.readings, self.router.plan, None
-        if readings.routing == "random":
-            assert context.token_keys_T is not None, "random routing goes by the tokens' keys"
-            ranks = random_ranks(context.token_keys_T, choice.sub_dims, self.component)
-        logits_TM, scores_TM, chosen_TP = self.router(x_TD, ranks)
-        loss = balance_loss(
-            logits_TM,
-            chosen_TP,
-            choice,
-            readings.balance_loss_weight if context.balance and ranks is None else 0.0,
-            context.token_mask_T,
-            count=readings.balance_count,
-        )
+        chosen = self.router.route(x_TD, context)
         shared_TS = torch.arange(self.plan.shared, device=x_TD.device).expand(len(x_TD), -1)
-        ones_TS = scores_TM.new_ones(shared_TS.shape)
+        ones_TS = chosen.scores.new_ones(shared_TS.shape)
         return Routing(
-            torch.cat([shared_TS, chosen_TP + self.plan.shared], dim=1),
-            torch.cat([ones_TS, scores_TM], dim=1),
-            torch.cat([ones_TS, activation_weights(scores_TM, chosen_TP, readings.scaling)], dim=1),
-            loss,
+            torch.cat([shared_TS, chosen.indices + self.plan.shared], dim=1),
+            torch.cat([ones_TS, chosen.scores], dim=1),
+            torch.cat([ones_TS, chosen.weights], dim=1),
+            chosen.balance_loss,
         )
