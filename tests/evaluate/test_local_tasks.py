@@ -181,5 +181,7 @@ def test_hub_rows_that_cannot_be_had_are_named(suite: Suite, monkeypatch: pytest
 
     monkeypatch.setattr("datasets.load_dataset", refuse)
     spec = suite.tasks["logiqa"]
-    with pytest.raises(UserError, match=r"task logiqa are not available .*no longer supported; give them with --data-dir"):
+    with pytest.raises(
+        UserError, match=r"task logiqa are not available .*no longer supported; give them with --data-dir"
+    ):
         build_task(spec, stock_manager([spec]), None)

@@ -147,7 +147,9 @@ def test_runs_of_a_killed_launcher(
     assert at_the_end == [[DENSE]]  # one at a time
     assert starts(stub) == [DENSE, X2]
     said = capsys.readouterr().out
-    assert f"{DENSE} is still running from a launcher that was killed (process {found[DENSE].pid}); waiting for it" in said
+    assert (
+        f"{DENSE} is still running from a launcher that was killed (process {found[DENSE].pid}); waiting for it" in said
+    )
     (stub / "behave").unlink()
     assert resume(Request(target=folder.path)) == 0
     assert worker.orphans(SweepFolder(folder.path)) == {}
