@@ -103,7 +103,7 @@ def test_the_config_of_a_moved_run_is_refused(run: Path, tmp_path: Path, monkeyp
         with pytest.raises(UserError) as caught:
             load_config([path], ["autoresume=true"])
         assert str(caught.value) == (
-            f"{path} lies beside a run, but its run_folder is runs/a: the run was moved or copied, or was started from "
+            f"{path} belongs to a run, but its run_folder is runs/a: the run was moved or copied, or was started from "
             f"another folder; add run_folder={Path(path).parent} to resume it"
         )
     there = load_config(["elsewhere/b/config.yaml"], ["run_folder=elsewhere/b"])

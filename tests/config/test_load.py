@@ -146,7 +146,7 @@ def test_plans_differ_by_name_of_the_field() -> None:
     other = dataclasses.replace(plan, name="b", hidden_size=16)
     assert plan.differences(other) == ["hidden_size: 8 here, 16 there"]
     assert plan.differences(dataclasses.replace(plan, name="b")) == []
-    with pytest.raises(UserError, match="not a plan"):
+    with pytest.raises(UserError, match="not the plan of a MoHD model"):
         ModelPlan.from_dict({"name": "x"})
 
 
@@ -210,7 +210,7 @@ def test_no_value_ever_breaks_with_a_traceback(
 def test_a_value_that_was_renamed_is_read_and_the_same_run(files: list[str], caplog: pytest.LogCaptureFixture) -> None:
     """``sum_preserving`` of an earlier version, in a config and in a run's record."""
     old, new = load_config(files, ["mohd.scaling=sum_preserving"]), load_config(files)
-    assert "sum_preserving is called sum_to_active now" in caplog.text
+    assert "sum_preserving is now called sum_to_active" in caplog.text
     assert old.mohd.scaling == new.mohd.scaling == "sum_to_active"
     record = dataclasses.asdict(new)
     record["mohd"]["scaling"] = "sum_preserving"

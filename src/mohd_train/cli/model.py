@@ -29,12 +29,9 @@ def count(argv: Sequence[str], prog: str) -> None:
 
     from mohd_train.config.catalogue import paper_models
     from mohd_train.config.load import load_model_plan, split_arguments
+    from mohd_train.model import count as counting
 
     rows = paper_models() if arguments.all else [(load_model_plan(*split_arguments(arguments.config)), None)]
-
-    from mohd_train.model import count as counting  # after the config: importing torch takes seconds
-    from mohd_train.model.count_table import render_counts
-
     counted = [(plan, counting.count(plan), paper) for plan, paper in rows]
     if arguments.json:
         found = [{"name": plan.name, **counts.to_dict(), "paper": paper} for plan, counts, paper in counted]
@@ -42,7 +39,7 @@ def count(argv: Sequence[str], prog: str) -> None:
     else:
         console = Console()
         console.width = max(console.width, 160)  # rather than cut numbers off in a narrow window or a pipe
-        console.print(render_counts(counted))
+        console.print(counting.render_counts(counted))
 
 
 def estimate(argv: Sequence[str], prog: str) -> None:

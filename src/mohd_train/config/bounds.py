@@ -1,6 +1,6 @@
-"""The range of every number in a config. A number outside it would crash, hang or train on nothing much later.
+"""The range of every number in a config. A number outside it would fail, hang or train on nothing, and only much later.
 
-A bound is where a value stops making sense, not where it stops being sensible practice.
+The bounds exclude what makes no sense, not what is unwise.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ class Bounds:
     """``low .. high``, both included unless ``open`` names the end that is not.
 
     Attributes:
-        open: ``low`` or ``high``: that end is left out.
-        other: values outside the range that are accepted too.
-        rule: the rule in words, if the range alone doesn't express it.
+        open: ``low`` or ``high``, the end that is excluded.
+        other: values outside the range that are allowed too.
+        rule: the rule in words, where those made from the range would not do.
     """
 
     low: float
@@ -43,12 +43,12 @@ class Bounds:
         if self.rule:
             return self.rule
         first, last = f"{self.low:.15g}", f"{self.high:.15g}"
-        said = {
+        ranges = {
             "": f"it must be at least {first} and at most {last}",
             "low": f"it must be more than {first} and at most {last}",
             "high": f"it must be at least {first} and less than {last}",
         }
-        return said[self.open] + "".join(f", or be {value}" for value in self.other)
+        return ranges[self.open] + "".join(f", or be {value}" for value in self.other)
 
 
 _SECONDS = Bounds(0, YEAR, open="low", rule=f"it must be a positive number of seconds, at most {YEAR:.0f} (a year)")
@@ -130,7 +130,7 @@ def check_numbers(config: Any, section: str = "") -> None:
 
     Args:
         config: a :class:`~mohd_train.config.schema.Config`, or one section of it.
-        section: the section's key, such as ``model``; empty for a whole config.
+        section: the section's key, such as ``model``; empty for a complete config.
     """
     prefix = f"{section}." if section else ""
     for key in NUMERIC_KEYS:

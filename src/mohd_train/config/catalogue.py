@@ -35,7 +35,7 @@ def compose(base: str, attention: str, ffn: str | None = None) -> ModelPlan:
 
 
 def paper_models() -> list[tuple[ModelPlan, dict[str, str]]]:
-    """Every model of Tables 1, 2 and 5 with the paper's ``{"activated": "289M", "total": "355M"}`` beside it."""
+    """Every model of Tables 1, 2 and 5 with the paper's figures, ``{"activated": "289M", "total": "355M"}``."""
     paper = yaml.safe_load(resources.path("eval/paper/results.yaml").read_text(encoding="utf-8"))
     figures = _paper_figures(paper)
     plans = [compose(base, setting) for base in BASES for setting in SETTINGS]

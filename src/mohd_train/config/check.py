@@ -1,4 +1,4 @@
-"""Rules about a config's values, all checked before anything is built. The range of each number: ``bounds.py``."""
+"""Rules about a config's values, all checked before anything is built. Ranges of numbers are in ``bounds.py``."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 from mohd_train.config.bounds import check_numbers
 from mohd_train.config.keys import TEXT_KEYS, items, value_of
-from mohd_train.config.plan import make_plan
+from mohd_train.config.plan import check_choice, make_plan
 from mohd_train.config.schema import Config
 from mohd_train.errors import UserError
 from mohd_train.storage import is_remote
@@ -25,7 +25,7 @@ CHOICES = {
     "router_collapse": ("warn", "stop", "ignore"),
     "python_log_level": ("debug", "info", "warning", "error"),
 }
-# Durations, and the units each may be given in.
+# Durations, and the units that each may have.
 DURATIONS = {
     "max_duration": ("ba", "ep", "tok", "sp"),
     "eval_interval": ("ba", "ep", "tok", "sp", "dur"),
@@ -36,7 +36,7 @@ DURATIONS = {
     "save_keep_every": ("ba",),
     "console_log_interval": ("ba", "ep"),
 }
-PATHS = ("run_folder", "save_folder", "load_path", "data.local", "data.remote")  # `~` may begin them
+PATHS = ("run_folder", "save_folder", "load_path", "data.local", "data.remote")  # these may begin with `~`
 FILE_NAME_BYTES = 255
 # Names that a domain can't have: Composer's label for training, ours for the total over domains, and what lies next to
 # the domains in a data folder.
@@ -59,9 +59,9 @@ def _check_duration(key: str, value: str, units: tuple[str, ...]) -> None:
 
 
 def _check_warmup(config: Config) -> None:
-    """Compares the warm-up with the run in one unit. Epochs are compared with batches once the data is known (train/data.py)."""
-    key, warmup, whole = "scheduler.t_warmup", config.scheduler.t_warmup, config.max_duration
-    matches = DURATION.fullmatch(warmup), DURATION.fullmatch(whole)
+    """Compares the warm-up with the run in one unit. Epochs and batches are compared once the data is there (train/data.py)."""
+    warmup, duration = config.scheduler.t_warmup, config.max_duration
+    matches = DURATION.fullmatch(warmup), DURATION.fullmatch(duration)
     assert all(matches), "both were checked to be durations"
     (number, unit), (end, end_unit) = (match.groups() for match in matches if match)
     samples = config.global_train_batch_size
@@ -70,8 +70,8 @@ def _check_warmup(config: Config) -> None:
         return
     if int(number) * tokens.get(unit, 1) > int(end) * tokens.get(end_unit, 1):
         raise UserError(
-            f"{key} is {warmup!r}, longer than the run (max_duration is {whole!r}): the learning rate would never reach "
-            'its peak; give a shorter one, or a share of the run such as "0.03dur"'
+            f"scheduler.t_warmup is {warmup!r}, longer than the run (max_duration is {duration!r}): the learning rate would "
+            'never reach its peak; give a shorter one, or a share of the run such as "0.03dur"'
         )
 
 
@@ -88,7 +88,7 @@ def check_names(config: Config) -> None:
 
 
 def refuse_braces(key: str, text: str, known: str = "") -> None:
-    """Composer fills in braces such as ``{rank}``: checkpoints would go where resuming doesn't look.
+    """Composer replaces braces such as ``{rank}``: checkpoints would go where resuming doesn't look for them.
 
     Args:
         known: the placeholders that this key may hold.
@@ -134,8 +134,7 @@ def _check_domains(config: Config) -> None:
 def check(config: Config) -> None:
     """Raises :class:`UserError` for the first rule that ``config`` breaks."""
     for key, known in CHOICES.items():
-        if value_of(config, key) not in known:
-            raise UserError(f"{key} is {value_of(config, key)!r}; it must be one of {', '.join(known)}")
+        check_choice(key, value_of(config, key), known)
     _check_text(config)
     for key, units in DURATIONS.items():
         if value_of(config, key) is not None:

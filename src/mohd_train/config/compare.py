@@ -1,4 +1,4 @@
-"""Whether two configs describe the same run: what it computes must agree; where and how it runs may change."""
+"""Whether two configs describe the same run: they must agree in what it computes, not in where and how it runs."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ DEFAULTS = {key: value for key, value in _flatten(dataclasses.asdict(Config())).
 
 
 def _settled(value: dict[str, Any]) -> dict[str, Any]:
-    """Flattened, under today's names. Through JSON, so that a tuple equals a list, and an int the float of the same value.
+    """The flat config, with renamed values under today's names. JSON makes a tuple and a list the same.
 
-    A key that an earlier version didn't have takes its default, which is what that version did.
+    A key that an earlier version didn't have gets its default, which is what that version did.
     """
     flat = _flatten(json.loads(json.dumps(value)))
     return DEFAULTS | {key: current_name(key, child) for key, child in flat.items()}

@@ -1,4 +1,4 @@
-"""Every key of the schema with its type, so that a rule about all text or all numbers can't miss one."""
+"""Every key of the schema with its type, so that a rule about all texts or all numbers can't miss one."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def value_of(config: Any, dotted: str) -> Any:
 
 
 def items(key: str, value: Any) -> Iterator[tuple[str, Any]]:
-    """``(name, value)`` of a key: of every entry if it holds a list or a mapping, of none if it is null."""
+    """``(name, value)`` for every entry of a key that holds a list or a mapping, for the key itself otherwise; none for null."""
     if isinstance(value, dict):
         yield from ((f"{key}.{name}", child) for name, child in value.items())
     elif isinstance(value, list):

@@ -1,4 +1,4 @@
-"""YAML files, merged left to right, then dotted overrides: one typed, checked :class:`Config`.
+"""YAML files, merged left to right, then dotted overrides, as one typed and checked :class:`Config`.
 
 Each source is checked by itself, so that an error names the file (or the override) and the key.
 """
@@ -20,18 +20,17 @@ from mohd_train import resources
 from mohd_train.config.check import PATHS, check, check_names, refuse_braces
 from mohd_train.config.keys import KNOWN_KEYS, schema_of
 from mohd_train.config.plan import ModelPlan, current_name, make_plan
-from mohd_train.config.read import read_file, read_override, split_arguments
+from mohd_train.config.read import read_file, read_override
+from mohd_train.config.read import split_arguments as split_arguments
 from mohd_train.config.schema import Config, ModelConfig, MoHDSettings
 from mohd_train.errors import UserError
 from mohd_train.storage import is_remote
 from mohd_train.utils.text import first_line, nearest
 
-__all__ = ["load_config", "load_model_plan", "split_arguments", "to_yaml"]
-
 log = logging.getLogger(__name__)
 
 RUN_CONFIG, RUN_RECORD = "config.yaml", "run.json"  # of a run folder
-# A later source's mapping replaces these entirely (a mix is one thing); other mappings merge key by key.
+# A later source replaces these mappings (a mix is one thing); other mappings merge key by key.
 REPLACED = ("data.domains",)
 
 
@@ -51,7 +50,7 @@ def _refuse_unknown(value: Any, source: str, prefix: str = "") -> None:
 
 
 def _pop(mapping: dict[str, Any], dotted: str) -> Any:
-    """Removes and returns a nested value of ``mapping``; None if it is missing."""
+    """Removes a nested value from ``mapping`` and returns it; None where there is none."""
     *parents, last = dotted.split(".")
     for parent in parents:
         mapping = mapping.get(parent) or {}
@@ -60,11 +59,9 @@ def _pop(mapping: dict[str, Any], dotted: str) -> Any:
 
 def _merge(config: DictConfig, value: dict[str, Any], source: str, *, replace: bool) -> None:
     try:
-        whole = {key: _pop(value, key) for key in REPLACED} if replace else {}
-        config.merge_with(
-            value
-        )  # in place: OmegaConf.merge copies the whole config for every argument of a command line
-        for key, mapping in whole.items():
+        replaced = {key: _pop(value, key) for key in REPLACED} if replace else {}
+        config.merge_with(value)  # in place: OmegaConf.merge copies the whole config for every word of a command line
+        for key, mapping in replaced.items():
             if mapping is not None:
                 OmegaConf.update(config, key, mapping, merge=False)
     except OmegaConfBaseException as error:
@@ -75,10 +72,10 @@ def _merge(config: DictConfig, value: dict[str, Any], source: str, *, replace: b
 
 
 def _resolve(config: Config) -> Config:
-    """Fills in names and paths, under today's names."""
+    """Fills in names and paths, and replaces values that were renamed."""
     scaling = current_name("mohd.scaling", config.mohd.scaling)
     if scaling != config.mohd.scaling:
-        log.warning("mohd.scaling: %s is called %s now", config.mohd.scaling, scaling)
+        log.warning("mohd.scaling: %s is now called %s", config.mohd.scaling, scaling)
         config.mohd.scaling = scaling
     config.run_name = config.run_name or f"{config.model.name}-{config.mohd.name}"
     check_names(config)
@@ -93,7 +90,7 @@ def _resolve(config: Config) -> Config:
 
 
 def _follow(config: Config) -> Config:
-    """Fills in keys that follow another key unless given; after the checks, so that errors name the key that the user set."""
+    """Sets what defaults to another key's value; after the checks, whose errors name the key that the user set."""
     if config.optimizer.router_lr is None:
         config.optimizer.router_lr = config.optimizer.lr
     if config.data.shuffle_seed is None:
@@ -102,7 +99,7 @@ def _follow(config: Config) -> Config:
 
 
 def packaged_files(files: list[str]) -> dict[str, Path]:
-    """Those of ``files`` that are not where the user is but come with the package, and where they are."""
+    """Those of ``files`` that are found in the package, not in the current folder, and where they are."""
     found = {file: resources.find(file) for file in files}
     return {file: path for file, path in found.items() if path != Path(file)}
 
@@ -129,7 +126,7 @@ def _home_expanded(key: str, path: str) -> str:
 
 
 def _following(path: str, value: dict[str, Any]) -> dict[str, Any]:
-    """A run folder's own config whose ``save_folder`` follows ``run_folder``; earlier versions wrote it out."""
+    """A config, with ``save_folder`` relative to ``run_folder`` in a run folder's own, where earlier versions wrote it out."""
     run_folder, save_folder = str(value.get("run_folder")), str(value.get("save_folder"))
     if _of_run_folder(path) and save_folder.startswith(f"{run_folder}/"):
         value["save_folder"] = "{run_folder}" + save_folder.removeprefix(run_folder)
@@ -143,15 +140,15 @@ def _of_run_folder(path: str) -> bool:
 
 
 def _refuse_moved(config: Config, source: str) -> None:
-    """Raises if ``source``, which set ``run_folder``, is the config of a run folder that has moved.
+    """Raises if ``source``, which set ``run_folder``, is the config of a run folder that is elsewhere by now.
 
-    Training would start over in the old place instead of resuming the run next to the file.
+    Training would start again in the old place instead of resuming the run that the file belongs to.
     """
     if _of_run_folder(source):
         here = Path(source).expanduser().parent
         if Path(config.run_folder).resolve() != here.resolve():
             raise UserError(
-                f"{source} lies beside a run, but its run_folder is {config.run_folder}: the run was moved or copied, or "
+                f"{source} belongs to a run, but its run_folder is {config.run_folder}: the run was moved or copied, or "
                 f"was started from another folder; add run_folder={here} to resume it"
             )
 
@@ -172,7 +169,7 @@ def _merge_all(files: list[str], overrides: list[str]) -> tuple[DictConfig, dict
 
 
 def _leaves(value: dict[str, Any], prefix: str = "") -> list[str]:
-    """Every dotted key in ``value``, inner nodes too."""
+    """Every dotted key in ``value``, those of inner nodes too."""
     keys = []
     for key, child in value.items():
         keys.append(f"{prefix}{key}")
@@ -219,7 +216,7 @@ def load_config(files: list[str], overrides: list[str] | None = None) -> Config:
 
 
 def load_model_plan(files: list[str], overrides: list[str] | None = None) -> ModelPlan:
-    """Only the model, from files that need not hold a whole run (``configs/model/355m.yaml configs/mohd/x2.yaml``).
+    """The model alone, from files that need not hold a complete run (``configs/model/355m.yaml configs/mohd/x2.yaml``).
 
     Raises:
         UserError: as :func:`load_config`.

@@ -1,4 +1,4 @@
-"""From ratios to numbers: base model and MoHD settings become one checked plan, from which the model is built."""
+"""The plan that a model is built from: the base model's sizes and the MoHD settings, checked and worked out."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from mohd_train.config.bounds import check_number, check_numbers
 from mohd_train.config.schema import ModelConfig, MoHDSettings, SubDimensionConfig
 from mohd_train.errors import UserError
 
-# What each reading may be (docs/mohd.md), by its name in the plan and in the schema.
+# The values of each reading of the paper (docs/mohd.md), by its name in the plan and in the schema.
 READINGS = {
     "init": ("normal", "torch"),
     "routing": ("learned", "random"),
@@ -22,12 +22,12 @@ READINGS = {
     "balance_count": ("selected", "highest"),
     "balance_scores": ("specialized", "all"),
 }
-# Values that were renamed: what configs, checkpoints and exports of earlier versions hold.
+# Values that were renamed: configs, checkpoints and exports of earlier versions hold the old ones.
 RENAMED_VALUES = {"mohd.scaling": {"sum_preserving": "sum_to_active"}}
 
 
 def current_name(key: str, value: Any) -> Any:
-    """The name that the value of a config key has today."""
+    """The value of a config key, under today's name if it was renamed."""
     return RENAMED_VALUES[key].get(value, value) if key in RENAMED_VALUES else value
 
 
@@ -35,7 +35,7 @@ def current_name(key: str, value: Any) -> Any:
 class SubDimPlan:
     """Sub-dimensions of one component: dims ``i*width .. (i+1)*width-1`` are sub-dimension i of N = sub_dims.
 
-    Of the hidden size for MoHD; of the intermediate size for a mixture of experts, whose experts they are.
+    They are parts of the hidden size for MoHD; for a mixture of experts they are the experts, parts of the intermediate size.
     """
 
     sub_dims: int  # N
@@ -50,7 +50,7 @@ class SubDimPlan:
 
     @property
     def choices(self) -> int:
-        """In how many ways a token can choose its K - S of the N - S."""
+        """The number of ways in which a token can choose K - S of the N - S."""
         return math.comb(self.sub_dims - self.shared, self.top_k - self.shared)
 
     @property
@@ -66,7 +66,7 @@ class SubDimPlan:
 
 @dataclass(frozen=True)
 class ModelPlan:
-    """Everything that determines a model's parameters and its function. Readings have the schema's names and defaults."""
+    """Everything that decides a model's parameters and what it computes, with the schema's names and defaults."""
 
     name: str
     base_hidden_size: int  # d0
@@ -116,7 +116,7 @@ class ModelPlan:
 
     @property
     def routed(self) -> dict[str, SubDimPlan]:
-        """What has a router in one layer, by component: MoHD's sub-dimensions, and a mixture of experts under ``ffn``."""
+        """The routed components of one layer by name: MoHD's, and a mixture of experts as ``ffn``."""
         parts = {"attention": self.attention, "ffn": self.ffn or self.experts}
         return {name: part for name, part in parts.items() if part is not None}
 
@@ -140,14 +140,14 @@ class ModelPlan:
             return cls(**values)
         except TypeError as error:
             raise UserError(
-                f"this is not a plan of a MoHD model ({error}); it was written by another version"
+                f"this is not the plan of a MoHD model ({error}); it was written by another version"
             ) from None
 
     def check(self) -> ModelPlan:
-        """This plan, wherever it came from, if a model can be built from it.
+        """This plan, which anyone may have written, if a model can be built from it.
 
         Raises:
-            UserError: what :func:`make_plan` refuses, and sub-dimensions that don't fit the hidden size.
+            UserError: for what :func:`make_plan` refuses, and for sub-dimensions that don't fit the hidden size.
         """
         for field in ("hidden_size", "base_hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
                       "num_key_value_heads", "head_dim", "vocab_size", "max_seq_len"):  # fmt: skip
@@ -156,7 +156,7 @@ class ModelPlan:
                 raise UserError(f"{field} is {value!r}; it must be a whole number of 1 or more")
         _check_heads("", self.num_attention_heads, self.num_key_value_heads, self.head_dim)
         for key, known in READINGS.items():
-            _one_of(key, getattr(self, key), known)
+            check_choice(key, getattr(self, key), known)
         for part in ("attention", "ffn"):
             found = getattr(self, part)
             if found is not None:
@@ -178,9 +178,9 @@ class ModelPlan:
         return self
 
     def differences(self, other: ModelPlan) -> list[str]:
-        """``["hidden_size: 1024 here, 2048 there", ...]``: why the weights of one don't fit the other.
+        """``["hidden_size: 1024 here, 2048 there", ...]``: why weights of one plan can't be loaded into the other.
 
-        The context length doesn't: rotary embeddings hold no weights.
+        The context length is no reason, as rotary embeddings hold no weights.
         """
         ours, theirs = self.to_dict(), other.to_dict()
         return [
@@ -193,7 +193,8 @@ class ModelPlan:
 _PLAN_FIELDS = {field.name for field in dataclasses.fields(ModelPlan)}
 
 
-def _one_of(key: str, value: str, known: tuple[str, ...]) -> None:
+def check_choice(key: str, value: str, known: tuple[str, ...]) -> None:
+    """Raises :class:`UserError` if ``value`` is none of those that are known for ``key``."""
     if value not in known:
         raise UserError(f"{key} is {value!r}; it must be one of {', '.join(known)}")
 
@@ -255,10 +256,10 @@ def _check_heads(section: str, heads: int, key_value_heads: int, head_dim: int) 
 
 
 def make_plan(model: ModelConfig, mohd: MoHDSettings, max_seq_len: int) -> ModelPlan:
-    """Checks the base model and the MoHD settings against each other and works out the numbers (Tables 1 and 3).
+    """Checks the base model and the MoHD settings against each other, and works out the numbers (Tables 1 and 3).
 
     Raises:
-        UserError: an impossible combination; the message names the key and what would fit.
+        UserError: an impossible combination; the message names the key and what would be possible.
     """
     check_numbers(model, "model")
     check_numbers(mohd, "mohd")
@@ -270,7 +271,7 @@ def make_plan(model: ModelConfig, mohd: MoHDSettings, max_seq_len: int) -> Model
     }
     readings |= {"name": f"{model.name}-{mohd.name}", "scaling": current_name("mohd.scaling", mohd.scaling)}
     for key, known in READINGS.items():
-        _one_of(f"model.{key}" if key == "init" else f"mohd.{key}", (sizes | readings)[key], known)
+        check_choice(f"model.{key}" if key == "init" else f"mohd.{key}", (sizes | readings)[key], known)
     hidden_size = mohd.expansion * model.hidden_size
     components = {part: _component(f"mohd.{part}", getattr(mohd, part), hidden_size) for part in ("attention", "ffn")}
     if (found := mohd.experts) is not None:

@@ -1,4 +1,4 @@
-"""One source of a config, a YAML file or a ``key=value`` argument, as nested plain data. Text stays text.
+"""One source of a config, a YAML file or a ``key=value`` argument, as nested plain data in which text stays text.
 
 YAML would read the name ``1.10`` as the number 1.1, ``007`` as 7, ``1:30`` as 90 and ``on`` as true. The schema says which
 keys hold text, so scalars at those keys are quoted before OmegaConf reads them. Null stays null.
@@ -49,7 +49,7 @@ def read_file(path: str) -> dict[str, Any]:
         mark = getattr(error, "problem_mark", None)
         where = f" at line {mark.line + 1}" if mark else ""
         raise UserError(f"{path}: broken YAML{where}: {getattr(error, 'problem', None) or first_line(error)}") from None
-    except OSError as error:  # OmegaConf's word for a document that is neither a mapping nor a list
+    except OSError as error:  # what OmegaConf raises for a document that is neither a mapping nor a list
         raise UserError(f"{path}: holds no mapping of keys to values ({first_line(error)})") from None
     except (OmegaConfBaseException, ValueError, RecursionError) as error:
         raise UserError(f"{path}: {first_line(error)}") from None
@@ -68,7 +68,7 @@ def _packaged(path: str) -> str:
 def read_override(text: str) -> tuple[dict[str, Any], str]:
     """``key=value`` as a nested mapping, and its dotted key.
 
-    The value of a key that holds text is taken literally; only ``null``, an empty value and a quoted one are parsed as YAML.
+    The value of a key that holds text is taken literally, unless it is ``null``, empty or quoted, as in YAML.
 
     Raises:
         UserError: it isn't of that form, or its value is broken YAML.
@@ -97,7 +97,7 @@ def read_override(text: str) -> tuple[dict[str, Any], str]:
 def split_arguments(arguments: list[str]) -> tuple[list[str], list[str]]:
     """The arguments of a command line as (YAML files, key=value overrides).
 
-    An argument with ``=`` is an override, unless there is a file of that name and no such key.
+    One with ``=`` is an override, unless there is a file of that name and no such key.
 
     Raises:
         UserError: it could be both.
@@ -127,7 +127,7 @@ def with_text_quoted(content: str, annotation: Any) -> str:
     """YAML in which everything that the schema takes as text is quoted.
 
     Args:
-        annotation: the type of the whole: a dataclass of the schema, or what a key's value is.
+        annotation: the type of the content: a dataclass of the schema, or the type of a key's value.
     """
     node = yaml.compose(content, Loader=yaml.SafeLoader)
     if node is None:
@@ -159,7 +159,7 @@ def _quoted(text: str) -> yaml.ScalarNode:
 
 
 def _retyped(node: yaml.Node, annotation: Any) -> yaml.Node:
-    """``node`` itself if nothing in it is read otherwise; else a copy, since an alias may stand for it at another key."""
+    """``node`` itself if nothing in it changes; else a copy, since an alias may use the node at another key."""
     if isinstance(node, yaml.ScalarNode):
         plain = node.style is None and node.tag != _NULL
         as_text = is_text(annotation) or (is_number(annotation) and _OLD_NUMBER.fullmatch(node.value))
@@ -188,7 +188,7 @@ def _retyped_key(key: yaml.ScalarNode) -> yaml.ScalarNode:
 
 
 def _retyped_merge(node: yaml.Node, annotation: Any) -> yaml.Node:
-    """The value of ``<<``: a mapping, or a list of them, of the type of the mapping that it is merged into."""
+    """The value of ``<<``, a mapping or a list of them, which has the type of the mapping that it is merged into."""
     if isinstance(node, yaml.SequenceNode):
         return yaml.SequenceNode(node.tag, [_retyped(child, annotation) for child in node.value])
     return _retyped(node, annotation)

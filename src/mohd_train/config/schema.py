@@ -1,7 +1,7 @@
-"""The typed schema of a run. One default, one place: every key that a YAML file may hold is declared here, with its default.
+"""The typed schema of a run: every key that a YAML file may hold, with its only default.
 
-Key names are Composer's and llm-foundry's where they have one, the paper's (arXiv:2412.05644) for MoHD.
-Types are those OmegaConf checks; cross-field rules live in :mod:`mohd_train.config.plan` and :mod:`mohd_train.config.check`.
+Key names are Composer's and llm-foundry's where they have one, and the paper's (arXiv:2412.05644) for MoHD. OmegaConf checks the
+types; rules across fields are in :mod:`mohd_train.config.plan` and :mod:`mohd_train.config.check`.
 """
 
 from __future__ import annotations
@@ -29,9 +29,8 @@ class ModelConfig:
     vocab_size: int = 32000  # V
     rope_theta: float = 10000.0
     rms_norm_eps: float = 1e-5
-    init: str = (
-        "normal"  # normal: N(0, initializer_range^2) | torch: torch's defaults, as the paper's codebase leaves them
-    )
+    # normal: N(0, initializer_range^2) | torch: torch's defaults, which the paper's codebase leaves in place
+    init: str = "normal"
     initializer_range: float = 0.02
 
 
@@ -39,7 +38,7 @@ class ModelConfig:
 class SubDimensionConfig:
     """Sub-dimensions of one component (Table 3). `null` in place of it means a dense component."""
 
-    sub_dims: int = MISSING  # N: sub-dimensions the hidden size is split in
+    sub_dims: int = MISSING  # N: how many the hidden size is split into
     top_k: int = MISSING  # K: active ones per token, shared ones included
     shared_sub_dims: int = MISSING  # S: the first S are active for every token
 
@@ -55,7 +54,7 @@ class ExpertsConfig:
 
 @dataclass
 class MoHDSettings:
-    """MoHD on top of the base model. Where the paper is silent, the defaults are the readings taken (docs/mohd.md)."""
+    """MoHD on top of the base model. Where the paper is silent, each key is one reading of it (docs/mohd.md)."""
 
     name: str = "dense"
     expansion: int = 1  # hidden size d = expansion x d0
@@ -64,18 +63,16 @@ class MoHDSettings:
     experts: Optional[ExpertsConfig] = None  # in place of ffn: a mixture of experts over the intermediate size
     routing: str = "learned"  # who chooses the specialized sub-dimensions: learned | random (a control)
     router_input: str = "normalized"  # what the router reads: normalized | residual (the stream before the norm)
-    router_init_std: Optional[float] = (
-        None  # std of the router's logits at the start, at any width; null: as other matrices
-    )
+    # std of the router's logits at the start, the same at any width; null: the router is drawn like any other matrix
+    router_init_std: Optional[float] = None
     scaling: str = "sum_to_active"  # activation scaling: sum_to_active | sum_to_all | subdims | gate_mass | none
     fusion: str = "grouped"  # group fusion (eq. 9): grouped | monarch | none
     gate_input: bool = False  # multiply the component's active inputs by the routing weights too
     balance_loss_weight: float = 0.01  # beta (eq. 13)
     balance_reduction: str = "sum"  # over layers and components: sum | component_mean
     balance_count: str = "selected"  # f counts what a token selected, or only the highest score: selected | highest
-    balance_scores: str = (
-        "specialized"  # P averages the softmax over the specialized ones, or over all: specialized | all
-    )
+    # P averages the softmax over the specialized ones, or over all: specialized | all
+    balance_scores: str = "specialized"
 
 
 @dataclass
@@ -85,9 +82,8 @@ class DataConfig:
     local: str = MISSING  # folder with manifest.json, or the cache when `remote` is set
     remote: Optional[str] = None
     domains: dict[str, float] = field(default_factory=dict)  # proportions; they are normalized to sum to 1
-    optional_domains: list[str] = field(
-        default_factory=list
-    )  # may be absent from the data: the rest is renormalized, with a note
+    # May be absent from the data: the other proportions are then renormalized, which is logged
+    optional_domains: list[str] = field(default_factory=list)
     shuffle: bool = True
     shuffle_seed: Optional[int] = None  # default: the run's seed
     shuffle_block_size: Optional[int] = None
@@ -96,7 +92,7 @@ class DataConfig:
     num_workers: int = 2
     download_retry: int = 2
     download_timeout: float = 120.0
-    worker_timeout: float = 600.0  # seconds that a batch may take to arrive from a worker; 0: no limit
+    worker_timeout: float = 600.0  # seconds to wait for a batch from a worker; 0: forever
     verify: bool = True  # check every shard's size and hash against the manifest before the first step
 
 
@@ -114,7 +110,7 @@ class OptimizerConfig:
 
 @dataclass
 class SchedulerConfig:
-    """Composer's scheduler; it scales the learning rate of the model and of the router alike."""
+    """Composer's scheduler. It scales the router's learning rate as it does the model's."""
 
     name: str = "cosine_with_warmup"  # cosine_with_warmup | linear_decay_with_warmup | constant_with_warmup
     t_warmup: str = "0ba"
@@ -123,7 +119,7 @@ class SchedulerConfig:
 
 @dataclass
 class Config:
-    """A whole run: what `scripts/train.py` reads."""
+    """A complete run: what `scripts/train.py` reads."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     mohd: MoHDSettings = field(default_factory=MoHDSettings)
@@ -156,23 +152,23 @@ class Config:
     save_folder: str = "{run_folder}/checkpoints"
     save_interval: str = "1000ba"
     save_num_checkpoints_to_keep: int = -1  # the last K; -1: all
-    save_keep_every: Optional[str] = None  # besides the last K, such as "10000ba": every checkpoint of these batches
+    save_keep_every: Optional[str] = None  # such as "10000ba": besides the last K, the checkpoints at multiples of it
     save_overwrite: bool = False
     autoresume: bool = False
     load_path: Optional[str] = None
     load_weights_only: bool = False
 
     # Faults while running (docs/faults.md)
-    nonfinite_loss: str = "stop"  # a NaN or infinite loss or gradient: stop | skip (skips the batch's update)
+    nonfinite_loss: str = "stop"  # a NaN or infinite loss or gradient: stop | skip (no update from that batch)
     loss_spike_factor: Optional[float] = 1.5  # warns of a loss above this multiple of the recent median; null: off
     router_collapse: str = "warn"  # warn | stop | ignore
     router_collapse_share: float = 0.98  # one specialized sub-dimension is active for this share of the tokens...
     router_collapse_time: str = "1000ba"  # ...for this long
-    start_timeout: float = 1800.0  # seconds to the first batch, after which every rank's stack is reported and it exits
+    start_timeout: float = 1800.0  # seconds to the first batch; then every rank reports its stack and exits
 
     loggers: dict[str, Any] = field(default_factory=dict)  # name -> keyword arguments of Composer's logger
     callbacks: dict[str, Any] = field(default_factory=dict)  # name -> keyword arguments of Composer's callback
     progress_bar: bool = True
-    console_log_interval: Optional[str] = None  # e.g. "100ba": plain lines besides or instead of the bar
+    console_log_interval: Optional[str] = None  # such as "100ba": plain lines, with or without the bar
     routing_log_interval: str = "10ba"  # routing statistics per layer and component
     python_log_level: str = "info"

@@ -1,7 +1,7 @@
 """Group fusion and residual of the `grouped` backend, from the compact layout (eqs. 9, 17).
 
-Under torch.compile each step is written as pointwise reads and sums, which become one loop; in eager mode it runs in blocks of
-tokens that stay in cache.
+For torch.compile each step is written as pointwise reads and sums, which become one loop; eager code works in blocks of tokens
+that stay in cache.
 
 Shapes: T tokens, D hidden, N sub-dimensions, K active, S shared, C = D / N. `mixing` here is [N (from), N (to), C]:
 B_j[i, n] = mixing[n, i, j], so that every step runs along the contiguous dim j.
@@ -20,7 +20,7 @@ from mohd_train.kernels.selection import TILE, Selection, tiles
 
 BLOCK_ELEMENTS = 1 << 17  # a block on a CPU: half a megabyte of float32, within a core's second-level cache
 GPU_BLOCK_ELEMENTS = 1 << 25  # a block on a GPU: 128 MiB of float32, for few launches
-# Adjacent tokens in a partial sum. Of gathered ones (TILE) it takes fewer, as each is another stream to read.
+# Adjacent tokens in a partial sum. A sum over gathered tokens takes fewer (TILE), as each is another stream to read.
 SUMMED = 16
 
 
@@ -89,18 +89,19 @@ def _backward_traced(
 def _outer_sum(grad_TNC: Tensor, z_TSC: Tensor) -> Tensor:
     """sum_t z[t, s, j] grad[t, n, j]: [S, N, C], by partial sums of SUMMED tokens, which stay in cache."""
     (tokens, sub_dims, width), slots = grad_TNC.shape, z_TSC.shape[1]
-    count, whole = tokens // SUMMED, tokens // SUMMED * SUMMED
+    count = tokens // SUMMED
+    full = count * SUMMED
     sums = []
     if count:
-        grad = grad_TNC[:whole].reshape(count, SUMMED, 1, sub_dims, width)
-        sums.append((grad * z_TSC[:whole].reshape(count, SUMMED, slots, 1, width)).sum(1).sum(0))
-    if whole < tokens or not count:  # slicing an empty rest would save all of z for the backward pass
-        sums.append((grad_TNC[whole:].unsqueeze(1) * z_TSC[whole:].unsqueeze(2)).sum(0))
+        grad = grad_TNC[:full].reshape(count, SUMMED, 1, sub_dims, width)
+        sums.append((grad * z_TSC[:full].reshape(count, SUMMED, slots, 1, width)).sum(1).sum(0))
+    if full < tokens or not count:  # an empty slice would save all of z for the backward pass
+        sums.append((grad_TNC[full:].unsqueeze(1) * z_TSC[full:].unsqueeze(2)).sum(0))
     return sums[0] if len(sums) == 1 else sums[0] + sums[1]
 
 
 def _outer_sum_runs(grad_TNC: Tensor, z_rows: Tensor, pairs: Tensor, ends: Tensor, active: int) -> Tensor:
-    """The same over the tokens that chose each specialized sub-dimension: [N-S, N, C]."""
+    """As `_outer_sum`, over the tokens that chose each specialized sub-dimension: [N-S, N, C]."""
     (_, sub_dims, width), specialized = grad_TNC.shape, ends.shape[0]
     if pairs.shape[0] == 0:
         return grad_TNC.new_zeros(specialized, sub_dims, width)

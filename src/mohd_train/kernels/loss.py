@@ -1,4 +1,4 @@
-"""Cross-entropy from hidden states and the head's weight, without ever holding all [T, V] logits.
+"""Cross-entropy from hidden states and the head's weight, without holding all [T, V] logits at once.
 
 Shapes: T tokens, D hidden, V vocabulary.
 """
@@ -20,9 +20,9 @@ SUM = 2  # aten's code for reduction="sum"
 LEAST_LIGER = "0.6.2"  # the first version that lets the caller choose the dtype in which the head's gradient is summed
 
 
-@torch.compiler.assume_constant_result  # called at every step; traced code keeps the answer
+@torch.compiler.assume_constant_result  # called at every step; compiled code holds the answer
 def loss_name(kind: str, dtype: torch.dtype) -> str:
-    """What computes the loss on a device of this kind ("cuda", "cpu") for hidden states of this dtype: "liger 0.8.5" or "chunked".
+    """What computes the loss of hidden states of this dtype on a kind of device ("cuda", "cpu"): "liger 0.8.5" or "chunked".
 
     Raises:
         UserError: the installed `liger-kernel` rounds its sum of the head's gradient to bfloat16 after every chunk.
@@ -44,7 +44,7 @@ def linear_cross_entropy(
 
     Liger's fused kernel on CUDA where `liger-kernel` is installed (`loss_name`), otherwise chunks of `chunk_tokens`.
     Under autocast the product runs in autocast's dtype and the softmax in float32, as with `F.linear` and `F.cross_entropy`.
-    Both compute the gradients in the forward pass: a chunk's logits are computed once and dropped, and the head's gradient is
+    Both compute the gradients in the forward pass: a chunk's logits are computed once and discarded, and the head's gradient is
     summed over the chunks in float32.
 
     Returns:

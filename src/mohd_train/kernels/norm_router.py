@@ -1,9 +1,9 @@
 """RMSNorm and the router's logits of one component (eqs. 6-7), and the active inputs recomputed in the backward pass.
 
-Only x, which the residual stream keeps anyway, and ``1 / rms(x)`` are saved for the backward pass. The normalized x, and its
-active sub-dimensions where the products need them, are recomputed from those two.
+Only x, which the residual stream keeps anyway, and ``1 / rms(x)`` are saved for the backward pass. It recomputes the normalized x,
+and its active sub-dimensions where the products need them, from those two.
 
-Shapes: T tokens, D hidden, N sub-dimensions, K active ones a token, C = D / N.
+Shapes: T tokens, D hidden, N sub-dimensions, K active per token, C = D / N.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def norm_router(x_TD: Tensor, norm_weight_D: Tensor, centroids_ND: Tensor, eps: 
 
 def recompute_active(norm_inputs: NormInputs, rows: Tensor, sub_dims: int, dtype: torch.dtype) -> Tensor:
     """The normalized x on the active sub-dimensions, [T, K, C]: computed and rounded to x's dtype as in the norm, then cast to
-    `dtype`. In blocks of rows, like the fusion.
+    `dtype`. It works in blocks of rows, like the fusion.
 
     `rows` int64 [T*K]: token * N + sub-dimension, in the order wanted.
     """
@@ -74,7 +74,7 @@ def recompute_active(norm_inputs: NormInputs, rows: Tensor, sub_dims: int, dtype
 
 
 def recompute_active_traced(norm_inputs: NormInputs, rows: Tensor, sub_dims: int, dtype: torch.dtype) -> Tensor:
-    """The same for torch.compile, which turns it into one loop."""
+    """As `recompute_active`, for torch.compile, which turns it into one loop."""
     x_rows, norm_weight_NC = _as_rows(norm_inputs, sub_dims)
     active = _recompute_rows(x_rows, norm_inputs.rstd_T, norm_weight_NC, rows).to(x_rows.dtype)
     return active.to(dtype).unflatten(0, (norm_inputs.x_TD.shape[0], -1))

@@ -1,12 +1,12 @@
-"""The entry point of MoHD's sparse execution: every product of a component, on the backend that the caller names.
+"""The public interface of MoHD's sparse execution: every product of a component, on the backend that the caller names.
 
-A backend is resolved once at the start (`resolve_backend`) and passed to every call: ``reference`` is the mathematics, ``grouped``
-runs on a CPU and any GPU, ``triton`` on newer NVIDIA GPUs. A component calls `norm_router` and `make_selection` once, then
-`up_projection` and `down_projection` (or `swiglu_ffn`, both with what lies between) and `fuse_residual`.
+`resolve_backend` names the backend, and every call takes that name: ``reference`` is the mathematics, ``grouped`` runs on a CPU
+and any GPU, ``triton`` on newer NVIDIA GPUs. A component calls `norm_router` and `make_selection` once, then `up_projection` and
+`down_projection` (or `swiglu_ffn`, a complete feed-forward layer) and `fuse_residual`.
 
-Shapes: T tokens (batch and sequence flattened), D hidden, N sub-dimensions, K active ones a token, S shared ones,
-C = D / N, F inner width (attention width or intermediate size), O an output width. Compact tensors [T, K*C] hold the active
-sub-dimensions alone, slot by slot. Every floating input takes gradients.
+Shapes: T tokens (batch and sequence flattened), D hidden, N sub-dimensions, K active per token, S shared, C = D / N, F inner
+width (attention width or intermediate size), O an output width. Compact tensors [T, K*C] hold only the active sub-dimensions,
+slot by slot. All floating-point inputs are differentiable.
 """
 
 from __future__ import annotations
@@ -40,10 +40,13 @@ TRITON_TILES = (128, 64)  # tokens in a tile: the larger one reads each weight h
 def resolve_backend(
     name: str, device: torch.device, dtype: torch.dtype, *, width: int | None = None, choices: int | None = None
 ) -> str:
-    """The backend that `name` (auto, reference, grouped, triton) means on `device` in `dtype` at sub-dimension width C, where a
-    router has so many `choices`: sets of K - S out of N - S.
+    """The backend that `name` (auto, reference, grouped, triton) stands for on `device` in `dtype`.
 
     `auto` is `grouped` everywhere until the triton kernels have been measured on a GPU.
+
+    Args:
+        width: C, of a sub-dimension.
+        choices: how many sets of K - S out of N - S a router can choose.
 
     Raises:
         UserError: an unknown name, or a backend that cannot run there; the message names the one to use instead.
@@ -55,7 +58,7 @@ def resolve_backend(
     return "grouped" if name == "auto" else name
 
 
-@torch.compiler.assume_constant_result  # every layer asks at every call; traced code keeps the answer
+@torch.compiler.assume_constant_result  # every layer asks at every call; compiled code holds the answer
 def _triton_refusal(device: torch.device, dtype: torch.dtype, width: int | None, choices: int | None) -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed"
@@ -74,7 +77,7 @@ def chosen_sizes() -> dict[str, Any]:
 
 
 def use_sizes(stored: dict[str, Any]) -> str | None:
-    """Makes `triton` use the block sizes of an earlier process, and so round as it did, instead of choosing again.
+    """Makes `triton` use the block sizes of an earlier process instead of choosing again, so that it rounds as that one did.
 
     Returns:
         Why some of them can't be used, in one line; None if all can.
@@ -85,7 +88,7 @@ def use_sizes(stored: dict[str, Any]) -> str | None:
 
 
 def make_selection(indices_TK: Tensor, *, sub_dims: int, shared: int, backend: str) -> Selection:
-    """Prepares a router's choice [T, K] for `backend`: once a component, for all of its products.
+    """Prepares a router's choice [T, K] for `backend`; a component does it once for all of its products.
 
     Rows of `indices_TK` ascend; the first S columns are the shared sub-dimensions 0 .. S-1.
     """
@@ -97,7 +100,7 @@ def make_selection(indices_TK: Tensor, *, sub_dims: int, shared: int, backend: s
 def triton_tile(tokens: int, active: int, sub_dims: int, shared: int) -> int:
     """Tokens in a tile for `triton`: the larger size where padding wastes at most a sixteenth.
 
-    All tokens of a tile made the same choice, so each possible choice ends in a tile that is half empty on average.
+    All tokens of a tile made the same choice, so the last tile of each possible choice is half empty on average.
     """
     choices = math.comb(sub_dims - shared, active - shared)
     large, small = TRITON_TILES
@@ -107,11 +110,11 @@ def triton_tile(tokens: int, active: int, sub_dims: int, shared: int) -> int:
 def norm_router(
     x_TD: Tensor, norm_weight_D: Tensor, centroids_ND: Tensor, eps: float, *, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """RMSNorm and the router's logits in one pass over x (eqs. 6-7). The backward pass keeps x and ``1 / rms(x)`` alone.
+    """RMSNorm and the router's logits in one pass over x (eqs. 6-7). Only x and ``1 / rms(x)`` are saved for the backward pass.
 
     Returns:
         ``n = x / rms(x) * norm_weight`` [T, D] in the dtype of the products that read it (`product_dtype`), so that it is cast once
-        and not for each weight; ``E n`` [T, N] in float32 or wider, autocast or not, from n before it is rounded; ``1 / rms(x)``
+        and not for each weight; ``E n`` [T, N] in float32 or wider, under autocast too, from n before it is rounded; ``1 / rms(x)``
         [T], without a gradient, for `NormInputs`.
     """
     if backend == "reference":
@@ -136,8 +139,8 @@ def up_projection(
 
     Args:
         input_weights_TK: multiplies each active sub-dimension of x (`gate_input`).
-        norm_inputs: what x is the norm of. `grouped` then recomputes the active inputs in the backward pass where it can,
-            instead of keeping them.
+        norm_inputs: what x was normalized from. `grouped` then recomputes the active inputs in the backward pass where it can,
+            instead of saving them.
 
     Returns:
         [T, O_i] for each weight.
@@ -180,18 +183,15 @@ def swiglu_ffn(
     norm_inputs: NormInputs | None = None,
     backend: str,
 ) -> Tensor:
-    """``down(silu(gate x~) * up x~)``: a whole feed-forward layer. Compact: [T, K*C].
+    """``down(silu(gate x~) * up x~)``, a complete feed-forward layer. Compact: [T, K*C].
 
     Arguments as for `up_projection` and `down_projection`.
     """
-    if backend == "reference":
+    if backend == "reference" or selection.path == "masked":
         gate_TF, up_TF = up_projection(
             x_TD, (w_gate_FD, w_up_FD), selection, input_weights_TK=input_weights_TK, backend=backend
         )
         return down_projection(F.silu(gate_TF) * up_TF, w_down_DF, selection, weights_TK, backend=backend)
-    if selection.path == "masked":
-        gate_TF, up_TF = masked.up(x_TD, (w_gate_FD, w_up_FD), selection, input_weights_TK)
-        return _scale_slots(masked.down(F.silu(gate_TF) * up_TF, w_down_DF, selection), weights_TK)
     x_TKC = _active_inputs(x_TD, selection, input_weights_TK)
     if backend == "triton":
         from mohd_train.kernels.triton import ffn
@@ -213,8 +213,8 @@ def expert_ffn(
 ) -> Tensor:
     """The weighted sum of a token's experts, ``sum_k w_k W_down[:, k] (silu(W_gate[k] x) * W_up[k] x)``: [T, D].
 
-    MoHD's two products with their sides exchanged: the selection is of N equal slices of F. What `down_projection` reads out of
-    the slices of ``W h`` are the active experts' hidden values, and `up_projection` sums over them.
+    MoHD's two products the other way round, with a selection of N equal slices of F: `down_projection` gives the active
+    experts' hidden values, the slices of ``W x``, and `up_projection` sums over them.
     """
     if backend == "reference":
         sizes = (selection.indices_TK, selection.sub_dims, weights_TK)
@@ -243,7 +243,7 @@ def fuse_residual(
             fusion, each slice of z is added to its own sub-dimension.
 
     Returns:
-        [T, D] in the residual's dtype, computed in the mixing's dtype, autocast or not.
+        [T, D] in the residual's dtype, computed in the mixing's dtype, under autocast too.
     """
     if backend == "reference":
         return reference.fuse_residual(z_TKC, mixing_CNN, selection.indices_TK, selection.sub_dims, residual_TD)

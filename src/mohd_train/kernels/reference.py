@@ -1,8 +1,8 @@
-"""The mathematics of a MoHD component, written with masks over the full width: slow, in any float dtype.
+"""The mathematics of a MoHD component (arXiv:2412.05644, eqs. 3-9, 17), with masks over the full width: slow, in any float dtype.
 
-Every other backend is tested against this one, outputs and gradients (arXiv:2412.05644, eqs. 3-9, 17).
+Every other backend is tested against this one, in outputs and gradients.
 
-Shapes: T tokens, D hidden, N sub-dimensions, K active ones, S shared ones, C = D / N, F inner width, O an output width.
+Shapes: T tokens, D hidden, N sub-dimensions, K active, S shared, C = D / N, F inner width, O an output width.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def product_dtype(x: Tensor) -> torch.dtype:
-    """What products of x are computed in: autocast's dtype where that is on, else x's."""
+    """The dtype in which products of x are computed: autocast's where that is on, else x's."""
     kind = x.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
@@ -72,8 +72,8 @@ def expert_ffn(
     experts: int,
     weights_TK: Tensor,
 ) -> Tensor:
-    """The weighted sum of a token's experts, equal slices of F: ``W_down (w * silu(W_gate x) * W_up x)`` [T, D]; w is 0 for those
-    that are not active."""
+    """The weighted sum of a token's experts, equal slices of F: ``W_down (w * silu(W_gate x) * W_up x)`` [T, D], where w is 0 for
+    those that are not active."""
     h_TNE = (F.silu(F.linear(x_TD, w_gate_FD)) * F.linear(x_TD, w_up_FD)).unflatten(1, (experts, -1))
     gates_TN = weights_TK.new_zeros(x_TD.shape[0], experts).scatter(1, indices_TK, weights_TK)
     return F.linear((h_TNE * gates_TN.unsqueeze(-1)).to(h_TNE.dtype).flatten(1), w_down_DF)

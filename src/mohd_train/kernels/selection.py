@@ -1,6 +1,6 @@
-"""What one component's router chose, the path its products take, and the sorts that let tokens share a GEMM.
+"""What one component's router chose, the path that its products take, and the sorts that let tokens share a GEMM.
 
-Shapes: T tokens, N sub-dimensions, K active ones a token, S shared ones, P = K - S specialized choices a token.
+Shapes: T tokens, N sub-dimensions, K active per token, S shared, P = K - S specialized choices per token.
 A (token, slot) pair is the row ``token * K + slot`` of a compact tensor [T*K, C]. A run is the pairs of one sub-dimension.
 """
 
@@ -19,8 +19,8 @@ from mohd_train.kernels.slots import slots_of
 
 # Pairs in a tile. All pairs of a tile belong to one run, so that a reduction over a run needs no data-dependent shape.
 TILE = 8
-# `masked` does N / K times the arithmetic in far fewer operations. On CUDA that should be the better bargain where a token uses
-# half of the sub-dimensions or more: by runs, layers of 50% and 75% took 2 and 5 times LLaMA's time. Elsewhere, with many runs.
+# `masked` does N / K times the arithmetic in far fewer operations. On CUDA that should pay where a token uses half of the
+# sub-dimensions or more: by runs, layers of 50% and 75% took 2 and 5 times LLaMA's time. Elsewhere it pays with many runs.
 CUDA_SHARE = 1 / 2
 MOST_RUNS = 32
 LEAST_SHARE = 1 / 4
@@ -45,7 +45,7 @@ class Selection(NamedTuple):
 
 
 def is_eager_inference() -> bool:
-    """Without autograd and outside torch.compile, as in decoding: a registered op would cost tens of microseconds there."""
+    """Whether autograd and torch.compile are off, as in decoding, where a registered op would cost tens of microseconds."""
     return not (torch.compiler.is_compiling() or torch.is_grad_enabled())
 
 
@@ -54,7 +54,7 @@ _pretended: list[str] = []
 
 @contextmanager
 def paths_as_on(device: str) -> Iterator[None]:
-    """Within it paths are chosen as on `device` (`cuda`), wherever the tensors are: for an estimate of what runs there."""
+    """Chooses paths as on `device` (`cuda`), wherever the tensors are, to estimate what would run there."""
     _pretended.append(device)
     try:
         yield
@@ -130,11 +130,11 @@ _ends_to_host.register_fake(lambda ends: torch.empty(ends.shape, dtype=ends.dtyp
 
 def ends_to_host(*ends: Tensor) -> tuple[Tensor, ...]:
     """Each int64 tensor in host memory, where GEMMs read their sizes. On CUDA one copy for all of them waits for the device;
-    turning the results into lists waits no more.
+    turning the results into lists then waits no more.
 
-    One explicit op a selection, whose result every GEMM takes as an argument and autograd saves like any other input. Caching
-    the ends on a tensor would be wrong: inductor reuses the memory of one component's ends for the next one's, under the same
-    Python object and unnoticed by autograd's version counter.
+    It is one explicit op for each selection, whose result every GEMM takes as an argument and autograd saves like any other
+    input. Caching the ends on a tensor would be wrong: inductor reuses the memory of one component's ends for the next one's,
+    under the same Python object and unnoticed by autograd's version counter.
     """
     if ends[0].is_cpu and is_eager_inference():
         return ends
@@ -163,7 +163,7 @@ def same_choice(indices_TK: Tensor, sub_dims: int, shared: int, size: int) -> Te
 
 
 def _choice_keys(chosen_TP: Tensor, sub_dims: int) -> list[Tensor]:
-    """int64 [T] each, which together identify a choice: as many as it takes for none to overflow (256 to the 8th is 2^64)."""
+    """Keys, int64 [T] each, that together identify a choice: as many as needed for none to overflow (256 to the 8th is 2^64)."""
     digits = max(1, int(62 // math.log2(max(2, sub_dims))))
     keys = []
     for start in range(0, chosen_TP.shape[1], digits):
@@ -177,7 +177,8 @@ def _choice_keys(chosen_TP: Tensor, sub_dims: int) -> list[Tensor]:
 def tiles(pairs: Tensor, ends: Tensor, size: int = TILE) -> tuple[Tensor, Tensor]:
     """Pairs in tiles of one run each: ([M, size] of `pairs`, padded with -1; [M] the run of each tile).
 
-    M = len(pairs) // size + len(ends) follows from shapes: each run wastes less than a tile. Empty tiles belong to the last run.
+    M = len(pairs) // size + len(ends) follows from shapes, since each run wastes less than a tile. Empty tiles belong to the
+    last run.
     """
     count = pairs.shape[0] // size + ends.shape[0]
     starts = torch.cat([ends.new_zeros(1), ends[:-1]])

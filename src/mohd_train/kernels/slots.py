@@ -1,14 +1,14 @@
-"""Between sub-dimensions and slots: the scores, counts and activations of a choice [T, K], without scatters.
+"""From sub-dimensions to slots and back: the scores, counts and activations of a choice [T, K], without scatters.
 
-Slot k of a token holds the k-th sub-dimension it chose. Activations in slots are compact: [T, K*C], and a compact tensor
-seen as rows [T*K, C] holds slot k of token t in row ``t * K + k``.
+Slot k of a token holds the k-th sub-dimension that it chose. Activations in slots are compact, [T, K*C]; as rows [T*K, C], a
+compact tensor holds slot k of token t in row ``t * K + k``.
 
 In deterministic mode CUDA turns `scatter`, `scatter_add`, `index_put`, `index_add`, `index_copy` and the gradient of `gather`
-into sorts that also wait for the host. So whatever would be a write by index is a read through the inverse map here. That map
-comes from comparing indices, which fuses with its neighbours under torch.compile, or from a binary search where there are many.
+into sorts that also wait for the host. So what would be a write by index is a read through the inverse map here. That map
+comes from comparing indices, which fuses with its neighbors under torch.compile, or from a binary search where there are many.
 
-Shapes: T tokens, D hidden, N sub-dimensions, K chosen ones a token, C = D / N.
-Rows of indices ascend and hold no index twice.
+Shapes: T tokens, D hidden, N sub-dimensions, K chosen per token, C = D / N.
+The indices in a row ascend, without duplicates.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-MOST_COMPARED = 256  # K * N up to which every index is compared with every sub-dimension
+MOST_COMPARED = 256  # the largest K * N for which every index is compared with every sub-dimension
 
 
 def slots_of(indices_TK: Tensor, sub_dims: int) -> Tensor:
@@ -58,7 +58,7 @@ def gather_scores(scores_TN: Tensor, indices_TK: Tensor) -> Tensor:
 
 
 def count_selected(indices_TK: Tensor, sub_dims: int, token_mask_T: Tensor | None = None) -> Tensor:
-    """How many tokens chose each sub-dimension: int64 [N]. Tokens where `token_mask_T` (bool [T]) is False don't count."""
+    """How many tokens chose each sub-dimension: int64 [N], without those where `token_mask_T` (bool [T]) is False."""
     ids = torch.arange(sub_dims, device=indices_TK.device)
     if indices_TK.shape[1] * sub_dims <= MOST_COMPARED:
         chosen = indices_TK.unsqueeze(2) == ids
@@ -74,7 +74,7 @@ def count_selected(indices_TK: Tensor, sub_dims: int, token_mask_T: Tensor | Non
 def as_rows(x: Tensor, parts: int) -> Tensor:
     """[T, parts * C] as [T * parts, C].
 
-    By way of [T, parts, C]: the compiler vectorizes loops over whole rows of C, but not those that divide an index by C.
+    It goes through [T, parts, C], as the compiler vectorizes loops over rows of C, but not those that divide an index by C.
     """
     return x.unflatten(1, (parts, -1)).flatten(0, 1)
 
@@ -88,7 +88,7 @@ def _scatter(compact_TKC: Tensor, rows: Tensor, slots_TN: Tensor) -> Tensor:
     tokens, sub_dims = slots_TN.shape
     active = rows.shape[0] // tokens
     compact = as_rows(compact_TKC, active)
-    if torch.compiler.is_compiling():  # pointwise, so that it fuses with its neighbours
+    if torch.compiler.is_compiling():  # pointwise, so that it fuses with its neighbors
         pair = slots_TN.clamp(min=0) + torch.arange(tokens, device=rows.device).unsqueeze(1) * active
         full = compact.index_select(0, pair.view(-1)).view(tokens, sub_dims, -1)
         return torch.where(slots_TN.unsqueeze(-1) >= 0, full, 0).flatten(1)

@@ -8,7 +8,12 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 
+from rich.table import Table
+
+from mohd_train.config.catalogue import agrees
 from mohd_train.config.plan import ModelPlan, SubDimPlan
+
+COLUMNS = ("embedding", "head", "attention", "ffn", "norms", "router", "fusion")
 
 
 @dataclass(frozen=True)
@@ -49,7 +54,7 @@ def _active(weights: int, part: SubDimPlan | None) -> int:
 
 
 def count(plan: ModelPlan, seq_len: int | None = None) -> Counts:
-    """Counts from the plan alone; :func:`count_parameters` counts a model, and tests hold the two equal.
+    """Counts from the plan alone. :func:`count_parameters` counts a model that was built; tests compare the two.
 
     Args:
         plan: the model.
@@ -97,15 +102,46 @@ PARTS = {
 
 
 def count_parameters(plan: ModelPlan) -> dict[str, int]:
-    """Parameters by part of the model itself, built on the meta device (seconds, no memory, whatever its size)."""
-    import torch  # here: a table of counts needs no torch
+    """Parameters by part of the model itself, built on the meta device (in seconds and without memory, whatever its size)."""
+    import torch  # here, since all other counts need no torch
 
     from mohd_train.model.llama import Transformer
 
     with torch.device("meta"):
         model = Transformer(plan)
-    sizes = dict.fromkeys(("embedding", "head", "attention", "ffn", "norms", "router", "fusion"), 0)
+    sizes = dict.fromkeys(COLUMNS, 0)
     for name, parameter in model.named_parameters():
         part = next((part for part, marks in PARTS.items() if any(mark in name for mark in marks)), None)
         sizes[part or ("attention" if ".attention." in name else "ffn")] += parameter.numel()
     return sizes
+
+
+def render_counts(rows: list[tuple[ModelPlan, Counts, dict[str, str] | None]]) -> Table:
+    """A row for each model, with the paper's figures in brackets where it has them."""
+    table = Table(title="Parameters (in brackets: the paper's figure)", title_justify="left")
+    for heading in ("model", "activated", "total", *COLUMNS, "forward FLOPs/token"):
+        table.add_column(heading, justify="left" if heading == "model" else "right", no_wrap=True)
+    for plan, counts, paper in rows:
+        figures = paper or {}
+        table.add_row(
+            plan.name,
+            _against(counts.activated, figures.get("activated")),
+            _against(counts.total, figures.get("total")),
+            *(_millions(getattr(counts, part)) for part in COLUMNS),
+            f"{counts.flops_per_token / 1e6:,.0f}M at {counts.seq_len}",
+        )
+    table.caption = (
+        "activated: linear weights of the blocks that one token uses, without embedding and head; total adds both. "
+        "Norms, router and fusion are in neither, as in the paper."
+    )
+    return table
+
+
+def _against(value: int, shown: str | None) -> str:
+    if shown is None:
+        return _millions(value)
+    return f"{_millions(value)} [dim]({shown}{'' if agrees(value, shown) else ', DIFFERS'})[/dim]"
+
+
+def _millions(value: int) -> str:
+    return f"{value / 1e6:,.2f}M"

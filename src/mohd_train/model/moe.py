@@ -70,8 +70,8 @@ class Experts(nn.Module):
             selection = ops.make_selection(
                 routing.indices, sub_dims=self.plan.sub_dims, shared=self.plan.shared, backend=backend
             )
-            weights = [linear.weight for linear in (*up, down)]
-            y_TD = ops.expert_ffn(x_TD, *weights, selection, routing.weights, backend=backend)
+            gate, up_proj = (linear.weight for linear in up)
+            y_TD = ops.expert_ffn(x_TD, gate, up_proj, down.weight, selection, routing.weights, backend=backend)
         else:  # adapters and the like are called, at the cost of all experts
             h_TNE = inner(*(linear(x_TD) for linear in up)).unflatten(1, (self.plan.sub_dims, -1))
             gates_TN = torch.zeros_like(routing.scores).scatter(1, routing.indices, routing.weights)

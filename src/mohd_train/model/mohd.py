@@ -126,8 +126,9 @@ class SubDimensions(nn.Module):
             weights, down_DF = [linear.weight for linear in up], fold(within_NCC, down.weight)
             norm_inputs = None if normed is None else normed.inputs
             if inner is swiglu:
+                gate_FD, up_FD = weights
                 z_TKC = ops.swiglu_ffn(
-                    x_TD, *weights, down_DF, selection, routing.weights,
+                    x_TD, gate_FD, up_FD, down_DF, selection, routing.weights,
                     input_weights_TK=gates_TK, norm_inputs=norm_inputs, backend=backend,
                 )  # fmt: skip
             else:

@@ -1,7 +1,7 @@
 """The products of a few tokens without gradients, as in decoding.
 
-They are bound by reading the weights, so each chosen slice is read once, in place. Nothing is sorted: the choices are read
-back to the host when the selection is made (`Selection.choices`).
+Reading the weights takes most of their time, so each chosen slice is read once, in place. Nothing is sorted: the choices are
+copied to the host when the selection is made (`Selection.choices`).
 
 Shapes: T tokens, D hidden, N sub-dimensions, K active, S shared, C = D / N, O and F widths. Compact tensors are [T, K*C].
 """

@@ -1,4 +1,4 @@
-"""The products of the `gathered_runs` path: one GEMM over all tokens for the shared sub-dimensions, one a run for the others.
+"""The products of the `gathered_runs` path: one GEMM over all tokens for the shared sub-dimensions, one per run for the others.
 
 Tokens keep their order. The rows of all runs are gathered at once, run by run, and each token reads its products back through
 `positions_TP`, the inverse of `pairs`. One op writes all slices of a weight's gradient in place: autograd would fill a full-size
@@ -15,8 +15,9 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-NARROW = 64  # up to this width C a CPU multiplies faster by a copy of a strided slice of a weight than by the slice
-# Products held at once before they are summed over a token's slots: columns go in blocks, of LEAST_COLUMNS or more
+# Up to this width C a CPU multiplies faster by a copy of a strided slice of a weight than by the slice itself
+NARROW = 64
+# Products held at once before they are summed over a token's slots: a block of columns, of LEAST_COLUMNS or more
 PRODUCTS = 1 << 25
 LEAST_COLUMNS = 128
 
@@ -41,8 +42,8 @@ def is_narrow(weight: Tensor, width: int) -> bool:
 
 
 def _add_products(
-    out_TO: Tensor, rows_C: Tensor, weight_slice: Callable[[int], Tensor], positions_TP: Tensor, ends: Tensor,
-    shared: int,
+    out_TO: Tensor, rows_C: Tensor, weight_slice: Callable[[int], Tensor],
+    positions_TP: Tensor, ends: Tensor, shared: int,
 ) -> None:  # fmt: skip
     """Adds each token's P products to `out_TO` in place: rows [T*P, C] in run order times ``weight_slice(i)`` [C, O]."""
     step = max(LEAST_COLUMNS, PRODUCTS // max(1, rows_C.shape[0]))
@@ -80,8 +81,8 @@ def up(
 
 
 def up_backward(
-    grad_TO: Tensor, x_TKC: Tensor, weight_OD: Tensor, pairs: Tensor, positions_TP: Tensor, ends: Tensor, sub_dims: int,
-    shared: int
+    grad_TO: Tensor, x_TKC: Tensor, weight_OD: Tensor,
+    pairs: Tensor, positions_TP: Tensor, ends: Tensor, sub_dims: int, shared: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Gradients of `up`: of x compact [T, K*C], of the weight [O, D]."""
     width = weight_OD.shape[1] // sub_dims
@@ -107,8 +108,8 @@ def up_backward(
 
 
 def down(
-    h_TF: Tensor, weight_DF: Tensor, pairs: Tensor, positions_TP: Tensor, ends: Tensor, sub_dims: int, shared: int,
-    active: int
+    h_TF: Tensor, weight_DF: Tensor,
+    pairs: Tensor, positions_TP: Tensor, ends: Tensor, sub_dims: int, shared: int, active: int,
 ) -> Tensor:  # fmt: skip
     """The active slices of ``W h``, compact: [T, K*C]."""
     width = weight_DF.shape[0] // sub_dims
@@ -124,8 +125,8 @@ def down(
 
 
 def down_backward(
-    grad_TKC: Tensor, h_TF: Tensor, weight_DF: Tensor, pairs: Tensor, positions_TP: Tensor, ends: Tensor, sub_dims: int,
-    shared: int
+    grad_TKC: Tensor, h_TF: Tensor, weight_DF: Tensor,
+    pairs: Tensor, positions_TP: Tensor, ends: Tensor, sub_dims: int, shared: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Gradients of `down`: of h [T, F], of the weight [D, F]."""
     width = weight_DF.shape[0] // sub_dims

@@ -1,7 +1,7 @@
 """The products of the `masked` path: over the full width, with zeros at what is not active.
 
-Where products of the active slices alone would be many small ones: N / K times the arithmetic in as many products as a dense layer
-has, and nothing is sorted or read back by the host.
+It is for selections whose active slices would take many small products: N / K times the arithmetic in as many products as a dense
+layer has, and nothing is sorted or copied to the host.
 
 Shapes: T tokens, D hidden, N sub-dimensions, K active, C = D / N, O and F widths. Compact tensors are [T, K*C].
 """
@@ -37,7 +37,7 @@ def down(h_TF: Tensor, weight_DF: Tensor, s: Selection) -> Tensor:
 def expert_ffn(
     x_TD: Tensor, w_gate_FD: Tensor, w_up_FD: Tensor, w_down_DF: Tensor, s: Selection, weights_TK: Tensor
 ) -> Tensor:
-    """The weighted sum of a token's experts [T, D], computed of all of them."""
+    """The weighted sum of a token's experts [T, D], from the hidden values of all experts."""
     hidden_TF = F.silu(F.linear(x_TD, w_gate_FD)) * F.linear(x_TD, w_up_FD)
     return F.linear(_times(hidden_TF, s, weights_TK), w_down_DF)
 
@@ -50,7 +50,7 @@ def fuse_residual(z_TKC: Tensor, mixing_NNC: Tensor, s: Selection, residual_TD: 
 
 
 class _Fuse(torch.autograd.Function):
-    """Keeps the compact z for the backward pass, not the full width of it."""
+    """Saves the compact z for the backward pass instead of the full width."""
 
     @staticmethod
     def forward(

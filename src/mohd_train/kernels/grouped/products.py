@@ -1,7 +1,7 @@
 """The products of the `grouped` backend: `up`, `down` and `ffn` by the path that the selection names (`choose_path`).
 
-Their GEMMs are `torch.library` ops: opaque to torch.compile, with shapes for fake tensors and with autograd. Decoding calls the
-functions behind them directly, without the cost of a registered op. A path's GEMMs are in the module of its name.
+Their GEMMs are `torch.library` ops, opaque to torch.compile, with shapes for fake tensors and with gradients. Decoding calls the
+functions behind them directly, which saves the cost of a registered op. Each path's GEMMs are in the module of its name.
 
 Shapes: T tokens, D hidden, N sub-dimensions, K active, S shared, C = D / N, O and F widths.
 Compact tensors are [T, K*C]; sorted ones [T, K, C].
@@ -66,8 +66,8 @@ _down.register_autograd(_gradient_by(_down_backward), setup_context=_save)
 
 @torch.library.custom_op("mohd::up_sorted", mutates_args=())
 def _up_sorted(
-    x_TKC: Tensor, weights: list[Tensor], ends: Tensor, recompute: list[Tensor], sub_dims: int, shared: int,
-    traced: bool,
+    x_TKC: Tensor, weights: list[Tensor], ends: Tensor, recompute: list[Tensor],
+    sub_dims: int, shared: int, traced: bool,
 ) -> list[Tensor]:  # fmt: skip
     """`recompute`: x_TD, rstd_T, norm_weight_D and the rows of `recompute_active`; empty where x_TKC is saved."""
     return [sorted_spans.up(x_TKC.flatten(1), weight, ends, sub_dims, shared) for weight in weights]
@@ -109,7 +109,7 @@ def _save_up_sorted(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> 
 def _up_sorted_gradient(ctx: Any, grads: list[Tensor]) -> tuple[Any, ...]:
     ends, *tensors = ctx.saved_tensors
     weights, saved = tensors[: ctx.count], tensors[ctx.count :]
-    if ctx.traced and len(saved) > 1:  # in view of the compiler, which makes one loop of it
+    if ctx.traced and len(saved) > 1:  # outside the op, where the compiler makes one loop of it
         saved = [_recompute(recompute_active_traced, saved, ctx.sizes[0], weights)]
     grad_x, grad_weights = _up_sorted_backward(list(grads), weights, ends, saved, *ctx.sizes)
     return grad_x, grad_weights, None, ctx.no_grads, None, None, None
@@ -125,7 +125,7 @@ _up_sorted.register_autograd(_up_sorted_gradient, setup_context=_save_up_sorted)
 def _down_sorted(
     h_TF: Tensor, weight_DF: Tensor, ends: Tensor, sub_dims: int, shared: int, active: int, orders: list[Tensor]
 ) -> Tensor:
-    """`orders`: the order to bring h into and its inverse; empty where h is sorted."""
+    """`orders`: the order to sort h in and its inverse; empty where h is sorted already."""
     y_TKC = sorted_spans.down(h_TF, weight_DF, ends, sub_dims, shared, active, *orders[:1])
     return y_TKC.view(y_TKC.shape[0], active, -1)
 
@@ -157,7 +157,7 @@ def _down_sorted_shape(h_TF: Tensor, weight_DF: Tensor, *rest: Any) -> Tensor:
 _down_sorted_backward.register_fake(_gradient_shapes)
 _down_sorted.register_autograd(_down_sorted_gradient, setup_context=_save_down_sorted)
 
-# What the backend offers
+# What `ops` calls
 
 
 def cast_for_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -184,8 +184,8 @@ def down(h_TF: Tensor, weight_DF: Tensor, selection: Selection) -> Tensor:
 
 
 def ffn(
-    x_TKC: Tensor, w_gate_FD: Tensor, w_up_FD: Tensor, w_down_DF: Tensor, selection: Selection, norm_inputs: NormInputs
-    | None = None,
+    x_TKC: Tensor, w_gate_FD: Tensor, w_up_FD: Tensor, w_down_DF: Tensor, selection: Selection,
+    norm_inputs: NormInputs | None = None,
 ) -> Tensor:  # fmt: skip
     """``down(silu(gate x~) * up x~)``, compact: [T, K*C]. Sorted tokens stay sorted in between."""
     x_TKC, order = _sort_inputs(x_TKC, selection), selection.order

@@ -17,9 +17,9 @@ from torch import Tensor
 from mohd_train.kernels.grouped import token_order
 from mohd_train.kernels.grouped.gathered_runs import is_narrow, part
 
-# A CPU's caches make a GEMM on a copy of a strided slice faster than one on the slice, besides for `is_narrow` ones:
-NARROW_OUTPUT = 128  # up to this width, where the product's columns are the slice's
-PAGES = 16384  # where the slice's rows lie a multiple of so many bytes apart, and so share few sets of the cache
+# On a CPU a GEMM is also faster on a copy of a strided slice than on the slice itself, besides where `is_narrow` says so,
+NARROW_OUTPUT = 128  # up to this width, if the product's columns are the slice's
+PAGES = 16384  # if the slice's rows are a multiple of this many bytes apart, and so share few sets of the cache
 
 
 def _spans(ends: Tensor, sub_dims: int, shared: int, active: int) -> Iterator[tuple[int, int, slice]]:
@@ -50,12 +50,12 @@ def up(x_TKC: Tensor, weight_OD: Tensor, ends: Tensor, sub_dims: int, shared: in
 
 
 def up_backward(
-    grad_TO: Tensor, x_TKC: Tensor, weight_OD: Tensor, ends: Tensor, sub_dims: int, shared: int, grad_x: Tensor | None =
-    None,
+    grad_TO: Tensor, x_TKC: Tensor, weight_OD: Tensor, ends: Tensor, sub_dims: int, shared: int,
+    grad_x: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Gradients of `up`: of x sorted compact [T, K*C], of the weight [O, D].
 
-    With `grad_x`, a gradient of x from another weight, the one of x is added to it in place.
+    With `grad_x`, the gradient of x through another weight, that of x through this one is added to it in place.
     """
     width = weight_OD.shape[1] // sub_dims
     inner, active = shared * width, x_TKC.shape[1] // width
@@ -101,10 +101,10 @@ def up_backward(
 
 
 def down(
-    h_TF: Tensor, weight_DF: Tensor, ends: Tensor, sub_dims: int, shared: int, active: int, tokens_T: Tensor | None =
-    None,
+    h_TF: Tensor, weight_DF: Tensor, ends: Tensor, sub_dims: int, shared: int, active: int,
+    tokens_T: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """The active slices of ``W h``, sorted compact [T, K*C]. `tokens_T`: the order to bring h into; None: it is sorted."""
+    """The active slices of ``W h``, sorted compact [T, K*C]. `tokens_T`: the order to sort h in; None: it is sorted already."""
     if tokens_T is not None:
         h_TF = h_TF.index_select(0, tokens_T)
     width = weight_DF.shape[0] // sub_dims
@@ -118,10 +118,10 @@ def down(
 
 
 def down_backward(
-    grad_TKC: Tensor, h_TF: Tensor, weight_DF: Tensor, ends: Tensor, sub_dims: int, shared: int, tokens_T: Tensor | None
-    = None, positions_T: Tensor | None = None,
+    grad_TKC: Tensor, h_TF: Tensor, weight_DF: Tensor, ends: Tensor, sub_dims: int, shared: int,
+    tokens_T: Tensor | None = None, positions_T: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Gradients of `down`: of h [T, F] in h's order, of the weight [D, F]. The sorted copy of h is recomputed, not kept.
+    """Gradients of `down`: of h [T, F] in h's order, of the weight [D, F]. The sorted copy of h is recomputed, not saved.
 
     `positions_T` is the inverse of `tokens_T`.
     """

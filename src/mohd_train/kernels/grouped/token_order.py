@@ -1,4 +1,4 @@
-"""An order of the tokens in which GEMMs neither gather nor scatter rows of the wide side.
+"""An order of the tokens in which GEMMs neither gather nor scatter rows of the wide operands.
 
 Tokens with the same choice of specialized sub-dimensions form a group. Each group's choice differs from the previous one's in
 one sub-dimension (the revolving-door order of combinations), and a sub-dimension keeps its slot while it stays chosen. So the
@@ -82,11 +82,11 @@ def _slot_tables(count: int, chosen: int) -> list[list[list[int]]]:
     return [ascending, [[indices.index(i) for i in range(chosen)] for indices in ascending]]
 
 
-# Constants on their device, by what determines them: an upload waits for the device, so each constant is uploaded once.
+# Constants on their device, by what determines them. An upload waits for the device, so each is uploaded once.
 _UPLOADED: dict[tuple[str, int, int, torch.device], Tensor] = {}
 
 
-@torch.compiler.assume_constant_result  # so that traced code holds the uploaded tensor and uploads nothing when it runs
+@torch.compiler.assume_constant_result  # compiled code holds the uploaded tensor, and uploads nothing when it runs
 def _constant(name: str, count: int, chosen: int, device: torch.device) -> Tensor:
     key = (name, count, chosen, device)
     if key not in _UPLOADED:
@@ -139,7 +139,7 @@ def group_ranks(chosen_TP: Tensor, count: int) -> Tensor:
 
 
 def inverse(permutation: Tensor) -> Tensor:
-    """By a sort: in deterministic mode CUDA would sort for a write by index too, and wait for the host besides."""
+    """The inverse, by a sort: in deterministic mode CUDA sorts for a write by index too, and also waits for the host."""
     return torch.argsort(permutation)
 
 
@@ -155,7 +155,7 @@ class _Permute(torch.autograd.Function):
 
 
 def permute(x: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
-    """Rows of x in the order `index`. The gradient is a read through the inverse, not a scatter."""
+    """Rows of x in the order `index`. The gradient reads through the inverse instead of scattering."""
     if not torch.is_grad_enabled():
         return x.index_select(0, index)
     return _Permute.apply(x, index, inverse)

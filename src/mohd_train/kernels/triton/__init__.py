@@ -1,5 +1,5 @@
-"""The `triton` backend: a file an op, with its device code, launch and autograd. Not measured on a GPU yet.
+"""The `triton` backend: one file for each op, with its device code, launch and autograd. It was not measured on a GPU yet.
 
-Nothing of it is imported before the backend is asked for: the package triton is not there on every platform, and
+None of it is imported before the backend is asked for, since the package triton is not available on every platform and
 TRITON_INTERPRET must be set before the kernels are defined.
 """

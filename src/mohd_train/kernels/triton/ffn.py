@@ -73,8 +73,8 @@ def swiglu_grad_kernel(
 
 @torch.library.custom_op("mohd::triton_ffn", mutates_args=())
 def _ffn(
-    x: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor, scale: Tensor, indices: Tensor, tiles: Tensor,
-    pairs: Tensor, ends: Tensor, shared: int, sub_dims: int
+    x: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor, scale: Tensor,
+    indices: Tensor, tiles: Tensor, pairs: Tensor, ends: Tensor, shared: int, sub_dims: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     views, active = [w_gate.contiguous().t(), w_up.contiguous().t()], indices.shape[1]
     gate, up, h = (x.new_empty(x.shape[0], w_gate.shape[0]) for _ in range(3))
@@ -88,8 +88,9 @@ def _ffn(
 
 @torch.library.custom_op("mohd::triton_ffn_backward", mutates_args=())
 def _ffn_backward(
-    grad: Tensor, z: Tensor, gate: Tensor, up: Tensor, x: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor,
-    scale: Tensor, indices: Tensor, tiles: Tensor, pairs: Tensor, ends: Tensor, shared: int
+    grad: Tensor, z: Tensor, gate: Tensor, up: Tensor,
+    x: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor, scale: Tensor,
+    indices: Tensor, tiles: Tensor, pairs: Tensor, ends: Tensor, shared: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     w_down, active = w_down.contiguous(), indices.shape[1]
     grad_y, grad_scale = scale_grad(grad, z, scale)

@@ -1,8 +1,8 @@
-"""The GEMMs that up-projection, down-projection and feed-forward layer are made of: device code and launches.
+"""The GEMMs of the up-projections, the down-projection and the feed-forward layer: device code and launches.
 
-Tokens that chose the same sub-dimensions are in tiles of BM (padded with -1; an empty tile starts with -1). A tile reads the same
+Tokens that chose the same sub-dimensions share tiles of BM (padded with -1; an empty tile starts with -1). A tile reads the same
 weight slices for all its tokens, so shared and specialized sub-dimensions go through one K-loop into one accumulator. Grids
-follow from shapes alone: nothing waits for the device.
+follow from shapes alone, so nothing waits for the device.
 
     contract       x [T, K*C], W_i -> [T, O_i]        up-projections; the down-projection's gradient of its input
     expand         h_i [T, O_i], W_i -> [T, K*C]      the down-projection; the up-projections' gradient of their input
@@ -11,8 +11,8 @@ follow from shapes alone: nothing waits for the device.
 Each takes one to three weights in one launch: q, k and v, or gate and up.
 
 Shapes: T tokens, D hidden, N sub-dimensions, K active, S shared, C width, O_i (OUT) the other width of a weight.
-Weights are seen as [D, O]: element (d, o) is at w + d * w_stride_d + o * w_stride_o, whichever way it is laid out in memory, but
-all weights of a launch alike.
+Weights are seen as [D, O]: element (d, o) is at w + d * w_stride_d + o * w_stride_o, whatever the memory layout, which is the same
+for all weights of a launch.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ WEIGHT_SIZES = (
     Size({"BM": 64, "BN": 128, "BK": 64}, 8, 3), Size({"BM": 128, "BN": 128, "BK": 32}, 8, 4),
     Size({"BM": 128, "BN": 128, "BK": 64}, 8, 3), Size({"BM": 128, "BN": 256, "BK": 64}, 8, 3, 90),
 )  # fmt: skip
-PROGRAMS = 3 * 132  # three for each multiprocessor of an H100: the last ones to start leave few of them idle
-LEAST_TOKENS = 1024  # of a part: its sums are worth writing down
+PROGRAMS = 3 * 132  # three for each multiprocessor of an H100, so that the last ones leave few of them idle
+LEAST_TOKENS = 1024  # in a part; for fewer, writing its sums costs more than it gains
 
 
 @triton.jit
@@ -164,8 +164,8 @@ def expand_kernel(
 
 
 def expand(
-    inputs_TO: Sequence[Tensor], weights_dO: Sequence[Tensor], indices_TK: Tensor, tiles: Tensor, width: int, scale_TK:
-    Tensor | None = None,
+    inputs_TO: Sequence[Tensor], weights_dO: Sequence[Tensor], indices_TK: Tensor, tiles: Tensor, width: int,
+    scale_TK: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """The down-projection, and the up-projections' gradient of their input: compact [T, K*C], the sum over the weights, slot k
     times `scale_TK[:, k]`."""
@@ -233,7 +233,7 @@ def weight_grad_kernel(
 
 
 def token_parts(tokens: int, shared: int, width: int, widths: Sequence[int]) -> int:
-    """Into how many parts of the tokens the weight gradients of shared sub-dimensions are split; from shapes alone.
+    """The number of parts that the tokens are split into for the weight gradients of shared sub-dimensions; from shapes alone.
 
     A block of a shared sub-dimension sums over all tokens, one of a specialized sub-dimension over those that chose it. Where
     there are few such blocks, most of a GPU would wait for them. With at most `PROGRAMS` blocks of float32 the partial sums take at
@@ -244,10 +244,10 @@ def token_parts(tokens: int, shared: int, width: int, widths: Sequence[int]) -> 
 
 
 def weight_grads(
-    x_TKC: Tensor, inputs_TO: Sequence[Tensor], like_dO: Sequence[Tensor], pairs: Tensor, ends: Tensor, shared: int,
-    active: int
+    x_TKC: Tensor, inputs_TO: Sequence[Tensor], like_dO: Sequence[Tensor], pairs: Tensor, ends: Tensor,
+    shared: int, active: int,
 ) -> list[Tensor]:  # fmt: skip
-    """Gradients of weights seen as [D, O_i], in those weights' memory order. Bit for bit the same at every call."""
+    """Gradients of weights seen as [D, O_i], in those weights' memory order; the same bits at every call."""
     tokens, width, widths = x_TKC.shape[0], x_TKC.shape[1] // active, _widths(like_dO)
     grads, sub_dims = [torch.empty_like(like) for like in like_dO], like_dO[0].shape[0] // width
     count = token_parts(tokens, shared, width, widths)
@@ -267,7 +267,7 @@ def weight_grads(
 
 
 def _partial_sums(rows: int, like_dO: Tensor) -> Tensor:
-    """Float32 [rows, O], with the dim next to each other in memory that is so in `like_dO`."""
+    """Float32 [rows, O], contiguous along the same dim as `like_dO`."""
     columns = like_dO.shape[1]
     if like_dO.stride(1) == 1:
         return like_dO.new_empty(rows, columns, dtype=torch.float32)
@@ -275,7 +275,7 @@ def _partial_sums(rows: int, like_dO: Tensor) -> Tensor:
 
 
 def _three(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """One to three tensors as the three that a kernel takes: the first one fills up."""
+    """One to three tensors as the three that a kernel takes, filled up with the first."""
     return [*tensors, *[tensors[0]] * (3 - len(tensors))]
 
 

@@ -1,8 +1,8 @@
 """Where the triton kernels can run, and how they are tuned and launched.
 
-On CUDA each kernel times a handful of block sizes at its first call for given widths and dtypes and keeps the fastest for the rest
-of the process. Different block sizes sum in different orders, so a run stores what was chosen (`chosen`) with its checkpoints, and
-is given it when it resumes (`use`). The interpreter (TRITON_INTERPRET=1) takes one tiny size.
+On CUDA a kernel's first call for given widths and dtypes times a handful of block sizes, and the fastest is used for the rest of
+the process. Different block sizes sum in different orders, so a run stores its choices (`chosen`) with its checkpoints and uses
+them again when it resumes (`use`). The interpreter (TRITON_INTERPRET=1) uses one tiny size.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from triton.runtime import OutOfResources
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 PRECISION = "ieee"  # float32 products as torch computes them by default; bfloat16 is not affected
-# Each possible choice ends in a tile that is half empty on average. With more choices than this, tiles of 64 tokens would hold more
-# padding than tokens in a microbatch of 16,384, and the GEMMs do twice the work.
+# The last tile of each possible choice is half empty on average. With more choices than this, tiles of 64 tokens would hold more
+# padding than tokens in a microbatch of 16,384, and the GEMMs would do twice the work.
 MOST_CHOICES = 512
 KEYS = ("OUT", "OUT0", "OUT1", "OUT2", "N", "D", "K", "C", "COUNT")  # arguments whose values block sizes are chosen for
 
@@ -42,7 +42,7 @@ def refusal(device: torch.device, dtype: torch.dtype, width: int | None, choices
 
 
 class Size(NamedTuple):
-    """Block sizes that a kernel may be launched with. A test compiles them all: none spills registers."""
+    """Block sizes that a kernel may be launched with. A test compiles all of them and checks that none spills registers."""
 
     blocks: dict[str, int]
     warps: int
@@ -50,7 +50,7 @@ class Size(NamedTuple):
     capability: int = 80  # the least it is for
 
 
-# Of kernels that go through rows of C, whatever the tile of the tokens
+# For kernels that go through rows of C, whatever the tile of the tokens
 ROW_SIZES = (
     Size({"BT": 16, "BC": 64}, 4, 2),
     Size({"BT": 32, "BC": 64}, 4, 2),
@@ -70,7 +70,7 @@ class Key(NamedTuple):
 
 
 class Kernel:
-    """A `triton.jit` function with the block sizes to choose among, for all launches or by the tile of the tokens (BM)."""
+    """A `triton.jit` function with the block sizes to choose from: the same for all launches, or by the tile of tokens (BM)."""
 
     def __init__(self, function: Any, sizes: Sizes | Mapping[int, Sizes]) -> None:
         self.function = function
@@ -80,7 +80,7 @@ class Kernel:
         self.keys = [*tile, *[name for name in KEYS if name in function.arg_names]]
 
     def sizes(self, tile: int, capability: int) -> list[Size]:
-        """What to choose among for tokens in tiles of `tile` on a GPU of this capability (80: sm80)."""
+        """The sizes to choose from for tokens in tiles of `tile` on a GPU of this capability (80: sm80)."""
         sizes = self._sizes.get(tile, ()) if isinstance(self._sizes, Mapping) else self._sizes
         return [size for size in sizes if size.capability <= capability]
 
@@ -102,7 +102,7 @@ class Kernel:
         run(CHOSEN[key])
 
     def fastest(self, tile: int, run: Callable[[Size], None]) -> Size:
-        """The size with which `run` takes the least time; of equals the first."""
+        """The size with which `run` takes the least time; the first of equals."""
         return min(self.sizes(tile, capability()), key=lambda size: milliseconds(lambda: run(size)))
 
 
@@ -117,7 +117,7 @@ def capability() -> int:
 
 
 def milliseconds(run: Callable[[], None]) -> float:
-    """What `run` takes on the GPU; infinite if the GPU has no room for it."""
+    """The time of `run` on the GPU; infinite if it doesn't fit the GPU."""
     try:
         return float(triton.testing.do_bench(run, return_mode="median"))
     except OutOfResources:
@@ -125,8 +125,8 @@ def milliseconds(run: Callable[[], None]) -> float:
 
 
 def chosen() -> dict[str, Any]:
-    """The block sizes in use, as plain data: the GPU's architecture, and for each kernel with the shapes and dtypes that it ran
-    with, as JSON, its blocks, warps and stages. Empty where nothing was chosen yet."""
+    """The block sizes in use, as plain data: the GPU's architecture, and blocks, warps and stages for each kernel with the shapes
+    and dtypes (as JSON) that it ran with. Empty if nothing was chosen yet."""
     sizes = {}
     for key, size in CHOSEN.items():
         shapes = dict(zip(KERNELS[key.kernel].keys, key.shapes, strict=True))
@@ -136,10 +136,10 @@ def chosen() -> dict[str, Any]:
 
 
 def use(stored: dict[str, Any]) -> str | None:
-    """Takes what an earlier process had `chosen` in place of choosing. All kernels must have been imported.
+    """Uses what an earlier process has `chosen` instead of choosing. All kernels must have been imported.
 
     Returns:
-        Why some of it can't be used and is chosen anew, in one line; None if all of it is.
+        Why some of it can't be used and is chosen again, in one line; None if all of it is used.
     """
     CHOSEN.clear()
     if not stored:
@@ -148,7 +148,7 @@ def use(stored: dict[str, Any]) -> str | None:
     if stored["gpu"] != f"sm{here}":
         return (
             f"the block sizes of the triton kernels were chosen on {stored['gpu']}, and this GPU is sm{here}: they are chosen "
-            "anew, and results differ in rounding"
+            "again, and results differ in rounding"
         )
     for text, fields in stored["sizes"].items():
         name, shapes, dtypes = json.loads(text)
@@ -160,13 +160,13 @@ def use(stored: dict[str, Any]) -> str | None:
     if not stale:
         return None
     return (
-        f"{stale} of {len(stored['sizes'])} block sizes of the triton kernels are no longer to choose from: they are chosen "
-        "anew, and results differ in rounding"
+        f"{stale} of {len(stored['sizes'])} block sizes of the triton kernels no longer exist: they are chosen again, and "
+        "results differ in rounding"
     )
 
 
 def tuned(sizes: Sizes | Mapping[int, Sizes]) -> Callable[[Any], Kernel]:
-    """Decorates a `triton.jit` function: makes it a `Kernel`."""
+    """A decorator that makes a `triton.jit` function a `Kernel`."""
 
     def make(function: Any) -> Kernel:
         kernel = Kernel(function, sizes)

@@ -32,8 +32,8 @@ def _up(
 
 @torch.library.custom_op("mohd::triton_up_backward", mutates_args=())
 def _up_backward(
-    grads: list[Tensor], x: Tensor, weights: list[Tensor], indices: Tensor, tiles: Tensor, pairs: Tensor, ends: Tensor,
-    shared: int
+    grads: list[Tensor], x: Tensor, weights: list[Tensor],
+    indices: Tensor, tiles: Tensor, pairs: Tensor, ends: Tensor, shared: int,
 ) -> tuple[Tensor, list[Tensor]]:  # fmt: skip
     views, active = [weight.contiguous().t() for weight in weights], indices.shape[1]
     grad_x = expand(grads, views, indices, tiles, x.shape[1] // active)
@@ -103,16 +103,16 @@ def scale_grad(grad_z: Tensor, z_TKC: Tensor, scale_TK: Tensor) -> tuple[Tensor,
 
 @torch.library.custom_op("mohd::triton_down", mutates_args=())
 def _down(
-    h: Tensor, weight: Tensor, scale: Tensor, indices: Tensor, tiles: Tensor, pairs: Tensor, ends: Tensor, shared: int,
-    sub_dims: int
+    h: Tensor, weight: Tensor, scale: Tensor,
+    indices: Tensor, tiles: Tensor, pairs: Tensor, ends: Tensor, shared: int, sub_dims: int,
 ) -> Tensor:  # fmt: skip
     return expand([h], [weight.contiguous()], indices, tiles, weight.shape[0] // sub_dims, scale)
 
 
 @torch.library.custom_op("mohd::triton_down_backward", mutates_args=())
 def _down_backward(
-    grad: Tensor, z: Tensor, h: Tensor, weight: Tensor, scale: Tensor, indices: Tensor, tiles: Tensor, pairs: Tensor,
-    ends: Tensor, shared: int
+    grad: Tensor, z: Tensor, h: Tensor, weight: Tensor, scale: Tensor,
+    indices: Tensor, tiles: Tensor, pairs: Tensor, ends: Tensor, shared: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     weight = weight.contiguous()
     grad_y, grad_scale = scale_grad(grad, z, scale)
