@@ -39,7 +39,8 @@ NOT_IMPORTED = {
     "sentencepiece": "tokenizers of LLaMA",
     "tensorboard": "Composer's logger",
 }
-OPTIONAL = {"triton", "tomli"}  # with torch, on Linux; with pytest, before Python 3.11
+# with torch, on Linux; with pytest, before Python 3.11; make benchmark-peers installs it
+OPTIONAL = {"triton", "tomli", "litgpt"}
 CONFIGS = ["configs/recipe/demo.yaml", "configs/model/tiny.yaml", "configs/mohd/x2.yaml"]
 
 

@@ -71,7 +71,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     ids=["prepare", "tokenizer", "export", "observe", "evaluate"],
 )
 def test_code_of_a_folder_is_not_run(read: Callable[[Any], Any], folder: Path) -> None:
-    with pytest.raises(UserError, match=r"holds Python code of its own.*--trust-remote-code"):
+    with pytest.raises(UserError, match=r"has its own Python code.*--trust-remote-code"):
         read(folder)
     assert not (folder.parent / "mark").exists()
 
