@@ -16,7 +16,7 @@ from mohd_train.errors import UserError
 from mohd_train.study.compare import MEASURED, WITHIN, compare, curve_of
 from mohd_train.study.figures import draw_study
 from mohd_train.study.record import write_record
-from mohd_train.study.recorded import add_recorded
+from mohd_train.study.recorded import add_recorded, read_recorded
 from mohd_train.study.report import show
 from mohd_train.study.runs import read_study
 from mohd_train.sweep.expand import SweepRun
@@ -223,6 +223,17 @@ def test_runs_of_another_machine_count_through_their_record(tmp_path: Path) -> N
     assert study.notes == [f"from {record}: {', '.join(name for name in whole.runs if not name.endswith('s3'))}"]
     again = json.loads(write_record(study, tmp_path / "benchmarks", "again")[0].read_text())["runs"]
     assert sorted(again, key=str) == sorted(json.loads(record.read_text())["runs"], key=str)
+
+
+def test_a_section_that_only_one_recorded_run_has(tmp_path: Path) -> None:
+    """A mixture of experts among models whose ``mohd.experts`` is null."""
+    record = write_record(read_study(make_study(tmp_path, loss).path), tmp_path / "benchmarks")[0]
+    content = json.loads(record.read_text())
+    assert content["config"]["mohd.experts"] is None
+    content["runs"][0]["config"]["mohd.experts.num_experts"] = 12
+    record.write_text(json.dumps(content))
+    first, second = read_recorded(record)[1][:2]
+    assert (first.config["mohd"]["experts"], second.config["mohd"]["experts"]) == ({"num_experts": 12}, None)
 
 
 def test_a_record_that_does_not_fit_is_refused(tmp_path: Path) -> None:

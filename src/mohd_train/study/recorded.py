@@ -63,7 +63,9 @@ def _run(entry: dict[str, Any], shared: dict[str, Any], data: str) -> StudyRun:
         place = config
         *parents, last = dotted.split(".")
         for parent in parents:
-            place = place.setdefault(parent, {})
+            if place.get(parent) is None:  # a section that is null in the other runs
+                place[parent] = {}
+            place = place[parent]
         place[last] = value
     found = entry.get("measured")
     measured = None
