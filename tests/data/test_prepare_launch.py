@@ -155,7 +155,7 @@ def test_usage_errors(
     [
         (["--launcher", "slurm", "--tasks", "999"], "a file is not divided; give at most"),
         (["--launcher", "k8s", "--tasks", "2"], "--launcher k8s needs --image IMAGE and --claim PVC:MOUNT_PATH"),
-        (["--launcher", "slurm", "--tasks", "2"], "there is no sbatch here"),
+        (["--launcher", "slurm", "--tasks", "2"], "sbatch is not installed here"),
     ],
 )
 def test_refusals(

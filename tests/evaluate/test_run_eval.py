@@ -277,9 +277,9 @@ def test_hub_rows_and_a_task_that_cannot_be_had(
     assert not stored(options, "logiqa").exists()
     shown = capsys.readouterr().out
     assert "logiqa: – (the rows of task logiqa are not available from the hub: Dataset scripts are no longer" in shown
-    assert "logiqa could not be had: the rows of task logiqa" in table_text(2, [options.output], "md")
+    assert "logiqa was unavailable: the rows of task logiqa" in table_text(2, [options.output], "md")
     options.tasks = ["logiqa"]
-    with pytest.raises(UserError, match="none of the tasks can be had"):
+    with pytest.raises(UserError, match="none of the tasks is available"):
         run_eval(options, suite)
     options.data_dir, options.overwrite = demo_questions, True
     assert run_eval(options, suite) == 0

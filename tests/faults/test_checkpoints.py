@@ -77,7 +77,7 @@ def test_a_corrupt_checkpoint_is_skipped(
         lambda: export(broken, tmp_path / "exported"),
         checkpoint.open(broken).verify,
     ):
-        with pytest.raises(UserError, match=r"ep0-ba4-rank0.pt is corrupt.*take an earlier checkpoint"):
+        with pytest.raises(UserError, match=r"ep0-ba4-rank0.pt is corrupt.*use an earlier checkpoint"):
             read()
     recovers(tmp_path, data, whole)
     assert "skipped a broken checkpoint" in capsys.readouterr().out
@@ -142,7 +142,7 @@ def test_one_save_folder_one_run(tmp_path: Path, data: Path, whole: Path, monkey
     refusals = []
 
     def second(_: object) -> None:
-        with pytest.raises(UserError, match="in use by a run that is alive") as caught:
+        with pytest.raises(UserError, match="in use by a live run") as caught:
             train(config_of(tmp_path, data, shared, "run_name=b", "optimizer.lr=0.001"))
         refusals.append(caught.value)
 
@@ -208,7 +208,7 @@ def test_a_nonfinite_checkpoint_is_refused(
     content = torch.load(path, weights_only=False)
     content["state"]["model"]["model.embedding.weight"][3] = float("nan")
     torch.save(content, path)
-    fails(config_of(tmp_path, data), "not usable: .*embedding.weight holds NaN or infinity; remove it")
+    fails(config_of(tmp_path, data), "unusable: .*embedding.weight holds NaN or infinity; remove it")
     path.unlink()
     recovers(tmp_path, data, whole)
 

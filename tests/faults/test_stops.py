@@ -136,7 +136,7 @@ def test_a_live_run_keeps_its_folder(tmp_path: Path, data: Path, whole: Path, mo
     refusals = []
 
     def second(_: object) -> None:
-        with pytest.raises(UserError, match=f"in use by a run that is alive .process {os.getpid()} on") as caught:
+        with pytest.raises(UserError, match=f"in use by a live run .process {os.getpid()} on") as caught:
             RunLock(Path(config.run_folder)).take()
         refusals.append(caught.value)
 
@@ -149,7 +149,7 @@ def test_a_live_run_keeps_its_folder(tmp_path: Path, data: Path, whole: Path, mo
     lock = RunLock(Path(config.run_folder))
     lock.take()
     before = {path: path.stat().st_mtime_ns for path in Path(config.run_folder).rglob("*")}
-    fails(config_of(tmp_path, data, "max_duration=9ba"), "in use by a run that is alive")
+    fails(config_of(tmp_path, data, "max_duration=9ba"), "in use by a live run")
     assert {path: path.stat().st_mtime_ns for path in Path(config.run_folder).rglob("*")} == before
     lock.release()
 

@@ -285,7 +285,7 @@ def test_two_machines(
     assert one.exitcode == 1
     left = record_of(tmp_path / "one")
     assert "checkpoints now belongs to another session of this run, started 20" in left["error"]
-    assert "what it has trained since its last upload stays in" in left["error"]
+    assert "what it has trained since its last upload remains in" in left["error"]
     assert left["status"] == "failed"
     assert 4 <= last_batch(tmp_path / "one") < 8
     ends_as(tmp_path / "two", whole)

@@ -92,7 +92,7 @@ def test_a_new_run_stores_its_choices_and_a_resumed_one_makes_none(
     assert resumed.timed == 0
     assert set(resumed.launched) == {128}
     assert stored(checkpoints / "ep0-ba6-rank0.pt") == found
-    assert "chosen anew" not in capsys.readouterr().err
+    assert "chosen again" not in capsys.readouterr().err
 
 
 def test_on_another_gpu_they_are_chosen_anew_and_the_run_says_so(
@@ -107,7 +107,7 @@ def test_on_another_gpu_they_are_chosen_anew_and_the_run_says_so(
     other = Gpu(64, monkeypatch, capability=80)
     train(config)
     assert set(other.launched) == {64}
-    lines = [line for line in capsys.readouterr().err.splitlines() if "chosen anew" in line]
+    lines = [line for line in capsys.readouterr().err.splitlines() if "chosen again" in line]
     assert len(lines) == 1
     assert "chosen on sm90, and this GPU is sm80" in lines[0]
     record = json.loads((tmp_path / "runs" / "a" / "run.json").read_text())

@@ -109,5 +109,5 @@ def test_nothing_logged_writes_nothing(tmp_path: Path) -> None:
 def test_a_broken_line_is_named(tmp_path: Path) -> None:
     path = tmp_path / "m.jsonl"
     path.write_text('{"batch": 1}\n"batch": 2}\n')
-    with pytest.raises(UserError, match=r"m\.jsonl, line 2: no JSON"):
+    with pytest.raises(UserError, match=r"m\.jsonl, line 2: not JSON"):
         read_metrics(path)
