@@ -242,7 +242,7 @@ def test_a_record_that_does_not_fit_is_refused(tmp_path: Path) -> None:
     content = json.loads(record.read_text())
     for change, message in (
         ({"scale": "medium"}, "has runs of --scale medium"),
-        ({"format": "other/1"}, "was not written by mohd study record: its format is 'other/1'"),
+        ({"format": "other/1"}, r"^[^ ]*\.json was not written by mohd study record: its format is 'other/1'"),
         ({"data": ["a", "b"]}, "is not the record of a study on one data set"),
         ({"data": ["e"]}, r"has runs on other data than .* \(sha256 e, not d\)"),
     ):

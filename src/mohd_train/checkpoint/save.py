@@ -1,5 +1,4 @@
-"""Saving: Composer's checkpoint saver, made atomic; some checkpoints are kept for
-good."""
+"""Saving: Composer's checkpoint saver, made atomic; some checkpoints are kept for good."""
 
 from __future__ import annotations
 

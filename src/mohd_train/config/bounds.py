@@ -24,7 +24,7 @@ class Bounds:
     Attributes:
         open: ``low`` or ``high``, the end that is excluded.
         other: values outside the range that are allowed too.
-        rule: the rule in words, where those made from the range would not do.
+        rule: the rule in words, if the range alone doesn't express it.
     """
 
     low: float

@@ -101,9 +101,8 @@ class Hub:
         listed = huggingface_hub.HfApi().list_repo_files(source.dataset, repo_type="dataset", revision=commit)
         names = sorted(name for name in listed if name.endswith(".parquet") and name.count("/") == 2)
         configs = sorted({name.split("/")[0] for name in names})
-        config = (
-            configs[0] if len(configs) == 1 else source.config or "default"
-        )  # a single one is named `default` there
+        # A single configuration is named `default` there
+        config = configs[0] if len(configs) == 1 else source.config or "default"
         files = {}
         for split in source.splits:  # not `partial-<split>`, which holds the first rows only
             parts = [name for name in names if name.startswith(f"{config}/{split}/")]

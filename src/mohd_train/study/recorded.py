@@ -26,6 +26,8 @@ def read_recorded(file: Path) -> tuple[str, list[StudyRun]]:
             raise UserError(f"{file} was not written by mohd study record: its format is {found!r}, not {FORMAT!r}")
         (data,) = content["data"]
         return content["scale"], [_run(entry, content["config"], data) for entry in content["runs"]]
+    except UserError:
+        raise
     except OSError as error:
         raise UserError(f"{file}: {error.strerror}") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:

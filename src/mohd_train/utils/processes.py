@@ -148,7 +148,7 @@ class Command:
         return time.monotonic() - self._last_output
 
     def silence(self) -> None:
-        """From here on its output goes only to the log."""
+        """Stops echoing: later output goes only to the log."""
         self._quiet.set()
 
     def _finish_output(self) -> None:
